@@ -1,7 +1,6 @@
 #include "core/pinned_arena.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -149,8 +148,7 @@ PinnedArena::PinnedArena(Layout layout, std::shared_ptr<Device> device)
     : device_(std::move(device)),
       units_(std::move(layout.units)),
       chunks_(std::move(layout.chunks)),
-      memory_(layout.size_bytes),
-      owner_(getpid()) {
+      memory_(layout.size_bytes) {
   check_internal(device_ != nullptr, "an arena needs a device");
   for (UnitRecord& unit : units_) {
     for (std::size_t index = unit.first_chunk; index < unit.end_chunk; ++index) {
@@ -164,7 +162,7 @@ PinnedArena::PinnedArena(Layout layout, std::shared_ptr<Device> device)
 }
 
 PinnedArena::~PinnedArena() {
-  if (in_forked_child()) {
+  if (device_->in_forked_child()) {
     return;  // The registrations are the parent's, and its device must not be touched here.
   }
   while (num_sealed_ > 0) {
@@ -189,8 +187,6 @@ const PinnedArena::UnitRecord& PinnedArena::at(UnitIndex unit) const {
   }
   return units_[unit];
 }
-
-bool PinnedArena::in_forked_child() const { return getpid() != owner_; }
 
 std::byte* PinnedArena::unit_memory(UnitIndex unit) const {
   return memory_.data() + at(unit).begin;
@@ -218,14 +214,14 @@ void PinnedArena::fill(UnitIndex unit, std::size_t offset, const void* source,
                       std::to_string(unit) + ", got: " + std::strerror(error) + " (" +
                       describe(read_host_limits()) + ")");
   }
-  if (!in_forked_child()) {
+  if (!device_->in_forked_child()) {
     device_->host_write(destination, size_bytes, unit);
   }
 }
 
 void PinnedArena::seal_up_to(UnitIndex unit) {
   at(unit);
-  if (in_forked_child()) {
+  if (device_->in_forked_child()) {
     throw StateError(
         "expected to page-lock memory in the process that made it, got a forked child; offload "
         "the model anew there, or start the child by spawn");

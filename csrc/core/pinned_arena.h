@@ -1,7 +1,5 @@
 #pragma once
 
-#include <sys/types.h>
-
 #include <cstddef>
 #include <memory>
 #include <vector>
@@ -108,7 +106,6 @@ class PinnedArena {
   PinnedArena(Layout layout, std::shared_ptr<Device> device);
 
   const UnitRecord& at(UnitIndex unit) const;
-  bool in_forked_child() const;
 
   // The device is declared first: it must outlive the registrations.
   std::shared_ptr<Device> device_;
@@ -116,7 +113,6 @@ class PinnedArena {
   std::vector<Chunk> chunks_;
   HostMapping memory_;
   std::size_t num_sealed_ = 0;  // chunks [0, num_sealed_) are registered
-  pid_t owner_;
 };
 
 }  // namespace torch_offload

@@ -1,0 +1,458 @@
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <iostream>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/error.h"
+#include "core/pinned_arena.h"
+#include "cuda/cuda_device.h"
+
+namespace torch_offload {
+namespace {
+
+constexpr std::size_t kMiB = std::size_t{1} << 20;
+
+void check_cuda(cudaError_t error) { ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error); }
+
+/// Holds a stream until it is opened: proves order without sleeping. Nothing that may wait for the
+/// whole device (such as a first allocation) belongs between making a gate and opening it.
+class Gate {
+ public:
+  explicit Gate(cudaStream_t stream) { check_cuda(cudaLaunchHostFunc(stream, &Gate::hold, this)); }
+  /// Blocks until the stream has passed, for it still looks at this object.
+  ~Gate() {
+    open();
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [this] { return is_passed_; });
+  }
+  Gate(const Gate&) = delete;
+  Gate& operator=(const Gate&) = delete;
+
+  void open() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    is_open_ = true;
+    changed_.notify_all();
+  }
+
+ private:
+  static void hold(void* gate) {
+    auto* self = static_cast<Gate*>(gate);
+    std::unique_lock<std::mutex> lock(self->mutex_);
+    self->changed_.wait(lock, [self] { return self->is_open_; });
+    self->is_passed_ = true;
+    self->changed_.notify_all();
+  }
+
+  std::mutex mutex_;  // guards both
+  std::condition_variable changed_;
+  bool is_open_ = false;
+  bool is_passed_ = false;
+};
+
+class CudaDeviceTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    int num_devices = 0;
+    if (cudaGetDeviceCount(&num_devices) != cudaSuccess || num_devices == 0) {
+      static_cast<void>(cudaGetLastError());
+      const char* required = std::getenv("TORCH_OFFLOAD_REQUIRE_CUDA");
+      if (required != nullptr && std::string(required) == "1") {
+        FAIL() << "no GPU, but TORCH_OFFLOAD_REQUIRE_CUDA=1";
+      }
+      GTEST_SKIP() << "no GPU";
+    }
+    device_ = std::make_shared<CudaDevice>(0);
+    caller_ = device_->current_stream();
+  }
+
+  /// The CUDA stream behind a number.
+  cudaStream_t stream_of(StreamId stream) {
+    const c10::cuda::CUDAStreamGuard restore(at::cuda::getCurrentCUDAStream(0));
+    device_->set_current_stream(stream);
+    return at::cuda::getCurrentCUDAStream(0).stream();
+  }
+
+  StreamId create_stream(const char* name, int priority = 0) {
+    StreamOptions options;
+    options.name = name;
+    options.priority = priority;
+    return device_->create_stream(options);
+  }
+
+  void copy(StreamId stream, void* destination, const void* source, std::size_t size_bytes) {
+    Copy copy;
+    copy.destination = destination;
+    copy.source = source;
+    copy.size_bytes = size_bytes;
+    device_->copy(stream, copy);
+  }
+
+  std::vector<std::byte> read_back(const void* memory, std::size_t size_bytes) {
+    std::vector<std::byte> bytes(size_bytes);
+    // Not ordered behind any pool stream: what is read here was synchronized before.
+    EXPECT_EQ(cudaMemcpy(bytes.data(), memory, size_bytes, cudaMemcpyDeviceToHost), cudaSuccess);
+    return bytes;
+  }
+
+  /// Lets the allocator cache `count` blocks of 32 MiB, so that none has to be made behind a gate.
+  void cache_blocks(int count) {
+    std::vector<void*> blocks;
+    for (int index = 0; index < count; ++index) {
+      blocks.push_back(c10::cuda::CUDACachingAllocator::raw_alloc(32 * kMiB));
+    }
+    for (void* const block : blocks) {
+      c10::cuda::CUDACachingAllocator::raw_delete(block);
+    }
+  }
+
+  /// An arena of one sealed unit, every byte `value`.
+  std::unique_ptr<PinnedArena> sealed_arena(std::size_t size_bytes, std::byte value) {
+    auto arena = std::make_unique<PinnedArena>(device_, std::vector<std::size_t>{size_bytes});
+    const std::vector<std::byte> bytes(size_bytes, value);
+    arena->fill(0, 0, bytes.data(), size_bytes);
+    arena->seal_up_to(0);
+    return arena;
+  }
+
+  std::shared_ptr<CudaDevice> device_;
+  StreamId caller_ = kNoStream;
+};
+
+TEST_F(CudaDeviceTest, UnknownDeviceThrows) {
+  EXPECT_THROW(CudaDevice(-1), IndexError);
+  EXPECT_THROW(CudaDevice(at::cuda::device_count()), IndexError);
+}
+
+TEST_F(CudaDeviceTest, StreamsHaveTheirNamesAndPriorities) {
+  const StreamId high = create_stream("high", -1);
+  const StreamId normal = create_stream("normal", 0);
+  EXPECT_EQ(device_->stream_name(high), "high");
+  EXPECT_EQ(device_->stream_name(normal), "normal");
+  int priority = 1;
+  check_cuda(cudaStreamGetPriority(stream_of(high), &priority));
+  EXPECT_EQ(priority, -1);
+  check_cuda(cudaStreamGetPriority(stream_of(normal), &priority));
+  EXPECT_EQ(priority, 0);
+  EXPECT_THROW(create_stream("low", 1), ValueError);
+}
+
+TEST_F(CudaDeviceTest, StreamsAreNewOnesWhileThePoolHasAny) {
+  // The caller works on a pool stream, and the pool comes round to it while we draw.
+  const c10::cuda::CUDAStreamGuard guard(at::cuda::getStreamFromPool(0, 0));
+  std::set<cudaStream_t> seen{stream_of(device_->current_stream())};
+  for (int index = 0; index < 31; ++index) {
+    EXPECT_TRUE(seen.insert(stream_of(create_stream("pool"))).second) << "stream " << index;
+  }
+}
+
+TEST_F(CudaDeviceTest, CurrentStreamIsAskedLive) {
+  EXPECT_EQ(device_->stream_name(caller_), "caller (default stream)");
+  StreamId other = kNoStream;
+  {
+    const c10::cuda::CUDAStreamGuard guard(at::cuda::getStreamFromPool(0, 0));
+    other = device_->current_stream();
+    EXPECT_NE(other, caller_);
+    EXPECT_EQ(device_->current_stream(), other);
+  }
+  EXPECT_EQ(device_->current_stream(), caller_);
+  device_->set_current_stream(other);
+  EXPECT_EQ(device_->current_stream(), other);
+  device_->set_current_stream(caller_);
+  EXPECT_EQ(at::cuda::getCurrentCUDAStream(0), at::cuda::getDefaultCUDAStream(0));
+}
+
+TEST_F(CudaDeviceTest, UnrecordedEventThrows) {
+  const EventId event = device_->create_event();
+  EXPECT_THROW(device_->wait(caller_, event), InternalError);
+  EXPECT_THROW(device_->is_done(event), InternalError);
+}
+
+TEST_F(CudaDeviceTest, CopyBringsEveryByteOfEverySegment) {
+  const std::vector<std::size_t> sizes = {256, 3 * kMiB + 256, 512};
+  PinnedArena arena(device_, sizes, kMiB);
+  const StreamId copies = create_stream("copies", -1);
+  for (UnitIndex unit = 0; unit < sizes.size(); ++unit) {
+    std::vector<std::byte> master(sizes[unit]);
+    for (std::size_t index = 0; index < master.size(); ++index) {
+      master[index] = static_cast<std::byte>(index * 7 + unit);
+    }
+    arena.fill(unit, 0, master.data(), master.size());
+    arena.seal_up_to(unit);
+    auto* const place = static_cast<std::byte*>(device_->allocate(sizes[unit]));
+    for (const CopySegment& segment : arena.segments(unit)) {
+      copy(copies, place + segment.offset, segment.source, segment.size_bytes);
+    }
+    device_->synchronize(copies);
+    EXPECT_EQ(read_back(place, sizes[unit]), master) << "unit " << unit;
+    device_->free(place);
+  }
+}
+
+TEST_F(CudaDeviceTest, CopyFromPageableMemoryThrows) {
+  void* const place = device_->allocate(256);
+  const std::vector<std::byte> pageable(256);
+  EXPECT_THROW(copy(caller_, place, pageable.data(), 256), ValueError);
+  device_->free(place);
+}
+
+TEST_F(CudaDeviceTest, WaitHoldsTheReaderUntilTheCopyIsDone) {
+  const auto arena = sealed_arena(kMiB, std::byte{9});
+  void* const place = device_->allocate(kMiB);
+  const StreamId copies = create_stream("copies");
+  const StreamId compute = create_stream("compute");
+  const EventId ready = device_->create_event();
+  const EventId read = device_->create_event();
+  std::byte* result = nullptr;
+  check_cuda(cudaHostAlloc(reinterpret_cast<void**>(&result), 1, cudaHostAllocDefault));
+  *result = std::byte{0};
+
+  device_->fill(copies, place, kMiB, 0, kNoUnit);
+  Gate gate(stream_of(copies));
+  copy(copies, place, arena->unit_memory(0), kMiB);
+  device_->record(ready, copies);
+  device_->wait(compute, ready);
+  check_cuda(cudaMemcpyAsync(result, place, 1, cudaMemcpyDeviceToHost, stream_of(compute)));
+  device_->record(read, compute);
+  EXPECT_FALSE(device_->is_done(ready));
+  EXPECT_FALSE(device_->is_done(read));
+  EXPECT_EQ(*result, std::byte{0});
+
+  gate.open();
+  device_->synchronize(compute);
+  EXPECT_TRUE(device_->is_done(ready));
+  EXPECT_TRUE(device_->is_done(read));
+  EXPECT_EQ(*result, std::byte{9});
+  check_cuda(cudaFreeHost(result));
+  device_->free(place);
+}
+
+TEST_F(CudaDeviceTest, SubmittingNeverBlocksTheHost) {
+  const auto arena = sealed_arena(kMiB, std::byte{1});
+  void* const place = device_->allocate(kMiB);
+  const StreamId copies = create_stream("copies");
+  const EventId event = device_->create_event();
+  Gate gate(stream_of(copies));  // whatever waited for this stream would never come back
+  copy(copies, place, arena->unit_memory(0), kMiB);
+  device_->record(event, copies);
+  device_->wait(caller_, event);
+  device_->fill(copies, place, kMiB, 0, kNoUnit);
+  EXPECT_FALSE(device_->is_done(event));
+  EXPECT_EQ(device_->counters().host_synchronizes, 0U);
+  gate.open();
+  device_->synchronize(copies);
+  device_->free(place);
+}
+
+TEST_F(CudaDeviceTest, PyTorchKnowsOfTheMemory) {
+  const auto allocated = [] {
+    return c10::cuda::CUDACachingAllocator::getDeviceStats(0).allocated_bytes[0].current;
+  };
+  const auto before = allocated();
+  void* const memory = device_->allocate(8 * kMiB);
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(memory) % kAlignmentBytes, 0U);
+  EXPECT_EQ(allocated() - before, static_cast<std::int64_t>(8 * kMiB));
+  device_->free(memory);
+  EXPECT_EQ(allocated(), before);
+}
+
+TEST_F(CudaDeviceTest, OutOfMemorySaysAskedAndFree) {
+  std::size_t free_bytes = 0;
+  std::size_t total_bytes = 0;
+  check_cuda(cudaMemGetInfo(&free_bytes, &total_bytes));
+  try {
+    device_->allocate(total_bytes + 1024 * kMiB);
+    FAIL() << "no error";
+  } catch (const MemoryError& error) {
+    const std::string text = error.what();
+    for (const char* piece : {"cuda:0", "GiB are free", "gpu_budget", "PyTorch says"}) {
+      EXPECT_NE(text.find(piece), std::string::npos) << piece << " is not in: " << text;
+    }
+  }
+  EXPECT_EQ(device_->counters().allocations, 0U);
+  device_->free(device_->allocate(kMiB));
+}
+
+TEST_F(CudaDeviceTest, AllocationIsBehindTheLastTenantOfItsBlock) {
+  const auto arena = sealed_arena(32 * kMiB, std::byte{5});
+  const StreamId before = create_stream("known before");
+  cache_blocks(1);
+  Gate gate(stream_of(caller_));
+  void* const tenant = c10::cuda::CUDACachingAllocator::raw_alloc(32 * kMiB);
+  check_cuda(cudaMemsetAsync(tenant, 1, 32 * kMiB, stream_of(caller_)));
+  c10::cuda::CUDACachingAllocator::raw_delete(tenant);
+  void* const place = device_->allocate(32 * kMiB);
+  ASSERT_EQ(place, tenant) << "the allocator gave another block, so this test shows nothing";
+  const StreamId after = create_stream("known after");
+  const EventId written = device_->create_event();
+  const EventId written_after = device_->create_event();
+  copy(before, place, arena->unit_memory(0), 32 * kMiB);
+  device_->record(written, before);
+  copy(after, place, arena->unit_memory(0), 32 * kMiB);
+  device_->record(written_after, after);
+  EXPECT_FALSE(device_->is_done(written));
+  EXPECT_FALSE(device_->is_done(written_after));
+  gate.open();
+  for (const StreamId stream : {caller_, before, after}) {
+    device_->synchronize(stream);
+  }
+  EXPECT_EQ(read_back(place, 32 * kMiB), std::vector<std::byte>(32 * kMiB, std::byte{5}));
+  device_->free(place);
+}
+
+TEST_F(CudaDeviceTest, FreedBlockIsNotHandedOutWhileItIsRead) {
+  const StreamId compute = create_stream("compute");
+  cache_blocks(2);
+  void* const place = device_->allocate(32 * kMiB);
+  Gate gate(stream_of(compute));
+  device_->fill(compute, place, 32 * kMiB, 1, kNoUnit);
+  device_->free(place);
+  void* const next = c10::cuda::CUDACachingAllocator::raw_alloc(32 * kMiB);
+  EXPECT_NE(next, place);
+  gate.open();
+  device_->synchronize(compute);
+  c10::cuda::CUDACachingAllocator::raw_delete(next);
+}
+
+TEST_F(CudaDeviceTest, RefusedRegistrationLeavesNoTrace) {
+  const auto arena = sealed_arena(kMiB, std::byte{1});
+  try {
+    device_->register_host(arena->unit_memory(0), kMiB);
+    FAIL() << "no error";
+  } catch (const MemoryError& error) {
+    const std::string text = error.what();
+    for (const char* piece : {"1.00 MiB", "cudaError", "locked-memory limit"}) {
+      EXPECT_NE(text.find(piece), std::string::npos) << piece << " is not in: " << text;
+    }
+  }
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess) << "the failure was left for whoever asks next";
+  EXPECT_EQ(device_->counters().registrations, 1U);
+}
+
+TEST_F(CudaDeviceTest, ArenaGivesItsRegistrationsBack) {
+  std::byte* memory = nullptr;
+  {
+    const auto arena = sealed_arena(kMiB, std::byte{1});
+    memory = arena->unit_memory(0);
+    cudaPointerAttributes attributes{};
+    check_cuda(cudaPointerGetAttributes(&attributes, memory));
+    EXPECT_EQ(attributes.type, cudaMemoryTypeHost);
+  }
+  EXPECT_EQ(device_->counters().registered_bytes, 0U);
+  cudaPointerAttributes attributes{};
+  check_cuda(cudaPointerGetAttributes(&attributes, memory));
+  EXPECT_EQ(attributes.type, cudaMemoryTypeUnregistered);
+}
+
+TEST_F(CudaDeviceTest, ForkedChildReadsMastersAndTheParentsEditsReachTheDevice) {
+  auto arena = sealed_arena(64 * kMiB, std::byte{1});
+  void* const place = device_->allocate(64 * kMiB);
+  int to_child[2];
+  ASSERT_EQ(pipe(to_child), 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    char released = 0;
+    const bool ran = read(to_child[0], &released, 1) == 1;  // the parent has edited by now
+    const bool reads = arena->unit_memory(0)[kMiB] == std::byte{1};
+    arena->unit_memory(0)[0] = std::byte{7};
+    arena.reset();
+    device_.reset();  // neither may call CUDA here
+    _exit(ran && reads ? 0 : 1);
+  }
+  const std::vector<std::byte> edited(kMiB, std::byte{2});
+  arena->fill(0, 0, edited.data(), kMiB);
+  ASSERT_EQ(write(to_child[1], "x", 1), 1);
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status)) << "the child was killed by signal " << WTERMSIG(status);
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+
+  copy(caller_, place, arena->unit_memory(0), 64 * kMiB);
+  device_->synchronize(caller_);
+  const std::vector<std::byte> seen = read_back(place, 64 * kMiB);
+  EXPECT_EQ(seen[0], std::byte{2}) << "the device reads a page that the parent has left";
+  EXPECT_EQ(seen[kMiB], std::byte{1});
+  device_->free(place);
+  close(to_child[0]);
+  close(to_child[1]);
+}
+
+TEST_F(CudaDeviceTest, WorksOnADeviceThatIsNotCurrent) {
+  if (at::cuda::device_count() < 2) {
+    GTEST_SKIP() << "one GPU only";
+  }
+  const c10::cuda::CUDAGuard first(0);
+  device_ = std::make_shared<CudaDevice>(1);
+  const StreamId copies = create_stream("copies");
+  const auto arena = sealed_arena(kMiB, std::byte{3});
+  void* const place = device_->allocate(kMiB);
+  cudaPointerAttributes attributes{};
+  check_cuda(cudaPointerGetAttributes(&attributes, place));
+  EXPECT_EQ(attributes.device, 1);
+  const EventId event = device_->create_event();
+  copy(copies, place, arena->unit_memory(0), kMiB);
+  device_->record(event, copies);
+  device_->wait(device_->current_stream(), event);
+  device_->synchronize(device_->current_stream());
+  EXPECT_TRUE(device_->is_done(event));
+  EXPECT_EQ(read_back(place, kMiB), std::vector<std::byte>(kMiB, std::byte{3}));
+  device_->free(place);
+  EXPECT_EQ(at::cuda::current_device(), 0);
+}
+
+/// Not a test: prints what the arena costs. Run it by name with --gtest_also_run_disabled_tests.
+TEST_F(CudaDeviceTest, DISABLED_PrintsRatesOfTheArena) {
+  constexpr std::size_t kUnit = 512 * kMiB;
+  constexpr std::size_t kUnits = 16;
+  std::vector<std::byte> source(kUnit, std::byte{1});
+  auto arena = std::make_unique<PinnedArena>(device_, std::vector<std::size_t>(kUnits, kUnit));
+  std::vector<std::pair<const char*, double>> seconds = {
+      {"fill", 0}, {"seal", 0}, {"copy", 0}, {"fork", 0}, {"unregister", 0}};
+  const auto timed = [&seconds](std::size_t which, auto&& work) {
+    const auto start = std::chrono::steady_clock::now();
+    work();
+    seconds[which].second +=
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  for (UnitIndex unit = 0; unit < kUnits; ++unit) {
+    timed(0, [&] { arena->fill(unit, 0, source.data(), kUnit); });
+    timed(1, [&] { arena->seal_up_to(unit); });
+  }
+  void* const place = device_->allocate(kUnit);
+  timed(2, [&] {
+    for (UnitIndex unit = 0; unit < kUnits; ++unit) {
+      copy(caller_, place, arena->unit_memory(unit), kUnit);
+    }
+    device_->synchronize(caller_);
+  });
+  timed(3, [] {
+    const pid_t child = fork();
+    if (child == 0) {
+      _exit(0);
+    }
+    waitpid(child, nullptr, 0);
+  });
+  device_->free(place);
+  timed(4, [&] { arena.reset(); });
+  for (const auto& [what, time] : seconds) {
+    std::cout << what << ": " << time * 1e3 << " ms, "
+              << static_cast<double>(kUnits * kUnit) / time / 1e9 << " GB/s\n";
+  }
+}
+
+}  // namespace
+}  // namespace torch_offload
