@@ -1,0 +1,13 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace torch_offload {
+
+/// One function per core type; module.cpp calls them in the order in which types depend.
+void bind_errors(pybind11::module_& module);
+void bind_plan(pybind11::module_& module);
+void bind_device(pybind11::module_& module);
+void bind_engine(pybind11::module_& module);
+
+}  // namespace torch_offload

@@ -1,0 +1,89 @@
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "bindings/bind.h"
+#include "params/engine.h"
+
+namespace py = pybind11;
+
+namespace torch_offload {
+
+void bind_engine(py::module_& module) {
+  py::class_<Stats>(module, "Stats", "What the pipeline did since it was made.")
+      .def_readonly("forwards", &Stats::forwards)
+      .def_readonly("onloads", &Stats::onloads)
+      .def_readonly("prefetched", &Stats::prefetched)
+      .def_readonly("misses", &Stats::misses)
+      .def_readonly("hits", &Stats::hits)
+      .def_readonly("extra_places", &Stats::extra_places)
+      .def_readonly("bytes_onloaded", &Stats::bytes_onloaded);
+
+  py::class_<UnitStats>(module, "UnitStats", "What happened to one unit.")
+      .def_readonly("acquired", &UnitStats::acquired)
+      .def_readonly("onloads", &UnitStats::onloads)
+      .def_readonly("misses", &UnitStats::misses);
+
+  py::class_<CallToken>(module, "CallToken", "What one wrapped call has acquired.")
+      .def(py::init<>());
+
+  using ParameterTuple =
+      std::tuple<std::string, at::Tensor, std::vector<std::pair<py::dict, py::str>>>;
+  py::class_<Engine, std::shared_ptr<Engine>>(
+      module, "Engine", "The parameters of one model, their masters and places.")
+      .def(py::init([](std::shared_ptr<Device> device, const at::Device& torch_device, Plan plan,
+                       const std::string& mode, const std::string& streams,
+                       bool poison_on_release,
+                       std::vector<std::vector<ParameterTuple>> parameters) {
+             std::vector<std::vector<ParameterSpec>> specs;
+             for (auto& unit : parameters) {
+               auto& unit_specs = specs.emplace_back();
+               for (auto& [name, parameter, slots] : unit) {
+                 ParameterSpec& spec = unit_specs.emplace_back();
+                 spec.name = name;
+                 spec.parameter = parameter;
+                 for (auto& [dict, key] : slots) {
+                   spec.slots.push_back({dict, key});
+                 }
+               }
+             }
+             PipelineOptions options;
+             options.mode = parse_mode(mode);
+             options.layout = parse_stream_layout(streams);
+             options.poison_on_release = poison_on_release;
+             return std::make_shared<Engine>(std::move(device), torch_device, std::move(plan),
+                                             options, std::move(specs));
+           }),
+           py::arg("device"), py::arg("torch_device"), py::arg("plan"), py::arg("mode"),
+           py::arg("streams"), py::arg("poison_on_release"), py::arg("parameters"))
+      .def("move_in", &Engine::move_in, py::arg("unit"))
+      .def("move_out", &Engine::move_out, py::arg("unit"))
+      .def("enter", &Engine::enter, py::arg("token"))
+      .def("acquire", &Engine::acquire, py::arg("token"), py::arg("unit"))
+      .def("finish", &Engine::finish, py::arg("token"), py::arg("output"))
+      .def("release", &Engine::release, py::arg("token"))
+      .def("refresh", &Engine::refresh)
+      .def("close", &Engine::close)
+      .def_property_readonly("is_closed", &Engine::is_closed)
+      .def_property_readonly("in_pass",
+                             [](const Engine& engine) { return engine.pipeline().in_pass(); })
+      .def_property_readonly("plan",
+                             [](const Engine& engine) { return engine.pipeline().plan(); })
+      .def_property_readonly("stats",
+                             [](const Engine& engine) { return engine.pipeline().stats(); })
+      .def("unit_stats",
+           [](const Engine& engine, UnitIndex unit) { return engine.pipeline().unit_stats(unit); },
+           py::arg("unit"))
+      .def("is_whole",
+           [](const Engine& engine, UnitIndex unit) { return engine.pipeline().is_whole(unit); },
+           py::arg("unit"))
+      .def_property_readonly("window",
+                             [](const Engine& engine) {
+                               const AddressRange window = engine.pipeline().window();
+                               return py::make_tuple(window.begin, window.end);
+                             })
+      .def_property_readonly("host_bytes", &Engine::host_bytes)
+      .def_property_readonly("cpu_seconds", &Engine::cpu_seconds)
+      .def("parameter_names", &Engine::parameter_names, py::arg("unit"));
+}
+
+}  // namespace torch_offload

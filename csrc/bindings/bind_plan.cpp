@@ -1,0 +1,61 @@
+#include <pybind11/stl.h>
+
+#include "bindings/bind.h"
+#include "core/mode.h"
+#include "core/plan.h"
+
+namespace py = pybind11;
+
+namespace torch_offload {
+
+void bind_plan(py::module_& module) {
+  py::enum_<UnitKind>(module, "UnitKind", "Which half of a layer a unit is.")
+      .value("mha", UnitKind::kMha)
+      .value("ffn", UnitKind::kFfn);
+
+  py::class_<Unit>(module, "Unit", "What moves as one: its flat size in bytes, layer and kind.")
+      .def(py::init([](std::string name, std::size_t size_bytes, std::uint32_t layer_index,
+                       UnitKind kind) {
+             return Unit{std::move(name), size_bytes, layer_index, kind};
+           }),
+           py::arg("name"), py::arg("size_bytes"), py::arg("layer_index"), py::arg("kind"))
+      .def_readonly("name", &Unit::name)
+      .def_readonly("size_bytes", &Unit::size_bytes)
+      .def_readonly("layer_index", &Unit::layer_index)
+      .def_readonly("kind", &Unit::kind);
+
+  py::class_<Plan>(module, "Plan", "Which units stay resident, and the place of each other one.")
+      .def_readonly("units", &Plan::units)
+      .def_property_readonly("places",
+                             [](const Plan& plan) {
+                               py::list places;
+                               for (const auto& place : plan.places) {
+                                 if (place) {
+                                   places.append(py::make_tuple(place->begin, place->end));
+                                 } else {
+                                   places.append(py::none());
+                                 }
+                               }
+                               return places;
+                             })
+      .def_readonly("overlaps", &Plan::overlaps)
+      .def_readonly("window_bytes", &Plan::window_bytes)
+      .def_readonly("depth_bytes", &Plan::depth_bytes)
+      .def_readonly("resident_bytes", &Plan::resident_bytes);
+
+  module.def(
+      "make_plan",
+      [](std::vector<Unit> units, std::optional<std::size_t> depth_bytes,
+         std::optional<std::size_t> budget_bytes) {
+        const py::gil_scoped_release no_gil;
+        return make_plan({std::move(units), depth_bytes, budget_bytes});
+      },
+      py::arg("units"), py::arg("depth_bytes"), py::arg("budget_bytes"),
+      "Chooses the resident units and a range of the window for each other one. Pure.");
+  module.def("least_budget_bytes", &least_budget_bytes, py::arg("units"),
+             "The least budget_bytes that make_plan accepts for these units.");
+  module.def("aligned_size", &aligned_size, py::arg("size_bytes"),
+             "size_bytes rounded up to the alignment of every slice and place, 256 bytes.");
+}
+
+}  // namespace torch_offload

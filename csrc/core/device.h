@@ -1,0 +1,157 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "core/op_log.h"
+#include "core/unit.h"
+
+namespace torch_offload {
+
+enum class StreamRole : std::uint8_t {
+  kCopy,     ///< Host-to-device copies; nobody else submits to it.
+  kCompute,  ///< The model's own kernels.
+};
+
+struct StreamOptions {
+  std::string name;
+  StreamRole role = StreamRole::kCopy;
+  int priority = 0;  ///< As in CUDA: lower runs first.
+};
+
+/// One asynchronous copy from page-locked host memory to device memory.
+struct Copy {
+  void* destination = nullptr;
+  const void* source = nullptr;
+  std::size_t size_bytes = 0;
+  UnitIndex unit = kNoUnit;
+  std::uint64_t generation = 0;
+};
+
+/// What was asked of a Device since it was made. Plain counts, never reset.
+struct DeviceCounters {
+  std::uint64_t copies = 0;
+  std::uint64_t bytes_copied = 0;
+  std::uint64_t records = 0;
+  std::uint64_t waits = 0;
+  std::uint64_t host_synchronizes = 0;  ///< The host waited because it was told to.
+  std::uint64_t caller_waits = 0;  ///< HostDevice: the caller's stream is the calling thread.
+  std::uint64_t allocations = 0;
+  std::uint64_t allocated_bytes = 0;   ///< Live now.
+  std::uint64_t registrations = 0;     ///< Live now.
+  std::uint64_t registered_bytes = 0;  ///< Live now.
+};
+
+/// Streams, events and memory, as the pipeline sees them: CUDA, host threads, or virtual time.
+///
+/// The public calls check, count and log, then call the `do_` half that a device implements: what
+/// the log says is by construction what was submitted, on every device.
+///
+/// Ordering:  what is submitted to one stream runs in that order; nothing else is promised.
+/// Blocking:  only `synchronize` blocks the host. (HostDevice's caller stream is the calling
+///            thread, so a wait on it blocks too; that is counted as `caller_waits`.)
+/// Threads:   one caller at a time.
+class Device {
+ public:
+  Device();
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+  virtual ~Device() = default;
+
+  /// Makes a stream that lives as long as the device.
+  StreamId create_stream(const StreamOptions& options);
+  /// Name of any stream seen so far, the callers' streams included.
+  virtual const std::string& stream_name(StreamId stream) const = 0;
+
+  /// The stream that the calling thread's kernels go to at this very moment. Never cache it.
+  StreamId current_stream() { return do_current_stream(); }
+  /// Sends the calling thread's later kernels to `stream`.
+  void set_current_stream(StreamId stream) { do_set_current_stream(stream); }
+
+  EventId create_event();
+  /// Marks the point that `stream` has reached. An event may be recorded again and again.
+  void record(EventId event, StreamId stream);
+  /// Lets later work on `stream` start only when `event`, as recorded last, is done.
+  /// Throws: InternalError on an event that was never recorded (CUDA would silently not wait).
+  void wait(StreamId stream, EventId event);
+  /// Whether `event`, as recorded last, is done. Throws InternalError if it never was recorded.
+  bool is_done(EventId event);
+  /// Blocks the host until all that was submitted to `stream` is done.
+  void synchronize(StreamId stream);
+
+  /// Submits a copy.
+  /// Lifetime: source and destination must stay valid until the copy is done.
+  /// Throws: ValueError if the source is not page-locked memory of this device: such a copy would
+  /// block the host without saying so.
+  void copy(StreamId stream, const Copy& copy);
+
+  /// Declares that work submitted to `stream` from now on may read the place of `unit` ...
+  void begin_read(StreamId stream, const void* memory, std::size_t size_bytes, UnitIndex unit,
+                  std::uint64_t generation);
+  /// ... and that no work submitted later does. Both only leave their trace in the log.
+  void end_read(StreamId stream, const void* memory, std::size_t size_bytes, UnitIndex unit,
+                std::uint64_t generation);
+
+  /// Sets every byte of device memory to `value`. For poisoning places that nobody may read.
+  void fill(StreamId stream, void* memory, std::size_t size_bytes, std::uint8_t value,
+            UnitIndex unit);
+
+  /// Device memory, aligned to kAlignmentBytes. Throws MemoryError.
+  void* allocate(std::size_t size_bytes);
+  /// Lifetime: nothing may be in flight to or from `memory`.
+  void free(void* memory);
+
+  /// Page-locks host memory; `memory` and `size_bytes` are multiples of the page size, and no
+  /// byte is registered twice. Throws MemoryError with nothing registered.
+  void register_host(void* memory, std::size_t size_bytes);
+  /// Lifetime: nothing may be in flight from `memory`.
+  void unregister_host(void* memory);
+
+  /// Declares that the host itself reads or writes memory that copies use; only logged.
+  void host_read(const void* memory, std::size_t size_bytes, UnitIndex unit);
+  void host_write(const void* memory, std::size_t size_bytes, UnitIndex unit);
+
+  /// Appends every later call to `log`, until called with nullptr.
+  /// Lifetime: `log` must outlive its being attached.
+  void attach_log(OpLog* log) { log_ = log; }
+
+  const DeviceCounters& counters() const { return counters_; }
+
+  /// Whether this process was forked from the one that made the device. Streams, threads and CUDA
+  /// do not survive a fork: nothing may be submitted, waited for or given back here.
+  bool in_forked_child() const;
+
+ protected:
+  virtual StreamId do_create_stream(const StreamOptions& options) = 0;
+  virtual StreamId do_current_stream() = 0;
+  virtual void do_set_current_stream(StreamId stream) = 0;
+  virtual EventId do_create_event() = 0;
+  virtual void do_record(EventId event, StreamId stream) = 0;
+  virtual void do_wait(StreamId stream, EventId event) = 0;
+  virtual bool do_is_done(EventId event) = 0;
+  virtual void do_synchronize(StreamId stream) = 0;
+  virtual void do_copy(StreamId stream, const Copy& copy) = 0;
+  virtual void do_fill(StreamId stream, void* memory, std::size_t size_bytes,
+                       std::uint8_t value) = 0;
+  virtual void* do_allocate(std::size_t size_bytes) = 0;
+  virtual void do_free(void* memory) = 0;
+  virtual void do_register_host(void* memory, std::size_t size_bytes) = 0;
+  virtual void do_unregister_host(void* memory) = 0;
+
+  DeviceCounters counters_;
+
+ private:
+  void check_recorded(EventId event, const char* call) const;
+  void append(Op op);
+
+  const std::int64_t process_;  // that made the device
+  OpLog* log_ = nullptr;
+  std::vector<bool> recorded_;                    // by EventId
+  std::map<void*, std::size_t> allocations_;      // live device memory
+  std::map<std::uintptr_t, std::uintptr_t> page_locked_;  // live registrations, begin -> end
+};
+
+}  // namespace torch_offload

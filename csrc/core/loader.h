@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/op_log.h"
+#include "core/unit.h"
+
+namespace torch_offload {
+
+/// How a unit's bytes reach its place. The pipeline does not know which way: a raw copy, a copy
+/// and a decoder, a neighbour's link, a disk.
+class Loader {
+ public:
+  Loader() = default;
+  Loader(const Loader&) = delete;
+  Loader& operator=(const Loader&) = delete;
+  virtual ~Loader() = default;
+
+  /// Submits everything that fills `place` with the unit's master, as it is now.
+  ///
+  /// Ordering:  the first write into `place` comes after all that was submitted to `copy_stream`.
+  ///            Returns the stream behind which the unit is whole: the pipeline records the
+  ///            unit's ready event there.
+  /// Blocking:  never blocks the host.
+  /// Lifetime:  the master must stay alive until the work is done.
+  virtual StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
+                        std::uint64_t generation) = 0;
+};
+
+}  // namespace torch_offload

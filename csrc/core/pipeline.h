@@ -1,0 +1,168 @@
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "core/device.h"
+#include "core/loader.h"
+#include "core/mode.h"
+#include "core/order.h"
+#include "core/plan.h"
+#include "core/stats.h"
+
+namespace torch_offload {
+
+struct PipelineOptions {
+  Mode mode = Mode::kPipeline;
+  StreamLayout layout = StreamLayout::kShared;
+  /// Overwrites a place with NaN bytes when its unit is released, so that a late reader shows.
+  /// For tests and debugging: no place is ever hit again.
+  bool poison_on_release = false;
+};
+
+/// What happened to one unit since the pipeline was made.
+struct UnitStats {
+  std::uint64_t acquired = 0;
+  std::uint64_t onloads = 0;
+  std::uint64_t misses = 0;
+};
+
+/// The scheduler: brings each unit into its place just before the device needs it.
+///
+/// `enter` and `leave` bracket every call of a wrapped module; the outermost pair is a pass.
+/// `acquire` and `release` bracket the use of one unit, within a pass.
+///
+/// Ordering:  see Note [Ready and free]: a kernel reads a place only behind its ready event, a
+///            copy writes a range only behind the free events of all that used it.
+/// Blocking:  never blocks the host, except in the modes that say so (Policy), and in
+///            `synchronize`, `synchronize_onload` and the destructor.
+/// Lifetime:  device and loader must outlive the pipeline. The destructor drains what is in flight
+///            and frees the window.
+/// Threads:   one pass at a time; a second thread gets a StateError and changes nothing.
+/// Throws:    what the device throws. A failed submission is undone first: afterwards nothing is
+///            held that was not held before, and the next acquire copies afresh.
+class Pipeline {
+ public:
+  /// Throws: ValueError for `sync` with `split`, MemoryError if the window does not fit.
+  Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOptions& options);
+  Pipeline(const Pipeline&) = delete;
+  Pipeline& operator=(const Pipeline&) = delete;
+  ~Pipeline();
+
+  /// Begins a pass, or counts one more nested call.
+  /// Throws: StateError while another thread's pass is running, and in a forked child.
+  void enter();
+  /// Ends the pass with the outermost call; `completed` is false if an exception ended it.
+  void leave(bool completed);
+
+  /// Makes the calling thread's stream wait for the unit's bytes, and lets copies run ahead.
+  /// Returns where the bytes are; until the matching release they stay there.
+  /// Throws: StateError outside a pass of this thread, or for a resident unit.
+  std::byte* acquire(UnitIndex unit);
+  /// Ends one use of the unit, after its last kernel was submitted.
+  void release(UnitIndex unit);
+
+  /// Forgets the bytes in the unit's place, because its master has changed.
+  /// Throws: StateError while the unit is acquired.
+  void invalidate(UnitIndex unit);
+
+  /// Blocks the host until no onload of the unit reads its master any more.
+  void synchronize_onload(UnitIndex unit);
+  /// Blocks the host until nothing of ours is in flight any more.
+  void synchronize();
+
+  /// Whether the unit's place holds its master's bytes, or will behind its ready event.
+  bool is_whole(UnitIndex unit) const { return states_.at(unit).whole; }
+  /// Whether those bytes were copied before the running pass began.
+  bool copied_before_this_pass(UnitIndex unit) const {
+    return states_.at(unit).whole && states_.at(unit).copied_in_pass != pass_;
+  }
+  bool is_acquired(UnitIndex unit) const { return states_.at(unit).acquired > 0; }
+  bool in_pass() const { return nesting_ > 0; }
+  /// Whether the calling thread may use the pipeline: no other thread's pass is running.
+  bool is_mine() const;
+
+  const Plan& plan() const { return plan_; }
+  const Stats& stats() const { return stats_; }
+  const UnitStats& unit_stats(UnitIndex unit) const { return unit_stats_.at(unit); }
+  const PipelineOptions& options() const { return options_; }
+  /// Copy streams first, then the compute streams of `split`.
+  std::vector<StreamId> streams() const;
+  AddressRange window() const { return AddressRange::of(window_.memory(), plan_.window_bytes); }
+
+ private:
+  static constexpr std::size_t kNumKinds = 2;
+
+  /// Device memory that is given back at the end of the scope.
+  class DeviceMemory {
+   public:
+    DeviceMemory(Device& device, std::size_t size_bytes);
+    DeviceMemory(DeviceMemory&& other) noexcept;
+    DeviceMemory& operator=(DeviceMemory&&) = delete;
+    ~DeviceMemory();
+    std::byte* memory() const { return memory_; }
+
+   private:
+    Device& device_;
+    std::byte* memory_ = nullptr;
+  };
+
+  struct UnitState {
+    std::byte* memory = nullptr;  // the place; nullptr for a resident unit
+    EventId ready = kNoEvent;     // recorded behind each onload
+    EventId free = kNoEvent;      // recorded behind each use
+    bool whole = false;    // the place holds the master's bytes, or will behind `ready`
+    bool awaited = false;  // whole and expected to be used: no prefetch may overwrite it
+    bool fresh = false;    // whole and not used since
+    std::uint32_t acquired = 0;      // uses under way (a module may call itself)
+    StreamId used_on = kNoStream;    // stream of the use under way, or of the last one
+    StreamId left = kNoStream;       // `split`: the stream to go back to
+    StreamId loaded_on = kNoStream;  // stream that `ready` was recorded on
+    std::uint64_t generation = 0;
+    std::uint64_t copied_in_pass = 0;
+    // For each copy stream: the event that it must wait for before it writes into this range
+    // again. Closes write-after-read (`free`) and write-after-write (`ready`).
+    std::array<EventId, kNumKinds> pending{kNoEvent, kNoEvent};
+  };
+
+  std::size_t copy_stream_index(UnitIndex unit) const;
+  StreamId copy_stream(UnitIndex unit);
+  StreamId enter_compute_stream(UnitIndex unit);
+  void leave_compute_stream(UnitState& state);
+  void restore_current_stream(UnitState& state);
+  void order_after(StreamId later, StreamId earlier);
+  bool may_overwrite(UnitIndex unit, bool awaited_too) const;
+  void onload(UnitIndex unit);
+  void onload_on_demand(UnitIndex unit);
+  void prefetch_ahead();
+  void forget_expectations();
+  void give_own_place(UnitIndex unit);
+  void quiesce(StreamId stream) noexcept;
+  UnitState& held_state(UnitIndex unit);
+
+  Device& device_;
+  Loader& loader_;
+  Plan plan_;
+  PipelineOptions options_;
+  Policy policy_;
+  Order order_;
+  DeviceMemory window_;
+  std::vector<DeviceMemory> own_places_;  // of units that are called inside one they overlap
+  std::vector<UnitState> states_;
+  std::vector<UnitStats> unit_stats_;
+  Stats stats_;
+  std::array<StreamId, kNumKinds> copy_streams_{kNoStream, kNoStream};  // equal in `shared`
+  std::array<StreamId, kNumKinds> compute_streams_{kNoStream, kNoStream};  // `split` only
+  EventId handover_ = kNoEvent;  // recorded on the stream left, waited for by the one entered
+  UnitIndex current_ = kNoUnit;  // the unit acquired last; copies run ahead of it
+  std::uint64_t pass_ = 0;
+  std::uint32_t nesting_ = 0;                // wrapped calls under way; guarded by owner_
+  std::atomic<std::thread::id> owner_{};     // thread whose pass is running, or none
+};
+
+}  // namespace torch_offload

@@ -1,0 +1,209 @@
+#include "core/plan.h"
+
+#include <algorithm>
+#include <map>
+#include <string>
+#include <utility>
+
+#include "core/error.h"
+
+namespace torch_offload {
+
+namespace {
+
+// Leaves need less than a layer ahead: 2.5 times the largest kept the link busy to within 1 % at
+// every measured shape, see docs/design.md, Note [How far ahead].
+constexpr double kLeafDepth = 2.5;
+
+// Candidate windows grow in steps of this part of the largest unit.
+constexpr std::size_t kWindowSteps = 64;
+
+// Resident sets are tried in steps of this part of all bytes.
+constexpr std::size_t kResidentSteps = 256;
+
+/// The streamed units of a plan, in their order, and where each lies.
+struct Ring {
+  std::vector<UnitIndex> order;
+  std::vector<std::size_t> sizes;
+  std::vector<ByteRange> places;
+  std::size_t window_bytes = 0;
+};
+
+void place(Ring& ring, std::size_t window_limit) {
+  ring.places.clear();
+  ring.window_bytes = 0;
+  std::size_t cursor = 0;
+  for (const std::size_t size : ring.sizes) {
+    if (cursor + size > window_limit) {
+      cursor = 0;
+    }
+    ring.places.push_back({cursor, cursor + size});
+    cursor += size;
+    ring.window_bytes = std::max(ring.window_bytes, cursor);
+  }
+}
+
+/// Whether, while any unit is in use, copies may run `depth_bytes` ahead of it, and at least one
+/// unit, across the seam from the last unit to the first as well.
+bool runs_ahead(const Ring& ring, std::size_t depth_bytes) {
+  const std::size_t count = ring.sizes.size();
+  for (std::size_t used = 0; used < count; ++used) {
+    std::size_t ahead_bytes = 0;
+    for (std::size_t step = 1; step < count && (step == 1 || ahead_bytes < depth_bytes); ++step) {
+      const std::size_t next = (used + step) % count;
+      for (std::size_t other = 0; other < step; ++other) {
+        if (ring.places[next].overlaps(ring.places[(used + other) % count])) {
+          return false;
+        }
+      }
+      ahead_bytes += ring.sizes[next];
+    }
+  }
+  return true;
+}
+
+/// Finds the smallest window that lets copies run ahead as asked. Ends at the latest where every
+/// unit has bytes of its own.
+Ring smallest_ring(const std::vector<Unit>& units, const std::vector<bool>& resident,
+                   std::size_t depth_bytes) {
+  Ring ring;
+  std::size_t total = 0;
+  std::size_t largest = 0;
+  for (std::size_t i = 0; i < units.size(); ++i) {
+    if (!resident[i]) {
+      ring.order.push_back(static_cast<UnitIndex>(i));
+      ring.sizes.push_back(units[i].size_bytes);
+      total += units[i].size_bytes;
+      largest = std::max(largest, units[i].size_bytes);
+    }
+  }
+  const std::size_t step = std::max(aligned_size(largest / kWindowSteps), kAlignmentBytes);
+  // While the largest unit is in use, the bytes ahead of it need room beside it.
+  std::size_t window = std::min(largest + depth_bytes, total);
+  for (std::size_t tries = 1; window < total; ++tries) {
+    place(ring, window);
+    if (runs_ahead(ring, depth_bytes)) {
+      return ring;
+    }
+    // Past the first rounds the search need not be fine any more, only short.
+    window += step * (1 + tries / (4 * kWindowSteps));
+  }
+  place(ring, total);
+  return ring;
+}
+
+/// Marks units until `share` of all bytes is resident, evenly along the order: each unit earns
+/// its part of the share and stays when enough has been earned.
+std::vector<bool> choose_resident(const std::vector<Unit>& units, double share) {
+  std::vector<bool> resident(units.size(), false);
+  double earned = 0;
+  for (std::size_t i = 0; i < units.size(); ++i) {
+    const auto size = static_cast<double>(units[i].size_bytes);
+    earned += share * size;
+    if (earned >= size) {
+      resident[i] = true;
+      earned -= size;
+    }
+  }
+  return resident;
+}
+
+std::size_t resident_bytes(const std::vector<Unit>& units, const std::vector<bool>& resident) {
+  std::size_t sum = 0;
+  for (std::size_t i = 0; i < units.size(); ++i) {
+    sum += resident[i] ? units[i].size_bytes : 0;
+  }
+  return sum;
+}
+
+std::size_t default_depth_bytes(const std::vector<Unit>& units) {
+  std::map<std::uint32_t, std::size_t> layers;
+  std::size_t largest = 0;
+  for (const Unit& unit : units) {
+    layers[unit.layer_index] += unit.size_bytes;
+    largest = std::max(largest, unit.size_bytes);
+  }
+  std::size_t layer = 0;
+  for (const auto& [index, size_bytes] : layers) {
+    layer = std::max(layer, size_bytes);
+  }
+  return std::min(layer, static_cast<std::size_t>(kLeafDepth * static_cast<double>(largest)));
+}
+
+void check_units(const std::vector<Unit>& units) {
+  for (const Unit& unit : units) {
+    if (unit.size_bytes == 0 || unit.size_bytes % kAlignmentBytes != 0) {
+      throw ValueError("expected the size of unit '" + unit.name + "' to be a positive multiple of " +
+                       std::to_string(kAlignmentBytes) + " bytes, got " +
+                       std::to_string(unit.size_bytes) + "; use aligned_size()");
+    }
+  }
+}
+
+Plan plan_from(const std::vector<Unit>& units, const Ring& ring, std::size_t depth_bytes) {
+  Plan plan;
+  plan.units = units;
+  plan.places.resize(units.size());
+  plan.overlaps.resize(units.size());
+  plan.window_bytes = ring.window_bytes;
+  plan.depth_bytes = depth_bytes;
+  plan.resident_bytes = 0;
+  for (std::size_t i = 0; i < ring.order.size(); ++i) {
+    plan.places[ring.order[i]] = ring.places[i];
+    for (std::size_t j = 0; j < ring.order.size(); ++j) {
+      if (i != j && ring.places[i].overlaps(ring.places[j])) {
+        plan.overlaps[ring.order[i]].push_back(ring.order[j]);
+      }
+    }
+  }
+  for (std::size_t i = 0; i < units.size(); ++i) {
+    plan.resident_bytes += plan.places[i] ? 0 : units[i].size_bytes;
+  }
+  return plan;
+}
+
+}  // namespace
+
+std::size_t least_budget_bytes(const std::vector<Unit>& units) {
+  check_units(units);
+  return smallest_ring(units, std::vector<bool>(units.size(), false), 0).window_bytes;
+}
+
+Plan make_plan(const PlanRequest& request) {
+  const std::vector<Unit>& units = request.units;
+  check_units(units);
+  std::size_t depth_bytes = request.depth_bytes.value_or(default_depth_bytes(units));
+  const std::vector<bool> none(units.size(), false);
+  if (!request.budget_bytes) {
+    return plan_from(units, smallest_ring(units, none, depth_bytes), depth_bytes);
+  }
+
+  const std::size_t budget = *request.budget_bytes;
+  // A shallower window only where the asked one does not fit at all.
+  Ring ring = smallest_ring(units, none, depth_bytes);
+  while (ring.window_bytes > budget) {
+    if (depth_bytes == 0) {
+      throw ValueError("expected a budget of at least " + std::to_string(ring.window_bytes) +
+                       " bytes for the window, got " + std::to_string(budget) +
+                       "; raise gpu_budget, or use granularity='module', whose units are smaller");
+    }
+    depth_bytes = depth_bytes > kAlignmentBytes ? depth_bytes / 2 : 0;
+    ring = smallest_ring(units, none, depth_bytes);
+  }
+  for (std::size_t part = kResidentSteps; part > 0; --part) {
+    const std::vector<bool> resident =
+        choose_resident(units, static_cast<double>(part) / static_cast<double>(kResidentSteps));
+    const std::size_t kept = resident_bytes(units, resident);
+    if (kept > budget) {
+      continue;
+    }
+    Ring candidate = smallest_ring(units, resident, depth_bytes);
+    if (kept + candidate.window_bytes <= budget) {
+      ring = std::move(candidate);
+      break;
+    }
+  }
+  return plan_from(units, ring, depth_bytes);
+}
+
+}  // namespace torch_offload

@@ -1,0 +1,202 @@
+#include "host/host_device.h"
+
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "core/error.h"
+
+namespace torch_offload {
+
+/// One thread and its queue.
+class HostDevice::Worker {
+ public:
+  Worker() : thread_([this] { work(); }) {}
+
+  ~Worker() {
+    submit(nullptr);
+    thread_.join();
+  }
+
+  void submit(std::function<void()> task) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.push_back(std::move(task));
+    }
+    has_task_.notify_one();
+  }
+
+ private:
+  void work() {
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      has_task_.wait(lock, [this] { return !tasks_.empty(); });
+      const std::function<void()> task = std::move(tasks_.front());
+      tasks_.pop_front();
+      lock.unlock();
+      if (task == nullptr) {
+        return;
+      }
+      task();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable has_task_;
+  std::deque<std::function<void()>> tasks_;  // guarded by mutex_; nullptr ends the thread
+  std::thread thread_;                       // last: it uses all of the above
+};
+
+/// An event may be recorded many times; a wait means the record that came last before it. So a
+/// record draws a ticket, and an event is done for a waiter when it has reached the waiter's.
+struct HostDevice::Events {
+  struct Event {
+    std::uint64_t recorded = 0;
+    std::uint64_t done = 0;
+  };
+
+  std::uint64_t record(EventId event) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return ++events.at(event).recorded;
+  }
+
+  void finish(EventId event, std::uint64_t ticket) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      Event& state = events.at(event);
+      state.done = ticket > state.done ? ticket : state.done;
+    }
+    one_is_done.notify_all();
+  }
+
+  std::uint64_t last_ticket(EventId event) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return events.at(event).recorded;
+  }
+
+  bool is_done(EventId event, std::uint64_t ticket) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return events.at(event).done >= ticket;
+  }
+
+  void block_until_done(EventId event, std::uint64_t ticket) {
+    std::unique_lock<std::mutex> lock(mutex);
+    one_is_done.wait(lock, [&] { return events.at(event).done >= ticket; });
+  }
+
+  std::mutex mutex;
+  std::condition_variable one_is_done;
+  std::deque<Event> events;  // guarded by mutex
+};
+
+HostDevice::HostDevice(ComputeStreams compute_streams)
+    : compute_streams_(compute_streams), events_(std::make_unique<Events>()) {
+  streams_.push_back({"caller", nullptr});
+}
+
+HostDevice::~HostDevice() {
+  if (in_forked_child()) {
+    // The threads are the parent's, and their locks may be held for ever here: leak on purpose.
+    for (auto& worker : workers_) {
+      static_cast<void>(worker.release());
+    }
+    static_cast<void>(events_.release());
+  }
+}
+
+const HostDevice::Stream& HostDevice::stream(StreamId stream) const {
+  check_internal(stream < streams_.size(), "no such stream");
+  return streams_[stream];
+}
+
+const std::string& HostDevice::stream_name(StreamId id) const { return stream(id).name; }
+
+StreamId HostDevice::do_create_stream(const StreamOptions& options) {
+  const bool is_inline =
+      options.role == StreamRole::kCompute && compute_streams_ == ComputeStreams::kInline;
+  if (!is_inline) {
+    workers_.push_back(std::make_unique<Worker>());
+  }
+  streams_.push_back({options.name, is_inline ? nullptr : workers_.back().get()});
+  return static_cast<StreamId>(streams_.size() - 1);
+}
+
+void HostDevice::do_set_current_stream(StreamId id) {
+  check_internal(id < streams_.size(), "no such stream");
+  current_stream_ = id;
+}
+
+void HostDevice::run(StreamId id, std::function<void()> work) {
+  if (Worker* worker = stream(id).worker) {
+    worker->submit(std::move(work));
+  } else {
+    work();
+  }
+}
+
+EventId HostDevice::do_create_event() {
+  const std::lock_guard<std::mutex> lock(events_->mutex);
+  events_->events.emplace_back();
+  return static_cast<EventId>(events_->events.size() - 1);
+}
+
+void HostDevice::do_record(EventId event, StreamId id) {
+  const std::uint64_t ticket = events_->record(event);
+  run(id, [events = events_.get(), event, ticket] { events->finish(event, ticket); });
+}
+
+void HostDevice::do_wait(StreamId id, EventId event) {
+  const std::uint64_t ticket = events_->last_ticket(event);
+  if (stream(id).worker == nullptr && !events_->is_done(event, ticket)) {
+    ++counters_.caller_waits;
+  }
+  run(id, [events = events_.get(), event, ticket] { events->block_until_done(event, ticket); });
+}
+
+bool HostDevice::do_is_done(EventId event) {
+  return events_->is_done(event, events_->last_ticket(event));
+}
+
+void HostDevice::do_synchronize(StreamId id) {
+  if (Worker* worker = stream(id).worker) {
+    std::mutex mutex;
+    std::condition_variable reached_end;
+    bool reached = false;
+    worker->submit([&] {
+      const std::lock_guard<std::mutex> lock(mutex);
+      reached = true;
+      reached_end.notify_one();  // under the lock: the waiter's stack goes away right after
+    });
+    std::unique_lock<std::mutex> lock(mutex);
+    reached_end.wait(lock, [&] { return reached; });
+  }
+}
+
+void HostDevice::do_copy(StreamId id, const Copy& copy) {
+  run(id, [copy] { std::memcpy(copy.destination, copy.source, copy.size_bytes); });
+}
+
+void HostDevice::do_fill(StreamId id, void* memory, std::size_t size_bytes, std::uint8_t value) {
+  run(id, [=] { std::memset(memory, value, size_bytes); });
+}
+
+void* HostDevice::do_allocate(std::size_t size_bytes) {
+  void* memory = std::aligned_alloc(kAlignmentBytes, aligned_size(size_bytes));
+  if (memory == nullptr) {
+    throw MemoryError("expected " + std::to_string(size_bytes) +
+                      " bytes of memory for the window, got none; use a smaller depth or budget");
+  }
+  return memory;
+}
+
+void HostDevice::do_free(void* memory) { std::free(memory); }
+
+// All memory is alike to a memcpy; that a copy's source was registered is checked by Device.
+void HostDevice::do_register_host(void* /*memory*/, std::size_t /*size_bytes*/) {}
+void HostDevice::do_unregister_host(void* /*memory*/) {}
+
+}  // namespace torch_offload

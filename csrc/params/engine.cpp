@@ -1,0 +1,371 @@
+#include "params/engine.h"
+
+#include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <chrono>
+#include <exception>
+#include <utility>
+
+#include "core/error.h"
+
+namespace py = pybind11;
+
+namespace torch_offload {
+
+namespace {
+
+/// Adds the time until the end of the scope.
+class Stopwatch {
+ public:
+  explicit Stopwatch(std::uint64_t& sum_ns) : sum_ns_(sum_ns), start_(Clock::now()) {}
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+  ~Stopwatch() {
+    sum_ns_ += static_cast<std::uint64_t>(
+        std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start_).count());
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  std::uint64_t& sum_ns_;
+  Clock::time_point start_;
+};
+
+std::vector<std::size_t> streamed_sizes(const Plan& plan) {
+  std::vector<std::size_t> sizes;
+  for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
+    sizes.push_back(plan.is_resident(unit) ? 0 : plan.units[unit].size_bytes);
+  }
+  return sizes;
+}
+
+}  // namespace
+
+std::size_t Engine::unit_size_bytes(const std::vector<std::size_t>& parameter_size_bytes) {
+  std::size_t sum = 0;
+  for (const std::size_t size_bytes : parameter_size_bytes) {
+    sum += aligned_size(size_bytes);
+  }
+  return sum;
+}
+
+Engine::Engine(std::shared_ptr<Device> device, const at::Device& torch_device, Plan plan,
+               const PipelineOptions& options,
+               std::vector<std::vector<ParameterSpec>> parameters)
+    : device_(std::move(device)), torch_device_(torch_device), units_(plan.units.size()) {
+  if (parameters.size() != plan.units.size()) {
+    throw ValueError("expected parameters of " + std::to_string(plan.units.size()) +
+                     " units, as many as the plan has, got " + std::to_string(parameters.size()));
+  }
+  for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
+    std::size_t offset_bytes = 0;
+    for (ParameterSpec& spec : parameters[unit]) {
+      StreamedParameter parameter(std::move(spec.name), std::move(spec.parameter),
+                                  std::move(spec.slots), offset_bytes);
+      offset_bytes += aligned_size(parameter.size_bytes());
+      units_[unit].parameters.push_back(std::move(parameter));
+    }
+    if (offset_bytes != plan.units[unit].size_bytes) {
+      throw ValueError("expected unit '" + plan.units[unit].name + "' to hold " +
+                       std::to_string(plan.units[unit].size_bytes) + " bytes as planned, got " +
+                       std::to_string(offset_bytes));
+    }
+  }
+  const py::gil_scoped_release no_gil;
+  arena_ = std::make_shared<PinnedArena>(device_, streamed_sizes(plan));
+  pipeline_ = std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan), options);
+}
+
+Engine::~Engine() {
+  const py::gil_scoped_release no_gil;
+  pipeline_.reset();  // drains: before parameters, arena and device go
+}
+
+const Pipeline& Engine::pipeline() const {
+  if (pipeline_ == nullptr) {
+    throw StateError("expected a live handle, got one after remove(); call offload() again");
+  }
+  return *pipeline_;
+}
+
+void Engine::check_at_rest(const char* call) const {
+  if (!is_closed() && pipeline_->in_pass()) {
+    throw StateError(std::string("expected ") + call +
+                     " between forwards, got it while one is running; call it afterwards");
+  }
+}
+
+// --- in and out --------------------------------------------------------------------------------
+
+void Engine::move_in(UnitIndex unit) {
+  UnitParameters& entry = units_.at(unit);
+  std::byte* master = arena_->unit_memory(unit);
+  entry.is_moved_in = true;  // from the first parameter on there is something to move out
+  for (StreamedParameter& parameter : entry.parameters) {
+    parameter.move_into(master + parameter.offset_bytes(), arena_,
+                        [&](const void* source, std::size_t size_bytes) {
+                          const py::gil_scoped_release no_gil;
+                          arena_->fill(unit, parameter.offset_bytes(), source, size_bytes);
+                        });
+  }
+  const py::gil_scoped_release no_gil;
+  arena_->seal_up_to(unit);
+}
+
+std::vector<std::string> Engine::move_out(UnitIndex unit) {
+  check_at_rest("moving weights");
+  UnitParameters& entry = units_.at(unit);
+  std::vector<std::string> moved_elsewhere;
+  if (std::exchange(entry.is_moved_in, false)) {
+    for (StreamedParameter& parameter : entry.parameters) {
+      if (parameter.is_moved_in() && !parameter.move_out()) {
+        moved_elsewhere.push_back(parameter.name());
+      }
+    }
+  }
+  return moved_elsewhere;
+}
+
+void Engine::refresh() {
+  check_at_rest("refresh()");
+  for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
+    if (!pipeline().plan().is_resident(unit)) {
+      pipeline_->invalidate(unit);
+    }
+  }
+}
+
+void Engine::close() {
+  check_at_rest("remove()");
+  const py::gil_scoped_release no_gil;
+  pipeline_.reset();
+}
+
+// --- one call ----------------------------------------------------------------------------------
+
+void Engine::enter(CallToken& token) {
+  const Stopwatch stopwatch(cpu_ns_);
+  pipeline();
+  pipeline_->enter();
+  token.entered_ = true;
+}
+
+void Engine::acquire(CallToken& token, UnitIndex unit) {
+  enter(token);  // first of all: it refuses a second thread before anything is read
+  const Stopwatch stopwatch(cpu_ns_);
+  UnitParameters& entry = units_.at(unit);
+  if (entry.uses == 0) {
+    warn_of_backward(entry);
+    adopt_edits(unit);
+  }
+  std::byte* place = nullptr;
+  {
+    const py::gil_scoped_release no_gil;
+    place = pipeline_->acquire(unit);
+  }
+  token.unit_ = unit;
+  if (entry.uses++ == 0) {
+    for (StreamedParameter& parameter : entry.parameters) {
+      parameter.note_acquired();
+      parameter.show_place(place, torch_device_);
+    }
+  }
+  if (at::autocast::is_autocast_cache_enabled()) {
+    // The cache would keep a cast copy of every streamed weight: the model fills the device, and
+    // edits of the masters go unseen.
+    token.autocast_cache_ = true;
+    at::autocast::set_autocast_cache_enabled(false);
+  }
+}
+
+void Engine::warn_of_backward(const UnitParameters& entry) {
+  if (has_warned_of_backward_ || !at::GradMode::is_enabled()) {
+    return;
+  }
+  for (const StreamedParameter& parameter : entry.parameters) {
+    if (parameter.parameter().requires_grad()) {
+      has_warned_of_backward_ = true;
+      const int raised = PyErr_WarnEx(
+          PyExc_UserWarning,
+          "torch_offload: this forward runs in grad mode, but a backward through streamed weights "
+          "is not supported and will raise; use torch.no_grad() or torch.inference_mode()",
+          1);
+      if (raised != 0) {
+        throw py::error_already_set();
+      }
+      return;
+    }
+  }
+}
+
+/// Brings the masters up to date with what the user did to the parameters at rest.
+void Engine::adopt_edits(UnitIndex unit) {
+  UnitParameters& entry = units_[unit];
+  // Bytes that were copied in an earlier pass may be older than an edit that no counter shows:
+  // `weight.data += d`, fused optimizers, numpy. Within a pass nobody edits behind our back.
+  const bool compares = pipeline_->copied_before_this_pass(unit) && !entry.is_compared;
+  bool is_stale = false;
+  for (StreamedParameter& parameter : entry.parameters) {
+    StreamedParameter::Edit edit = parameter.edit_since_copy();
+    if (edit == StreamedParameter::Edit::kReplaced) {
+      pipeline_->synchronize_onload(unit);  // a copy may still read the master that is rewritten
+      parameter.adopt_replacement();
+    }
+    is_stale = is_stale || edit != StreamedParameter::Edit::kNone ||
+               (compares && !(entry.is_sampled && parameter.sample_is_equal()));
+  }
+  entry.is_compared = true;
+  if (is_stale && pipeline_->is_whole(unit)) {
+    pipeline_->invalidate(unit);
+  }
+}
+
+StreamId Engine::load(UnitIndex unit, std::byte* place, StreamId copy_stream,
+                      std::uint64_t generation) {
+  for (const CopySegment& segment : arena_->segments(unit)) {
+    device_->copy(copy_stream, {place + segment.offset, segment.source, segment.size_bytes,
+                                unit, generation});
+  }
+  UnitParameters& entry = units_[unit];
+  for (StreamedParameter& parameter : entry.parameters) {
+    parameter.note_copied();
+  }
+  entry.is_sampled = false;
+  entry.is_compared = true;
+  return copy_stream;
+}
+
+void Engine::release(CallToken& token) {
+  if (!std::exchange(token.entered_, false)) {
+    return;
+  }
+  const Stopwatch stopwatch(cpu_ns_);
+  std::exception_ptr failure;
+  std::string edited;
+  if (token.autocast_cache_) {
+    at::autocast::set_autocast_cache_enabled(*token.autocast_cache_);
+  }
+  if (token.unit_ != kNoUnit) {
+    const UnitIndex unit = std::exchange(token.unit_, kNoUnit);
+    UnitParameters& entry = units_[unit];
+    if (--entry.uses == 0) {
+      // The parameters first: whatever fails later, the model is at rest.
+      const bool bumps = at::GradMode::is_enabled();
+      for (StreamedParameter& parameter : entry.parameters) {
+        if (edited.empty() && parameter.was_changed_in_forward()) {
+          edited = parameter.name();
+        }
+        parameter.show_master();
+        if (bumps) {
+          parameter.bump_version();
+        }
+      }
+    }
+    try {
+      const py::gil_scoped_release no_gil;
+      pipeline_->release(unit);
+    } catch (...) {
+      failure = std::current_exception();
+    }
+  }
+  pipeline_->leave(token.completed && failure == nullptr && edited.empty());
+  if (!pipeline_->in_pass()) {
+    end_pass();
+  }
+  if (failure != nullptr) {
+    std::rethrow_exception(failure);
+  }
+  if (!edited.empty() && token.completed) {
+    throw StateError("expected a forward that leaves its streamed weights alone, got one that "
+                     "changes '" + edited + "'; the change is lost and the weight is as before: "
+                     "keep it on the device with resident=['" + edited + "']");
+  }
+}
+
+/// What is still whole may be used in the next pass without a copy: takes the samples that tell
+/// then whether its masters are still the same.
+void Engine::end_pass() {
+  for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
+    UnitParameters& entry = units_[unit];
+    entry.is_compared = false;
+    if (pipeline_->is_whole(unit) && !entry.is_sampled) {
+      for (StreamedParameter& parameter : entry.parameters) {
+        parameter.take_sample();
+      }
+      entry.is_sampled = true;
+    }
+  }
+}
+
+// --- outputs -----------------------------------------------------------------------------------
+
+py::object Engine::finish(CallToken& token, py::object output) const {
+  if (token.unit_ != kNoUnit) {
+    output = outside_window(output);
+  }
+  token.completed = true;
+  return output;
+}
+
+/// The same output, tensors whose storage lies in the window replaced by clones: the next unit
+/// would overwrite them. Looks into tuples, lists and dicts.
+py::object Engine::outside_window(const py::handle& output) const {
+  if (THPVariable_Check(output.ptr())) {
+    const at::Tensor& tensor = THPVariable_Unpack(output.ptr());
+    if (tensor.has_storage()) {
+      const auto address = reinterpret_cast<std::uintptr_t>(tensor.storage().data());
+      const AddressRange window = pipeline_->window();
+      if (window.begin <= address && address < window.end) {
+        return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor.clone()));
+      }
+    }
+  } else if (PyTuple_Check(output.ptr())) {
+    const auto tuple = py::reinterpret_borrow<py::tuple>(output);
+    py::list items;
+    bool is_changed = false;
+    for (const py::handle item : tuple) {
+      py::object outside = outside_window(item);
+      is_changed = is_changed || !outside.is(item);
+      items.append(std::move(outside));
+    }
+    if (is_changed) {
+      return PyTuple_CheckExact(output.ptr()) ? py::object(py::tuple(items))
+                                              : output.attr("_make")(items);
+    }
+  } else if (PyList_Check(output.ptr())) {
+    const auto list = py::reinterpret_borrow<py::list>(output);
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      py::object outside = outside_window(list[i]);
+      if (!outside.is(list[i])) {
+        list[i] = outside;
+      }
+    }
+  } else if (PyDict_Check(output.ptr())) {
+    const auto dict = py::reinterpret_borrow<py::dict>(output);
+    py::dict changed;
+    for (const auto& [key, value] : dict) {
+      py::object outside = outside_window(value);
+      if (!outside.is(value)) {
+        changed[key] = outside;
+      }
+    }
+    for (const auto& [key, value] : changed) {
+      output.attr("__setitem__")(key, value);
+    }
+  }
+  return py::reinterpret_borrow<py::object>(output);
+}
+
+// --- reports -----------------------------------------------------------------------------------
+
+std::vector<std::string> Engine::parameter_names(UnitIndex unit) const {
+  std::vector<std::string> names;
+  for (const StreamedParameter& parameter : units_.at(unit).parameters) {
+    names.push_back(parameter.name());
+  }
+  return names;
+}
+
+}  // namespace torch_offload

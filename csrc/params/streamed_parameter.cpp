@@ -1,0 +1,188 @@
+#include "params/streamed_parameter.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <cstring>
+#include <sstream>
+#include <utility>
+
+#include "core/error.h"
+#include "core/unit.h"
+
+namespace torch_offload {
+
+StreamedParameter::StreamedParameter(std::string name, at::Tensor parameter,
+                                     std::vector<ParameterSlot> slots, std::size_t offset_bytes)
+    : name_(std::move(name)),
+      slots_(std::move(slots)),
+      parameter_(std::move(parameter)),
+      sizes_(parameter_.sizes().vec()),
+      strides_(parameter_.strides().vec()),
+      dtype_(parameter_.scalar_type()),
+      former_device_(parameter_.device()),
+      offset_bytes_(offset_bytes),
+      size_bytes_(parameter_.nbytes()) {
+  if (parameter_.layout() != at::kStrided || parameter_.is_inference() ||
+      !parameter_.is_non_overlapping_and_dense()) {
+    throw ValueError("expected parameter '" + name_ +
+                     "' to be a dense strided tensor made outside inference mode, got one that is "
+                     "not; keep it on the device with resident=['" +
+                     name_ + "']");
+  }
+}
+
+// The views are made outside inference mode, whatever mode the caller is in: an inference tensor
+// has no version counter, and a normal parameter cannot show its data.
+at::Tensor StreamedParameter::view_of(void* memory, const at::Device& device,
+                                      std::shared_ptr<void> owner) const {
+  const c10::InferenceMode no_inference(false);
+  // A storage of its own: what is saved or shared of a master is its bytes, not the arena's.
+  return at::from_blob(
+      memory, sizes_, strides_, [owner = std::move(owner)](void*) {},
+      at::TensorOptions().dtype(dtype_).device(device), device);
+}
+
+std::int64_t StreamedParameter::version() const {
+  return static_cast<std::int64_t>(parameter_.unsafeGetTensorImpl()->version_counter().current_version());
+}
+
+void StreamedParameter::bump_version() {
+  parameter_.unsafeGetTensorImpl()->bump_version();
+  copied_version_ += copied_version_ == version() - 1 ? 1 : 0;
+}
+
+void StreamedParameter::move_into(
+    std::byte* master, std::shared_ptr<void> owner,
+    const std::function<void(const void* source, std::size_t size_bytes)>& fill) {
+  owner_ = std::move(owner);
+  master_ = view_of(master, at::kCPU, owner_);
+  if (parameter_.device().is_cpu()) {
+    fill(parameter_.const_data_ptr(), size_bytes_);
+  } else {
+    const c10::NoGradGuard no_grad;
+    master_.copy_(parameter_);
+  }
+  show_master();
+}
+
+bool StreamedParameter::move_out() {
+  const c10::InferenceMode no_inference(false);
+  const c10::NoGradGuard no_grad;
+  bool fits = true;
+  const auto copy_on = [&](const at::Device& device) {
+    at::Tensor copy = at::empty_strided(
+        sizes_, strides_, at::TensorOptions().dtype(dtype_).device(device));
+    copy.copy_(master_);
+    return copy;
+  };
+  at::Tensor plain;
+  try {
+    plain = copy_on(former_device_);
+  } catch (const c10::OutOfMemoryError&) {
+    fits = false;
+    plain = copy_on(at::kCPU);
+  }
+  parameter_.set_data(plain);
+  master_.reset();
+  place_.reset();
+  owner_.reset();
+  return fits;
+}
+
+void StreamedParameter::show_place(std::byte* unit_place, const at::Device& device) {
+  std::byte* memory = unit_place + offset_bytes_;
+  if (!place_.defined() || place_.const_data_ptr() != memory) {
+    place_ = view_of(memory, device, nullptr);
+  }
+  show(place_);
+}
+
+void StreamedParameter::show_master() { show(master_); }
+
+void StreamedParameter::show(const at::Tensor& data) {
+  parameter_.set_data(data);
+  shown_ = data.const_data_ptr();
+}
+
+at::Tensor StreamedParameter::found_parameter() const {
+  at::Tensor found = parameter_;
+  for (const ParameterSlot& slot : slots_) {
+    PyObject* object = PyDict_GetItemWithError(slot.parameters.ptr(), slot.key.ptr());
+    if (object == nullptr || !THPVariable_Check(object)) {
+      throw StateError("expected parameter '" + name_ +
+                       "' to be where it was at offload(), got none; call handle.remove() before "
+                       "changing the structure of the model, and offload() again afterwards");
+    }
+    const at::Tensor& tensor = THPVariable_Unpack(object);
+    if (!tensor.is_same(parameter_)) {
+      found = tensor;
+    }
+  }
+  return found;
+}
+
+StreamedParameter::Edit StreamedParameter::edit_since_copy() const {
+  if (!found_parameter().is_same(parameter_) ||
+      parameter_.const_data_ptr() != master_.const_data_ptr() ||
+      parameter_.scalar_type() != dtype_ || parameter_.sizes() != at::IntArrayRef(sizes_) ||
+      parameter_.strides() != at::IntArrayRef(strides_)) {
+    return Edit::kReplaced;
+  }
+  return version() == copied_version_ ? Edit::kNone : Edit::kInPlace;
+}
+
+void StreamedParameter::adopt_replacement() {
+  const at::Tensor replacement = found_parameter();
+  const bool fits = replacement.scalar_type() == dtype_ &&
+                    replacement.sizes() == at::IntArrayRef(sizes_) &&
+                    replacement.layout() == at::kStrided && !replacement.is_inference() &&
+                    replacement.is_non_overlapping_and_dense();
+  if (!fits) {
+    const auto describe = [](const at::TensorOptions& options, at::IntArrayRef sizes) {
+      std::ostringstream text;
+      text << options.dtype() << " of shape " << sizes;
+      return text.str();
+    };
+    throw StateError("expected parameter '" + name_ + "' to be replaced by a dense " +
+                     describe(master_.options(), sizes_) + " as before, got " +
+                     describe(replacement.options(), replacement.sizes()) +
+                     "; call handle.remove() before changing it, and offload() again afterwards");
+  }
+  const c10::InferenceMode no_inference(false);
+  const c10::NoGradGuard no_grad;
+  const at::Tensor data = replacement.detach();
+  const bool has_own_bytes = data.const_data_ptr() != master_.const_data_ptr();
+  if (has_own_bytes && !replacement.is_same(parameter_)) {
+    parameter_.set_data(master_.clone());  // whoever still holds the former object keeps its values
+  }
+  strides_ = data.strides().vec();
+  master_ = view_of(master_.mutable_data_ptr(), at::kCPU, owner_);
+  place_.reset();  // its strides may have changed
+  if (has_own_bytes) {
+    master_.copy_(data);
+  }
+  parameter_ = replacement;
+  show_master();
+}
+
+bool StreamedParameter::was_changed_in_forward() const {
+  return version() != acquired_version_ || parameter_.const_data_ptr() != shown_;
+}
+
+StreamedParameter::Sample StreamedParameter::sampled_words() const {
+  // Evenly spread words; of a small parameter every byte, and some of them twice.
+  Sample sample{};
+  const auto* bytes = static_cast<const std::byte*>(master_.const_data_ptr());
+  const std::size_t word_bytes = std::min(size_bytes_, sizeof(std::uint64_t));
+  for (std::size_t i = 0; i < kSampleWords; ++i) {
+    const std::size_t position = (size_bytes_ - word_bytes) * i / (kSampleWords - 1);
+    std::memcpy(&sample[i], bytes + position, word_bytes);
+  }
+  return sample;
+}
+
+}  // namespace torch_offload

@@ -1,0 +1,113 @@
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace torch_offload {
+
+/// One entry of a module's `_parameters`: where the user's Parameter object is looked up.
+struct ParameterSlot {
+  pybind11::dict parameters;
+  pybind11::str key;
+};
+
+/// A parameter whose bytes wait in a master and pass through a place.
+///
+/// The user's Parameter object stays the same for good; what changes is the data that it shows. At
+/// rest it *is* its master, a CPU tensor with a storage of its own over its bytes of the arena.
+/// While its unit is in use it shows the place on the device.
+///
+/// Threads: as Pipeline; calls that say so need the GIL.
+class StreamedParameter {
+ public:
+  /// Takes note of the parameter; nothing is moved yet.
+  /// Throws: ValueError unless it is a plain, dense, strided tensor.
+  StreamedParameter(std::string name, at::Tensor parameter, std::vector<ParameterSlot> slots,
+                    std::size_t offset_bytes);
+
+  const std::string& name() const { return name_; }
+  std::size_t offset_bytes() const { return offset_bytes_; }
+  std::size_t size_bytes() const { return size_bytes_; }
+  const at::Tensor& parameter() const { return parameter_; }
+
+  /// Moves the bytes into `master` and shows it from now on.
+  ///
+  /// Blocking:  copies on the calling thread through `fill` (address in the master's unit, bytes),
+  ///            or from the device, waiting for it.
+  /// Lifetime:  `owner` keeps the master's memory alive for as long as any tensor shows it.
+  void move_into(std::byte* master, std::shared_ptr<void> owner,
+                 const std::function<void(const void* source, std::size_t size_bytes)>& fill);
+
+  bool is_moved_in() const { return master_.defined(); }
+  /// Copies the bytes into ordinary memory, on the device the parameter came from if they fit
+  /// there, and shows that. Returns whether they did fit.
+  bool move_out();
+
+  /// Shows the place that lies `offset_bytes` behind `unit_place`.
+  void show_place(std::byte* unit_place, const at::Device& device);
+  void show_master();
+
+  /// What an edit between two forwards did to the parameter.
+  enum class Edit {
+    kNone,      ///< Shows its master, at the version that was copied last.
+    kInPlace,   ///< The version has moved: the master's bytes are new.
+    kReplaced,  ///< Another Parameter object, or other data: they must be adopted first.
+  };
+  /// Compares object, pointer, shape, strides, dtype, version. Needs the GIL.
+  /// Throws: StateError if the parameter is gone.
+  Edit edit_since_copy() const;
+  /// Makes the replaced parameter's bytes the master's. Needs the GIL.
+  /// Throws: StateError if they have another shape, dtype or layout in memory.
+  void adopt_replacement();
+
+  /// Notes version, taken as what the copy issued now will hold.
+  void note_copied() { copied_version_ = version(); }
+  /// Takes a sample of the master's words, to be compared later.
+  void take_sample() { sample_ = sampled_words(); }
+  bool sample_is_equal() const { return sample_ == sampled_words(); }
+
+  /// Notes what the forward of the unit must leave alone.
+  void note_acquired() { acquired_version_ = version(); }
+  /// Whether anyone but us changed the parameter's version since, or the data that it shows.
+  bool was_changed_in_forward() const;
+  /// Counts as an in-place change for autograd, so that a backward through this use raises instead
+  /// of reading whatever the place holds by then. It is not an edit.
+  void bump_version();
+
+ private:
+  static constexpr std::size_t kSampleWords = 64;
+  using Sample = std::array<std::uint64_t, kSampleWords>;
+
+  std::int64_t version() const;
+  Sample sampled_words() const;
+  at::Tensor view_of(void* memory, const at::Device& device, std::shared_ptr<void> owner) const;
+  at::Tensor found_parameter() const;
+  void show(const at::Tensor& data);
+
+  std::string name_;
+  std::vector<ParameterSlot> slots_;
+  at::Tensor parameter_;  // the user's object
+  at::Tensor master_;
+  at::Tensor place_;
+  std::shared_ptr<void> owner_;   // of the master's memory
+  const void* shown_ = nullptr;   // the data that we let the parameter show last
+  std::vector<std::int64_t> sizes_;
+  std::vector<std::int64_t> strides_;
+  at::ScalarType dtype_;
+  at::Device former_device_;
+  std::size_t offset_bytes_ = 0;  // in its unit, of master and of place
+  std::size_t size_bytes_ = 0;
+  std::int64_t copied_version_ = -1;
+  std::int64_t acquired_version_ = -1;
+  Sample sample_{};
+};
+
+}  // namespace torch_offload

@@ -1,0 +1,26 @@
+"""Streams the weights of a transformer from host memory while the GPU computes."""
+
+from __future__ import annotations
+
+import torch  # noqa: F401  (the extension links against libtorch: it must be loaded first)
+
+from torch_offload._C import StateError
+from torch_offload.calls import probe as _probe
+from torch_offload.config import Config
+from torch_offload.handle import Handle, OffloadStats, UnitInfo, handle_of
+from torch_offload.offload import offload, offload_with
+from torch_offload.storage import align
+
+_probe()
+
+__all__ = [
+    "Config",
+    "Handle",
+    "OffloadStats",
+    "StateError",
+    "UnitInfo",
+    "align",
+    "handle_of",
+    "offload",
+    "offload_with",
+]

@@ -1,0 +1,45 @@
+"""Which device a forward runs on."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from torch_offload import _C
+
+
+def resolve_device(device: torch.device | str | int | None) -> torch.device:
+    """Returns the execution device, a CUDA device with its index.
+
+    ``None`` is the current CUDA device, or the host device where there is none, which a warning
+    says. Does not block; may initialize CUDA.
+
+    Raises:
+        ValueError: If the device is of another type, is not there, or this build cannot drive it.
+    """
+    if device is None:
+        if torch.cuda.is_available() and _C.has_cuda:
+            return torch.device("cuda", torch.cuda.current_device())
+        warnings.warn(
+            "torch_offload: no CUDA device found; weights are streamed through a window in host "
+            "memory (device='cpu'), which is for trying things out, not for speed",
+            stacklevel=3,
+        )
+        return torch.device("cpu")
+    resolved = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if resolved.type != "cuda":
+        raise ValueError(f"expected a 'cuda' or 'cpu' device, got '{resolved}'")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"expected a CUDA device that is there, got '{resolved}' on a machine where torch sees "
+            "none; use device='cpu' or device=None to try the host device"
+        )
+    index = torch.cuda.current_device() if resolved.index is None else resolved.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"expected a CUDA device index below {torch.cuda.device_count()}, got '{resolved}'"
+        )
+    return torch.device("cuda", index)

@@ -1,0 +1,238 @@
+"""What `offload` returns: the state of an offloaded model, and the way back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from torch_offload import _C
+from torch_offload.config import Config
+from torch_offload.report import report_of
+from torch_offload.sizes import format_size
+
+# Key in `vars(model)`. The model keeps its handle alive, never the other way round.
+HANDLE_KEY = "_torch_offload_handle"
+
+
+@dataclass(frozen=True)
+class OffloadStats:
+    """Counts since `offload`. Sizes in bytes.
+
+    Attributes:
+        forwards: Passes that were completed: calls of the model or of any part of it.
+        onloads: Copies of a whole unit into its place.
+        prefetched: Onloads issued before their unit was asked for.
+        misses: Units asked for that nobody had prefetched.
+        bytes_onloaded: Bytes of all onloads, padding between parameters included.
+        bytes_resident: Weights and buffers that stay on the device.
+        window_bytes: The one device allocation that streamed units pass through.
+        host_bytes: Page-locked host memory of the masters.
+        cpu_seconds: Time spent in our own calls during forwards.
+        hits: Units asked for that were still whole in their places.
+        extra_places: Units called inside one that they overlap, which got places of their own.
+    """
+
+    forwards: int
+    onloads: int
+    prefetched: int
+    misses: int
+    bytes_onloaded: int
+    bytes_resident: int
+    window_bytes: int
+    host_bytes: int
+    cpu_seconds: float
+    hits: int
+    extra_places: int
+
+
+@dataclass(frozen=True)
+class UnitInfo:
+    """One unit of an offloaded model.
+
+    Attributes:
+        name: Qualified name of its module.
+        layer_index: Running number of its layer.
+        kind: ``"mha"`` or ``"ffn"``.
+        size_bytes: Flat size, each parameter aligned to 256 bytes.
+        place: Its byte range ``(begin, end)`` in the window; None if it stays on the device.
+        parameters: Qualified names of its parameters.
+        acquired: How often it was used.
+        onloads: How often it was copied.
+        misses: How often it was asked for before its copy had been issued.
+    """
+
+    name: str
+    layer_index: int
+    kind: Literal["mha", "ffn"]
+    size_bytes: int
+    place: tuple[int, int] | None
+    parameters: tuple[str, ...]
+    acquired: int
+    onloads: int
+    misses: int
+
+
+class Handle:
+    """An offloaded model: counters, report, refresh, and the way back.
+
+    Made by `torch_offload.offload`. As a context manager it removes itself at the end.
+
+    Example:
+        >>> with torch_offload.offload(model) as handle:  # doctest: +SKIP
+        ...     model.generate(**inputs)
+        ...     handle.report()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: _C.Engine,
+        device: torch.device,
+        config: Config,
+        bytes_resident: int,
+        undo: Callable[[nn.Module], list[str]],
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._engine = engine
+        self._undo = undo
+        self._bytes_resident = bytes_resident
+        self.device = device
+        self.config = config
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, or None once it is gone."""
+        return self._model()
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether `remove` has given the plain model back."""
+        return self._engine.is_closed
+
+    @property
+    def stats(self) -> OffloadStats:
+        """Counts so far. Does not block.
+
+        Raises:
+            StateError: After `remove`.
+        """
+        stats = self._engine.stats
+        return OffloadStats(
+            forwards=stats.forwards,
+            onloads=stats.onloads,
+            prefetched=stats.prefetched,
+            misses=stats.misses,
+            bytes_onloaded=stats.bytes_onloaded,
+            bytes_resident=self._bytes_resident,
+            window_bytes=self._engine.plan.window_bytes,
+            host_bytes=self._engine.host_bytes,
+            cpu_seconds=self._engine.cpu_seconds,
+            hits=stats.hits,
+            extra_places=stats.extra_places,
+        )
+
+    @property
+    def units(self) -> Sequence[UnitInfo]:
+        """All units in their planned order, resident ones included. Does not block.
+
+        Raises:
+            StateError: After `remove`.
+        """
+        plan = self._engine.plan
+        infos = []
+        for index, (unit, place) in enumerate(zip(plan.units, plan.places, strict=True)):
+            stats = self._engine.unit_stats(index)
+            infos.append(
+                UnitInfo(
+                    name=unit.name,
+                    layer_index=unit.layer_index,
+                    kind="mha" if unit.kind == _C.UnitKind.mha else "ffn",
+                    size_bytes=unit.size_bytes,
+                    place=place,
+                    parameters=tuple(self._engine.parameter_names(index)),
+                    acquired=stats.acquired,
+                    onloads=stats.onloads,
+                    misses=stats.misses,
+                )
+            )
+        return infos
+
+    def report(self, console: Console | None = None) -> None:
+        """Prints a table of the units and what was streamed; names units that never ran.
+
+        Args:
+            console: Where to print; standard output if None.
+
+        Raises:
+            StateError: After `remove`.
+        """
+        (console or Console()).print(report_of(self))
+
+    def refresh(self) -> None:
+        """Reads all weights anew at their next use.
+
+        Edits of weights between two forwards are noticed by themselves: in-place operations,
+        optimizers, ``load_state_dict``, LoRA merges, replaced parameters. What may be missed is an
+        edit of a few elements of a weight through ``.data`` or numpy, which moves no counter and
+        may touch none of the 64 words that are compared: call `refresh` after such an edit.
+
+        Does not block.
+
+        Raises:
+            StateError: During a forward, or after `remove`.
+        """
+        self._engine.refresh()
+
+    def remove(self) -> None:
+        """Gives the plain model back: its weights in ordinary memory, on their former devices.
+
+        The Parameter objects stay the same. Weights whose former device has no room for them any
+        more stay on the CPU, and a warning names them. Blocks while copying. A second call does
+        nothing.
+
+        Raises:
+            StateError: During a forward.
+        """
+        if self.is_removed:
+            return
+        model = self._model()
+        if model is None:
+            self._engine.close()
+            return
+        self._undo(model)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        model = self._model()
+        name = "a deleted model" if model is None else type(model).__name__
+        if self.is_removed:
+            return f"<torch_offload.Handle of {name}, removed>"
+        streamed = [unit for unit in self.units if unit.place is not None]
+        return (
+            f"<torch_offload.Handle of {name} on {self.device}: mode={self.config.mode!r}, "
+            f"{len(streamed)} units of {format_size(sum(u.size_bytes for u in streamed))} streamed "
+            f"through {format_size(self._engine.plan.window_bytes)}, "
+            f"{format_size(self._bytes_resident)} resident>"
+        )
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """Returns the handle of an offloaded model, or None for a plain one."""
+    return vars(model).get(HANDLE_KEY)

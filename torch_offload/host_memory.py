@@ -1,0 +1,46 @@
+"""How much host memory moving a model into the arena really adds."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+
+class _FileMappings:
+    """Address ranges of this process that are backed by files: there is nothing to free in them."""
+
+    def __init__(self) -> None:
+        ranges = []
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5].startswith("/"):
+                begin, end = (int(address, 16) for address in fields[0].split("-"))
+                ranges.append((begin, end))
+        self._ranges = sorted(ranges)
+
+    def __contains__(self, address: int) -> bool:
+        position = bisect.bisect_right(self._ranges, (address, float("inf"))) - 1
+        return position >= 0 and self._ranges[position][1] > address
+
+
+def added_bytes(unit_parameters: Iterable[list[torch.Tensor]]) -> int:
+    """Returns the peak of host memory that is needed beyond what is in use now.
+
+    Units move one after the other and a pageable copy is freed at once, so parameters in ordinary
+    memory need one unit more at the peak; those on a device or mapped from a checkpoint file come
+    in full.
+    """
+    mappings = _FileMappings()
+    added = largest = 0
+    for parameters in unit_parameters:
+        unit_bytes = sum(parameter.nbytes for parameter in parameters)
+        largest = max(largest, unit_bytes)
+        added += sum(
+            parameter.nbytes
+            for parameter in parameters
+            if parameter.device.type != "cpu" or parameter.data_ptr() in mappings
+        )
+    return added + largest
