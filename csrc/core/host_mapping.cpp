@@ -43,6 +43,8 @@ struct ForkHandlers {
     for (const HostMapping* mapping : instance().live) {
       mapping->make_private();
     }
+    // From here on they are ordinary memory, which the child's own children inherit as it then is.
+    instance().live.clear();
     instance().mutex.unlock();
   }
 
