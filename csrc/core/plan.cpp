@@ -1,6 +1,8 @@
 #include "core/plan.h"
 
 #include <algorithm>
+#include <cstdint>
+#include <deque>
 #include <map>
 #include <string>
 #include <utility>
@@ -17,6 +19,9 @@ constexpr double kLeafDepth = 2.5;
 
 // Candidate windows grow in steps of this part of the largest unit.
 constexpr std::size_t kWindowSteps = 64;
+
+// So many windows are tried in such steps, and about as many again in coarser ones.
+constexpr std::size_t kFineTries = 256;
 
 // Resident sets are tried in steps of this part of all bytes.
 constexpr std::size_t kResidentSteps = 256;
@@ -45,27 +50,43 @@ void place(Ring& ring, std::size_t window_limit) {
 
 /// Whether, while any unit is in use, copies may run `depth_bytes` ahead of it, and at least one
 /// unit, across the seam from the last unit to the first as well.
+///
+/// Places follow each other upwards until the ring starts again at 0, so one sweep over two passes
+/// finds for each unit the first later one that meets its bytes: time linear in the units.
 bool runs_ahead(const Ring& ring, std::size_t depth_bytes) {
+  struct Occupant {
+    std::size_t step;           // of the sweep in which it was placed
+    std::size_t bytes_through;  // of all placed up to and including it
+  };
   const std::size_t count = ring.sizes.size();
-  for (std::size_t used = 0; used < count; ++used) {
-    std::size_t ahead_bytes = 0;
-    for (std::size_t step = 1; step < count && (step == 1 || ahead_bytes < depth_bytes); ++step) {
-      const std::size_t next = (used + step) % count;
-      for (std::size_t other = 0; other < step; ++other) {
-        if (ring.places[next].overlaps(ring.places[(used + other) % count])) {
-          return false;
-        }
-      }
-      ahead_bytes += ring.sizes[next];
+  std::vector<Occupant> below;  // placed since the ring started again, by address
+  std::deque<Occupant> above;   // placed before and not met since, by address
+  std::size_t bytes_before = 0;
+  for (std::size_t step = 0; step < 2 * count; ++step) {
+    const ByteRange& place = ring.places[step % count];
+    if (place.begin == 0) {
+      above.insert(above.begin(), below.begin(), below.end());
+      below.clear();
     }
+    while (!above.empty() && ring.places[above.front().step % count].begin < place.end) {
+      const Occupant met = above.front();
+      above.pop_front();
+      const std::size_t distance = step - met.step;
+      const bool is_ahead = distance == 1 || bytes_before - met.bytes_through < depth_bytes;
+      if (distance < count && is_ahead) {
+        return false;
+      }
+    }
+    bytes_before += ring.sizes[step % count];
+    below.push_back({step, bytes_before});
   }
   return true;
 }
 
-/// Finds the smallest window that lets copies run ahead as asked. Ends at the latest where every
-/// unit has bytes of its own.
+/// Finds the smallest window that lets copies run ahead as asked, or one above `window_limit` if
+/// none below is. Ends at the latest where every unit has bytes of its own.
 Ring smallest_ring(const std::vector<Unit>& units, const std::vector<bool>& resident,
-                   std::size_t depth_bytes) {
+                   std::size_t depth_bytes, std::size_t window_limit = SIZE_MAX) {
   Ring ring;
   std::size_t total = 0;
   std::size_t largest = 0;
@@ -79,14 +100,14 @@ Ring smallest_ring(const std::vector<Unit>& units, const std::vector<bool>& resi
   }
   const std::size_t step = std::max(aligned_size(largest / kWindowSteps), kAlignmentBytes);
   // While the largest unit is in use, the bytes ahead of it need room beside it.
-  std::size_t window = std::min(largest + depth_bytes, total);
-  for (std::size_t tries = 1; window < total; ++tries) {
+  std::size_t window = largest + std::min(depth_bytes, total - largest);
+  for (std::size_t tries = 1; window < total && window <= window_limit; ++tries) {
     place(ring, window);
     if (runs_ahead(ring, depth_bytes)) {
       return ring;
     }
     // Past the first rounds the search need not be fine any more, only short.
-    window += step * (1 + tries / (4 * kWindowSteps));
+    window += tries < kFineTries ? step : std::max(step, total / kFineTries);
   }
   place(ring, total);
   return ring;
@@ -197,7 +218,7 @@ Plan make_plan(const PlanRequest& request) {
     if (kept > budget) {
       continue;
     }
-    Ring candidate = smallest_ring(units, resident, depth_bytes);
+    Ring candidate = smallest_ring(units, resident, depth_bytes, budget - kept);
     if (kept + candidate.window_bytes <= budget) {
       ring = std::move(candidate);
       break;
