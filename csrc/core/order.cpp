@@ -1,6 +1,7 @@
 #include "core/order.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 namespace torch_offload {
@@ -14,17 +15,20 @@ void Order::end_pass(bool completed) {
   if (current_.empty()) {
     return;
   }
-  const UnitIndex first = current_.front();
-  if (last_first_ != kNoUnit) {
-    follower_[last_first_] = first;
-  }
-  last_first_ = first;
   if (completed) {
+    const UnitIndex first = current_.front();
+    // Where a run of like passes ends says nothing about where the next run will end: a decoder is
+    // expected to go on, for only the end of the run is a surprise then.
+    if (last_first_ != kNoUnit && !last_is_repeat_) {
+      follower_[last_first_] = first;
+    }
+    last_is_repeat_ = first == last_first_;
+    last_first_ = first;
     passes_[first] = current_;
   }
-  // What comes next is the start of the pass that is expected to follow this one.
-  const std::vector<UnitIndex>* sequence = sequence_starting_with(first);
-  expected_ = sequence_after(sequence != nullptr ? *sequence : static_order_);
+  // What comes next is the start of the pass that is expected to follow the last completed one.
+  const std::vector<UnitIndex>* last = sequence_starting_with(last_first_);
+  expected_ = last != nullptr ? sequence_after(*last, last_is_repeat_) : &static_order_;
   position_ = 0;
 }
 
@@ -33,8 +37,9 @@ const std::vector<UnitIndex>* Order::sequence_starting_with(UnitIndex first) con
   return found == passes_.end() ? nullptr : &found->second;
 }
 
-const std::vector<UnitIndex>* Order::sequence_after(const std::vector<UnitIndex>& sequence) const {
-  if (sequence.empty()) {
+const std::vector<UnitIndex>* Order::sequence_after(const std::vector<UnitIndex>& sequence,
+                                                   bool is_repeat) const {
+  if (sequence.empty() || is_repeat) {
     return &sequence;
   }
   const auto follower = follower_.find(sequence.front());
@@ -67,8 +72,8 @@ bool Order::advance(UnitIndex unit) {
                                               std::min(position_, sequence->size()));
     auto found = std::find(from, sequence->end(), unit);
     if (found == sequence->end()) {
-      found = std::find(sequence->begin(), from, unit);
-      found = found == from ? sequence->end() : found;
+      const auto before = std::find(std::make_reverse_iterator(from), sequence->rend(), unit);
+      found = before == sequence->rend() ? sequence->end() : std::prev(before.base());
     }
     if (found != sequence->end()) {
       expected_ = sequence;
@@ -79,9 +84,17 @@ bool Order::advance(UnitIndex unit) {
   return false;
 }
 
+Order::Walk::Walk(const Order& order)
+    : order_(order),
+      sequence_(order.expected_),
+      position_(order.position_),
+      is_repeat_(!sequence_->empty() && sequence_->front() == order.last_first_) {}
+
 UnitIndex Order::Walk::next() {
   if (position_ >= sequence_->size()) {
-    sequence_ = order_.sequence_after(*sequence_);
+    const std::vector<UnitIndex>* following = order_.sequence_after(*sequence_, is_repeat_);
+    is_repeat_ = following == sequence_;
+    sequence_ = following;
     position_ = 0;
   }
   return sequence_->empty() ? kNoUnit : (*sequence_)[position_++];

@@ -13,12 +13,14 @@ namespace torch_offload {
 /// A pass is remembered as its whole sequence, so a unit used many times in a pass is followed by
 /// the right one each time. Passes are told apart by their first unit: an encoder's and a
 /// decoder's, a prompt's and a speculator's are learned side by side, together with which pass
-/// followed which. Until a pass was seen, the static order stands in for it. A wrong guess costs
-/// time, never a result.
+/// followed which; one that has come twice in a row is expected to come again. Until a pass was
+/// seen, the static order stands in for it. A wrong guess costs time, never a result.
 class Order {
  public:
   /// `static_order` lists every unit once, as a forward is expected to call them.
   explicit Order(std::vector<UnitIndex> static_order);
+  Order(const Order&) = delete;  // it points into itself
+  Order& operator=(const Order&) = delete;
 
   void begin_pass();
   /// Remembers the pass, if it was `completed`: one cut short by an exception teaches nothing.
@@ -35,22 +37,24 @@ class Order {
 
    private:
     friend class Order;
-    Walk(const Order& order, const std::vector<UnitIndex>* sequence, std::size_t position)
-        : order_(order), sequence_(sequence), position_(position) {}
+    explicit Walk(const Order& order);
     const Order& order_;
     const std::vector<UnitIndex>* sequence_;
     std::size_t position_;
+    bool is_repeat_;  // whether the pass of `sequence_` is like the one before it
   };
-  Walk walk() const { return Walk(*this, expected_, position_); }
+  Walk walk() const { return Walk(*this); }
 
  private:
   const std::vector<UnitIndex>* sequence_starting_with(UnitIndex first) const;
-  const std::vector<UnitIndex>* sequence_after(const std::vector<UnitIndex>& sequence) const;
+  const std::vector<UnitIndex>* sequence_after(const std::vector<UnitIndex>& sequence,
+                                               bool is_repeat) const;
 
   std::vector<UnitIndex> static_order_;
   std::unordered_map<UnitIndex, std::vector<UnitIndex>> passes_;  // by their first unit
   std::unordered_map<UnitIndex, UnitIndex> follower_;  // first unit -> first of the next pass
-  UnitIndex last_first_ = kNoUnit;                     // of the pass before this one
+  UnitIndex last_first_ = kNoUnit;                     // of the last completed pass
+  bool last_is_repeat_ = false;                        // whether the one before it was like it
   std::vector<UnitIndex> current_;                     // this pass so far
   const std::vector<UnitIndex>* expected_;             // what this pass is taken for
   std::size_t position_ = 0;                           // in expected_: the next unit
