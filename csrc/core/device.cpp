@@ -170,8 +170,12 @@ void Device::free(void* memory) {
 }
 
 void Device::register_host(void* memory, std::size_t size_bytes) {
-  do_register_host(memory, size_bytes);
   const AddressRange range = AddressRange::of(memory, size_bytes);
+  const auto next = page_locked_.lower_bound(range.begin);
+  check_internal((next == page_locked_.end() || range.end <= next->first) &&
+                     (next == page_locked_.begin() || std::prev(next)->second <= range.begin),
+                 "registration of memory of which some is registered already");
+  do_register_host(memory, size_bytes);
   page_locked_.emplace(range.begin, range.end);
   ++counters_.registrations;
   counters_.registered_bytes += size_bytes;

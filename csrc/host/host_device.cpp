@@ -51,46 +51,45 @@ class HostDevice::Worker {
   std::thread thread_;                       // last: it uses all of the above
 };
 
-/// An event may be recorded many times; a wait means the record that came last before it. So a
-/// record draws a ticket, and an event is done for a waiter when it has reached the waiter's.
+/// An event may be recorded many times, on streams that run at different speeds; a wait means the
+/// record that came last before it, and no later one. So each record makes a marker of its own.
 struct HostDevice::Events {
-  struct Event {
-    std::uint64_t recorded = 0;
-    std::uint64_t done = 0;
+  struct Marker {
+    bool done = false;
   };
+  using MarkerRef = std::shared_ptr<Marker>;
 
-  std::uint64_t record(EventId event) {
+  MarkerRef record(EventId event) {
     const std::lock_guard<std::mutex> lock(mutex);
-    return ++events.at(event).recorded;
+    return last.at(event) = std::make_shared<Marker>();
   }
 
-  void finish(EventId event, std::uint64_t ticket) {
+  void finish(const MarkerRef& marker) {
     {
       const std::lock_guard<std::mutex> lock(mutex);
-      Event& state = events.at(event);
-      state.done = ticket > state.done ? ticket : state.done;
+      marker->done = true;
     }
     one_is_done.notify_all();
   }
 
-  std::uint64_t last_ticket(EventId event) {
+  MarkerRef last_record(EventId event) {
     const std::lock_guard<std::mutex> lock(mutex);
-    return events.at(event).recorded;
+    return last.at(event);
   }
 
-  bool is_done(EventId event, std::uint64_t ticket) {
+  bool is_done(const MarkerRef& marker) {
     const std::lock_guard<std::mutex> lock(mutex);
-    return events.at(event).done >= ticket;
+    return marker->done;
   }
 
-  void block_until_done(EventId event, std::uint64_t ticket) {
+  void block_until_done(const MarkerRef& marker) {
     std::unique_lock<std::mutex> lock(mutex);
-    one_is_done.wait(lock, [&] { return events.at(event).done >= ticket; });
+    one_is_done.wait(lock, [&] { return marker->done; });
   }
 
   std::mutex mutex;
   std::condition_variable one_is_done;
-  std::deque<Event> events;  // guarded by mutex
+  std::vector<MarkerRef> last;  // by EventId, as are the markers' contents: guarded by mutex
 };
 
 HostDevice::HostDevice(ComputeStreams compute_streams)
@@ -140,25 +139,26 @@ void HostDevice::run(StreamId id, std::function<void()> work) {
 
 EventId HostDevice::do_create_event() {
   const std::lock_guard<std::mutex> lock(events_->mutex);
-  events_->events.emplace_back();
-  return static_cast<EventId>(events_->events.size() - 1);
+  events_->last.emplace_back();
+  return static_cast<EventId>(events_->last.size() - 1);
 }
 
 void HostDevice::do_record(EventId event, StreamId id) {
-  const std::uint64_t ticket = events_->record(event);
-  run(id, [events = events_.get(), event, ticket] { events->finish(event, ticket); });
+  run(id, [events = events_.get(), marker = events_->record(event)] { events->finish(marker); });
 }
 
 void HostDevice::do_wait(StreamId id, EventId event) {
-  const std::uint64_t ticket = events_->last_ticket(event);
-  if (stream(id).worker == nullptr && !events_->is_done(event, ticket)) {
+  auto marker = events_->last_record(event);
+  if (stream(id).worker == nullptr && !events_->is_done(marker)) {
     ++counters_.caller_waits;
   }
-  run(id, [events = events_.get(), event, ticket] { events->block_until_done(event, ticket); });
+  run(id, [events = events_.get(), marker = std::move(marker)] {
+    events->block_until_done(marker);
+  });
 }
 
 bool HostDevice::do_is_done(EventId event) {
-  return events_->is_done(event, events_->last_ticket(event));
+  return events_->is_done(events_->last_record(event));
 }
 
 void HostDevice::do_synchronize(StreamId id) {

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <string>
@@ -67,7 +68,7 @@ class HostDevice : public Device {
   const Stream& stream(StreamId stream) const;
 
   ComputeStreams compute_streams_;
-  std::vector<Stream> streams_;
+  std::deque<Stream> streams_;  // a deque: stream_name() hands out references
   std::unique_ptr<Events> events_;
   std::vector<std::unique_ptr<Worker>> workers_;  // after events_: they use it until they are joined
   StreamId current_stream_ = kCallerStream;
