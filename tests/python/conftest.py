@@ -1,0 +1,75 @@
+"""What every Python test runs under: the guard of the masters, restored global state, devices."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.python.streamed_master_guard import LiveMasters, StreamedMasterGuard
+
+# With this set, a test that needs a GPU and finds none fails: a lane must not pass by skipping.
+REQUIRE_CUDA = os.environ.get("TORCH_OFFLOAD_REQUIRE_CUDA") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs_cuda: runs on a machine with a GPU only")
+    torch.set_num_threads(1)  # tiny models: a second thread costs more than it computes
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("needs_cuda") and not torch.cuda.is_available():
+        if REQUIRE_CUDA:
+            pytest.fail("TORCH_OFFLOAD_REQUIRE_CUDA=1, but torch sees no GPU")
+        pytest.skip("needs a GPU")
+
+
+@pytest.fixture(scope="session")
+def live_masters() -> Iterator[LiveMasters]:
+    """The masters of all handles that the tests make."""
+    with LiveMasters().watch() as live:
+        yield live
+
+
+@pytest.fixture(autouse=True)
+def master_guard(live_masters: LiveMasters) -> Iterator[StreamedMasterGuard]:
+    """Fails the test when a forward reads a streamed master, even if the test catches the error."""
+    with StreamedMasterGuard(live_masters) as guard:
+        yield guard
+    assert not guard.reads, f"masters were read during a forward: {guard.reads}"
+
+
+@pytest.fixture(autouse=True)
+def restored_state() -> Iterator[None]:
+    """Puts back the global state that models, libraries and tests change."""
+    dtype = torch.get_default_dtype()
+    grad = torch.is_grad_enabled()
+    cache = torch.is_autocast_cache_enabled()
+    autocast = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        random.seed(0)
+        torch.manual_seed(0)
+        yield
+    leaked = [
+        device for device, was in autocast.items() if torch.is_autocast_enabled(device) != was
+    ]
+    cache_now = torch.is_autocast_cache_enabled()
+    grad_now = torch.is_grad_enabled()
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad)
+    torch.set_autocast_cache_enabled(cache)
+    assert not leaked and cache_now == cache, "the test left autocast changed"
+    assert grad_now == grad, "the test left grad mode changed"
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where to run: the current GPU with its index, else the host device."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if REQUIRE_CUDA:
+        pytest.fail("TORCH_OFFLOAD_REQUIRE_CUDA=1, but torch sees no GPU")
+    return torch.device("cpu")

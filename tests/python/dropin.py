@@ -1,0 +1,150 @@
+"""Tiny models and comparisons for the tests of the drop-in rules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+import torch_offload
+from tests.python import expect
+
+VOCAB = 64
+
+
+def tiny_llama(**changes: Any) -> Any:
+    """A Llama of three layers, fp32, eval mode, with the same weights at every call."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+    return torch_offload.align(model.eval())
+
+
+class Mlp(nn.Module):
+    """Two linear layers and an activation."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """Attention-like and FFN-like halves; small, plain torch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = nn.Linear(width, width)
+        self.mlp = Mlp(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(x)
+        return x + self.mlp(x)
+
+
+class Stack(nn.Module):
+    """Blocks in a list, called in an order that the test may change."""
+
+    def __init__(self, num_blocks: int = 4, width: int = 16) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(num_blocks))
+        self.sequence = list(range(num_blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for index in self.sequence:
+            x = self.blocks[index](x)
+        return x
+
+
+def tiny_stack(num_blocks: int = 4, width: int = 16) -> Stack:
+    """A `Stack` with the same weights at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(12)
+        model = Stack(num_blocks, width)
+    torch_offload.align(model)
+    return model.eval()
+
+
+def tokens(device: torch.device, *, batch: int = 2, length: int = 6, seed: int = 3) -> torch.Tensor:
+    """Token ids, int64, [batch, length], none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (batch, length), generator=generator).to(device)
+
+
+def rows(device: torch.device, *, batch: int = 3, width: int = 16, seed: int = 4) -> torch.Tensor:
+    """Standard normal fp32, [batch, width]."""
+    return torch.randn(batch, width, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def plain_on(model: nn.Module, device: torch.device) -> Any:
+    """An aligned copy of a plain model on a device, to compare with."""
+    return torch_offload.align(copy.deepcopy(model)).to(device)
+
+
+@contextmanager
+def streamed(
+    model: nn.Module, device: torch.device, **options: Any
+) -> Iterator[torch_offload.Handle]:
+    """An offloaded model, removed at the end. Window so small that every unit must be copied."""
+    with torch_offload.offload(model, device, **({"depth": 0} | options)) as handle:
+        yield handle
+        if not handle.is_removed:
+            expect.assert_at_rest(handle)
+
+
+def assert_equal(got: Any, must: Any) -> None:
+    """Asserts that two outputs are of one type and equal to the last bit, all the way down."""
+    assert type(got) is type(must), f"got {type(got)}, expected {type(must)}"
+    if isinstance(must, torch.Tensor):
+        assert got.dtype == must.dtype and got.device == must.device
+        assert torch.equal(got, must), f"differs by up to {(got - must).abs().max()}"
+    elif isinstance(must, dict):
+        assert list(got) == list(must)
+        for key in must:
+            assert_equal(got[key], must[key])
+    elif isinstance(must, list | tuple):
+        assert len(got) == len(must)
+        for one, other in zip(got, must, strict=True):
+            assert_equal(one, other)
+
+
+def assert_streams_like_plain(
+    model: nn.Module,
+    plain: nn.Module,
+    handle: torch_offload.Handle,
+    run: Callable[[Any], Any],
+    *,
+    forwards: int = 2,
+    stale: tuple[str, ...] = (),
+) -> None:
+    """Asserts that `run` gives the plain model's bits, and has copied exactly what it must."""
+    with torch.no_grad():
+        must = run(plain)
+        with expect.watch(handle, stale=stale) as calls:
+            for _ in range(forwards):
+                assert_equal(run(model), must)
+    expect.assert_streams_exactly(calls)
+    expect.assert_at_rest(handle)

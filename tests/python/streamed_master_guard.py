@@ -1,0 +1,148 @@
+"""Fails when an operator reads a streamed master in a forward on the host device.
+
+There a unit that was never acquired computes right from its master, which is a valid CPU tensor:
+equal outputs prove nothing. Every Python test runs under this mode, see ``conftest.py``.
+"""
+
+from __future__ import annotations
+
+import bisect
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from torch_offload.handle import Handle
+
+# The engine itself reads and writes masters, to adopt what a user has replaced; its operators are
+# called from C++, so that the wrapper is the innermost Python frame.
+_OWN_FRAMES = ("torch_offload/calls.py",)
+# Between an operator's caller and us: this file, and torch's switch that keeps dynamo out of it.
+_MODE_FRAMES = (__file__, "torch/_dynamo/eval_frame.py")
+
+
+class StreamedMasterRead(AssertionError):
+    """A forward has read a weight at rest."""
+
+
+class _Masters:
+    """Where the masters of one live handle lie."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = weakref.ref(handle)
+        self.engine = weakref.ref(handle._engine)
+        names = {name for unit in handle.units if unit.place for name in unit.parameters}
+        model = handle.model
+        assert model is not None
+        self.spans = sorted(
+            (parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes, name)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if name in names
+        )
+
+    def in_pass(self) -> bool:
+        engine = self.engine()
+        return engine is not None and not engine.is_closed and engine.in_pass
+
+    def name_at(self, address: int) -> str | None:
+        position = bisect.bisect_right(self.spans, (address, sys.maxsize, "")) - 1
+        if position >= 0 and self.spans[position][0] <= address < self.spans[position][1]:
+            return self.spans[position][2]
+        return None
+
+
+class LiveMasters:
+    """The masters of all live handles on the host device. `watch` learns them, once a session."""
+
+    def __init__(self) -> None:
+        self._of_handles: list[_Masters] = []
+
+    @contextmanager
+    def watch(self) -> Iterator[LiveMasters]:
+        """Learns of every handle that is made meanwhile."""
+        plain_init = Handle.__init__
+        learn = self._learn
+
+        def learning_init(handle: Handle, *args: Any, **kwargs: Any) -> None:
+            plain_init(handle, *args, **kwargs)
+            learn(handle)
+
+        Handle.__init__ = learning_init  # type: ignore[method-assign]  # put back below
+        try:
+            yield self
+        finally:
+            Handle.__init__ = plain_init  # type: ignore[method-assign]  # as it was
+
+    def _learn(self, handle: Handle) -> None:
+        self._of_handles = [masters for masters in self._of_handles if masters.handle()]
+        if handle.device.type == "cpu":
+            self._of_handles.append(_Masters(handle))
+
+    def in_pass(self) -> list[_Masters]:
+        """The masters that nobody may read now."""
+        return [masters for masters in self._of_handles if masters.in_pass()]
+
+
+class StreamedMasterGuard(TorchDispatchMode):
+    """Raises `StreamedMasterRead` at an operator that reads a master during a forward.
+
+    Attributes:
+        reads: Names of the weights that were read so, in order; must be empty when a test ends.
+    """
+
+    def __init__(self, live: LiveMasters) -> None:
+        super().__init__()
+        self._live = live
+        self.reads: list[str] = []
+
+    @contextmanager
+    def expect_reads(self) -> Iterator[list[str]]:
+        """For a test that plants the fault: what is read inside is yielded, and forgiven."""
+        before, self.reads = self.reads, []
+        try:
+            yield self.reads
+        finally:
+            self.reads = before
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        in_pass = self._live.in_pass()
+        if in_pass and not func.is_view and not _is_own_call():
+            written = args[0] if _only_writes_first(func) and args else None
+            for leaf in tree_iter((args, kwargs)):
+                if isinstance(leaf, torch.Tensor) and leaf is not written:
+                    self._check(leaf, in_pass, func)
+        return func(*args, **kwargs)
+
+    def _check(self, tensor: torch.Tensor, in_pass: list[_Masters], func: Any) -> None:
+        try:
+            address = tensor.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError):
+            return  # a tensor without memory of its own: fake, or a wrapper
+        for masters in in_pass:
+            name = masters.name_at(address)
+            if name is not None:
+                self.reads.append(name)
+                raise StreamedMasterRead(
+                    f"{func} reads the master of '{name}' during a forward, outside its unit's call"
+                )
+
+
+def _is_own_call() -> bool:
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.endswith(_MODE_FRAMES):
+        frame = frame.f_back
+    return frame.f_code.co_filename.endswith(_OWN_FRAMES)
+
+
+@lru_cache(maxsize=4096)
+def _only_writes_first(func: Any) -> bool:
+    return func is torch.ops.aten.copy_.default

@@ -1,0 +1,96 @@
+"""The dispatch mode and the oracle themselves: planted faults are seen."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.python import expect
+from tests.python.dropin import assert_streams_like_plain, plain_on, rows, streamed, tiny_stack
+from tests.python.streamed_master_guard import StreamedMasterGuard, StreamedMasterRead
+from torch_offload.calls import unwrap
+
+HOST = torch.device("cpu")
+
+
+@torch.no_grad()
+def test_guard_unit_without_wrapper_is_seen(master_guard: StreamedMasterGuard) -> None:
+    model, x = tiny_stack(), rows(HOST)
+    must = model(x)
+    with streamed(model, HOST):
+        unwrap(model.blocks[1].mlp)  # the planted fault: this unit is never acquired
+        with (
+            master_guard.expect_reads() as reads,
+            pytest.raises(StreamedMasterRead, match=r"mlp\.up"),
+        ):
+            model(x)
+        assert len(reads) == 1 and reads[0].startswith("blocks.1.mlp.up.")
+    assert torch.equal(model(x), must)
+
+
+@torch.no_grad()
+def test_guard_swallowed_read_is_remembered(master_guard: StreamedMasterGuard) -> None:
+    model = tiny_stack()
+    with streamed(model, HOST):
+        forward = model.forward
+
+        def reads_outside(x: torch.Tensor) -> torch.Tensor:
+            try:
+                x = x + model.blocks[0].attn.weight.sum()
+            except AssertionError:
+                pass
+            return forward(x)
+
+        model.forward = reads_outside  # type: ignore[method-assign]  # the planted fault
+        with master_guard.expect_reads() as reads:
+            model(rows(HOST))
+        assert reads == ["blocks.0.attn.weight"]
+
+
+@torch.no_grad()
+def test_guard_reads_at_rest_are_allowed() -> None:
+    model = tiny_stack()
+    with streamed(model, HOST):
+        model(rows(HOST))
+        assert model.blocks[0].attn.weight.sum().isfinite()
+
+
+@pytest.mark.parametrize("mode", ["sync", "streams", "events", "pipeline"])
+@pytest.mark.parametrize("depth", [0, 4096, None])
+def test_oracle_static_order_is_exact_from_the_first_pass(mode: str, depth: int | None) -> None:
+    model = tiny_stack(5)
+    plain = plain_on(model, HOST)
+    x = rows(HOST)
+    with streamed(model, HOST, mode=mode, depth=depth) as handle:
+        assert_streams_like_plain(model, plain, handle, lambda m: m(x), forwards=3)
+        assert handle.stats.onloads >= 3 * len(handle.units)
+
+
+@torch.no_grad()
+def test_oracle_wrong_counts_are_seen() -> None:
+    model = tiny_stack()
+    with streamed(model, HOST) as handle:
+        with expect.watch(handle) as calls:
+            model(rows(HOST))
+        expect.assert_streams_exactly(calls)
+        one = calls.passes[0]
+        assert one.after is not None
+        one.after = dataclasses.replace(one.after, onloads=one.after.onloads - 1)
+        with pytest.raises(AssertionError, match="expected"):
+            expect.assert_streams_exactly(calls)
+
+
+@torch.no_grad()
+def test_oracle_changed_sequence_is_only_bounded() -> None:
+    model = tiny_stack()
+    x = rows(HOST)
+    with streamed(model, HOST) as handle:
+        with expect.watch(handle) as calls:
+            model(x)
+            model.sequence = [0, 2, 1, 3]
+            model(x)
+            model(x)
+        assert [expected.is_exact for expected in calls.expected] == [True, False, True]
+        expect.assert_streams_exactly(calls)
