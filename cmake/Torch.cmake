@@ -1,10 +1,10 @@
 # Imported targets for the installed torch: torch_offload::torch, ::torch_python and, when torch is
 # a CUDA build, ::torch_cuda.
 #
-# Note [Why not find_package(Torch)]: torch's own package demands a CUDA toolkit with a compiler,
-# an architecture list and a linkable libcudart.so as soon as torch is a CUDA build. We compile host
-# C++ only, and a fresh machine has neither; what we need is headers and a few shared libraries,
-# and torch and its PyPI dependencies bring those.
+# Note [Why not find_package(Torch)]: torch's own package demands a CUDA toolkit with a compiler, an
+# architecture list and a linkable libcudart.so as soon as torch is a CUDA build. We compile host
+# C++ only, and a fresh machine has neither; what we need is headers and a few shared libraries, and
+# torch and its PyPI dependencies bring those.
 
 find_package(
   Python 3.11
@@ -27,8 +27,8 @@ message(STATUS "torch ${TORCH_VERSION}, CUDA ${TORCH_CUDA_VERSION}, C++${TORCH_C
 # import_torch_library(NAME) makes torch_offload::NAME of the library that torch ships under it.
 function(import_torch_library name)
   add_library(torch_offload::${name} SHARED IMPORTED)
-  set_target_properties(torch_offload::${name} PROPERTIES IMPORTED_LOCATION
-                                                          ${TORCH_LIBRARY_DIR}/lib${name}.so)
+  set_property(TARGET torch_offload::${name} PROPERTY IMPORTED_LOCATION
+                                                      ${TORCH_LIBRARY_DIR}/lib${name}.so)
 endfunction()
 
 import_torch_library(c10)
@@ -50,6 +50,7 @@ if(TORCH_CUDA_VERSION)
   set_target_properties(torch_offload::cudart PROPERTIES IMPORTED_LOCATION ${TORCH_CUDART})
   import_torch_library(torch_cuda)
   target_include_directories(torch_offload::torch_cuda INTERFACE ${TORCH_CUDA_INCLUDE_DIRS})
-  target_link_libraries(torch_offload::torch_cuda INTERFACE torch_offload::torch
-                                                            torch_offload::c10_cuda torch_offload::cudart)
+  target_link_libraries(
+    torch_offload::torch_cuda INTERFACE torch_offload::torch torch_offload::c10_cuda
+                                        torch_offload::cudart)
 endif()

@@ -162,6 +162,25 @@ def find_torch() -> TorchFacts:
     )
 
 
+def _find_program(name: str) -> str | None:
+    """Returns the program of the interpreter's own environment, activated or not, else the PATH's."""
+    here = Path(sys.executable).parent
+    return shutil.which(name, path=f"{here}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+def find_cmake() -> tuple[str, list[str]]:
+    """Returns the cmake program, and the arguments that choose what it builds with.
+
+    Raises:
+        BuildError: There is no cmake, or nothing for it to build with.
+    """
+    cmake, ninja = _find_program("cmake"), _find_program("ninja")
+    if cmake is None or not (ninja or _find_program("make")):
+        missing = "cmake" if cmake is None else "ninja (or make)"
+        raise BuildError(f"{missing} is missing: `pip install cmake ninja`, then build again.")
+    return cmake, ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+
+
 def check_all() -> TorchFacts:
     """Runs every check, the cheapest first, and returns what is known of torch."""
     check_platform()
