@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
-#include <sstream>
+#include <memory>
 #include <string>
+#include <string_view>
+#include <system_error>
 
 #include "core/error.h"
 
@@ -18,31 +20,63 @@ namespace {
 
 constexpr char kOverride[] = "TORCH_OFFLOAD_HOST_MEMORY_CHECK";
 
+/// All of a small file; empty if it cannot be read.
+///
+/// Note [No numbers through iostreams]
+/// Inside a Python process another library may bring its own copy of the C++ runtime, and its
+/// locale facets take the place of ours: `stream >> number` was seen to give zero and call it good.
+/// So files are read as bytes and numbers by from_chars, which knows no locale.
+std::string text_of(const std::string& path) {
+  std::string text;
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "re"),
+                                                             &std::fclose);
+  std::array<char, 4096> block{};
+  while (file != nullptr) {
+    const std::size_t length = std::fread(block.data(), 1, block.size(), file.get());
+    if (length == 0) {
+      break;
+    }
+    text.append(block.data(), length);
+  }
+  return text;
+}
+
+/// Takes the first line off `text`.
+std::string_view next_line(std::string_view& text) {
+  const std::size_t length = std::min(text.find('\n'), text.size());
+  const std::string_view line = text.substr(0, length);
+  text.remove_prefix(std::min(length + 1, text.size()));
+  return line;
+}
+
+/// The number that `text` begins with, blanks passed over; absent if it begins otherwise ("max").
+std::optional<std::size_t> leading_number(std::string_view text) {
+  text.remove_prefix(std::min(text.find_first_not_of(" \t"), text.size()));
+  std::size_t value = 0;
+  const auto read = std::from_chars(text.data(), text.data() + text.size(), value);
+  return read.ec == std::errc() ? std::optional<std::size_t>(value) : std::nullopt;
+}
+
+std::optional<std::size_t> number_in(const std::string& path) {
+  return leading_number(text_of(path));
+}
+
 /// The value behind `key` in a file of lines such as "MemTotal:  24682416 kB".
-std::optional<std::size_t> value_of(const std::string& path, const std::string& key) {
-  std::ifstream file(path);
-  std::string line;
-  while (std::getline(file, line)) {
-    std::istringstream words(line);
-    std::string name;
-    std::size_t value = 0;
-    if (words >> name >> value && name == key) {
-      return value;
+std::optional<std::size_t> value_of(const std::string& path, std::string_view key) {
+  const std::string text = text_of(path);
+  for (std::string_view rest = text; !rest.empty();) {
+    const std::string_view line = next_line(rest);
+    if (line.size() > key.size() && line.substr(0, key.size()) == key &&
+        (line[key.size()] == ' ' || line[key.size()] == '\t')) {
+      return leading_number(line.substr(key.size()));
     }
   }
   return std::nullopt;
 }
 
-std::optional<std::size_t> meminfo_bytes(const std::string& root, const std::string& key) {
+std::optional<std::size_t> meminfo_bytes(const std::string& root, std::string_view key) {
   const auto kib = value_of(root + "/proc/meminfo", key);
   return kib ? std::optional<std::size_t>(*kib * 1024) : std::nullopt;
-}
-
-/// The number that a file holds; absent for "max" and for a file that is not there.
-std::optional<std::size_t> number_in(const std::string& path) {
-  std::ifstream file(path);
-  std::size_t value = 0;
-  return file >> value ? std::optional<std::size_t>(value) : std::nullopt;
 }
 
 /// The names under which the two versions of control groups tell the same things.
@@ -96,9 +130,9 @@ void apply_groups(const std::string& root, const CgroupFiles& files, std::string
 
 /// /proc/self/cgroup: "0::/path" for version 2, "4:cpu,memory:/path" for version 1.
 void apply_cgroups(const std::string& root, HostLimits& limits) {
-  std::ifstream file(root + "/proc/self/cgroup");
-  std::string line;
-  while (std::getline(file, line)) {
+  const std::string text = text_of(root + "/proc/self/cgroup");
+  for (std::string_view rest = text; !rest.empty();) {
+    const std::string line(next_line(rest));
     const auto first = line.find(':');
     const auto second = first == std::string::npos ? first : line.find(':', first + 1);
     if (second == std::string::npos) {
@@ -123,6 +157,10 @@ HostLimits read_host_limits(const std::string& root) {
   HostLimits limits;
   limits.total_bytes = meminfo_bytes(root, "MemTotal:");
   limits.available_bytes = meminfo_bytes(root, "MemAvailable:");
+  if (limits.total_bytes == std::size_t{0}) {
+    limits.total_bytes.reset();  // no machine has none: what says so does not know
+    limits.available_bytes.reset();
+  }
   apply_cgroups(root, limits);
   rlimit locked{};
   if (getrlimit(RLIMIT_MEMLOCK, &locked) == 0 && locked.rlim_cur != RLIM_INFINITY) {

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <locale>
 #include <string>
 
 #include "core/error.h"
@@ -51,6 +52,48 @@ TEST_F(HostLimitsTest, MissingFilesAreAbsentAndNotZero) {
   EXPECT_FALSE(none.available_bytes.has_value());
   EXPECT_FALSE(none.cgroup_available_bytes.has_value());
   EXPECT_NO_THROW(check_host_memory(1000 * kGiB, 0, none));
+}
+
+TEST_F(HostLimitsTest, MachineOfNoMemoryIsUnknown) {
+  write("/proc/meminfo", "MemTotal:       0 kB\nMemAvailable:   0 kB\n");
+  EXPECT_FALSE(limits().total_bytes.has_value());
+  EXPECT_FALSE(limits().available_bytes.has_value());
+  EXPECT_NO_THROW(check_host_memory(1000 * kGiB, 0, limits()));
+}
+
+TEST_F(HostLimitsTest, FullMachineHasNothingAvailable) {
+  write("/proc/meminfo", "MemTotal:       1024 kB\nMemAvailable:   0 kB\n");
+  EXPECT_EQ(limits().available_bytes, std::size_t{0});
+  EXPECT_THROW(check_host_memory(1, 0, limits()), MemoryError);
+}
+
+TEST_F(HostLimitsTest, ValuesWithoutDigitsAreAbsentAndNotZero) {
+  write("/proc/meminfo", "MemTotal:\nMemAvailable:   many kB\n");
+  EXPECT_FALSE(limits().total_bytes.has_value());
+  EXPECT_FALSE(limits().available_bytes.has_value());
+}
+
+TEST_F(HostLimitsTest, KeysAreComparedWholeAndLastLinesNeedNoEnd) {
+  write("/proc/meminfo",
+        "MemTotalOther: 1 kB\nMemTotal: 2048 kB\nOther: 3 kB\nMemAvailable:\t1024");
+  EXPECT_EQ(limits().total_bytes, std::size_t{2} << 20);
+  EXPECT_EQ(limits().available_bytes, std::size_t{1} << 20);
+}
+
+TEST_F(HostLimitsTest, NumbersAreReadInAnyLocale) {
+  // A facet that reads every number as zero and says nothing, as was seen in a Python process.
+  struct NothingGet : std::num_get<char> {
+    iter_type do_get(iter_type begin, iter_type, std::ios_base&, std::ios_base::iostate&,
+                     unsigned long& value) const override {
+      value = 0;
+      return begin;
+    }
+  };
+  const std::locale before = std::locale::global(std::locale(std::locale(), new NothingGet));
+  const HostLimits read = limits();
+  std::locale::global(before);
+  EXPECT_EQ(read.total_bytes, 64 * kGiB);
+  EXPECT_EQ(read.available_bytes, 32 * kGiB);
 }
 
 TEST_F(HostLimitsTest, CgroupV2CountsPageCacheAsFree) {
