@@ -1,0 +1,1 @@
+"""Builders of tiny models, by kind; ``models.CASES`` holds them all."""

@@ -1,0 +1,160 @@
+"""Which weights a forward reads outside the call of the module that owns them.
+
+Some modules hand a child's weight to a kernel without calling the child (a Mamba's ``conv1d``), or
+call a method that is no forward. A trace of one forward tells, before a unit is cut that fine.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+
+Stack = tuple[int, ...]
+
+
+class ReadTrace:
+    """What one or more forwards read, and which modules were in their call at that moment.
+
+    Attributes:
+        calls: How often each module was called, by qualified name.
+        reads: Per parameter name, the distinct stacks of active modules (``id``s) under which an
+            operator took the parameter, or a view of it, as an argument.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: Counter[str] = Counter()
+        self.reads: dict[str, set[Stack]] = defaultdict(set)
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._modules = dict(model.named_modules())
+
+    def outside(self, owners: Mapping[str, nn.Module]) -> dict[str, str]:
+        """Reads of a parameter while its owner was not in its call.
+
+        Args:
+            owners: Parameter name to the module whose call must surround every read.
+
+        Returns:
+            Parameter name to the name of the innermost module that was active at such a read
+            (empty for the model itself or for none).
+        """
+        found: dict[str, str] = {}
+        for name, owner in owners.items():
+            for stack in self.reads.get(name, ()):
+                if id(owner) not in stack:
+                    found[name] = self._names.get(stack[-1], "") if stack else ""
+        return found
+
+    def proven_leaves(self) -> set[str]:
+        """Names of modules with parameters of their own that were called, and all of whose own
+        parameters were read inside their own call only."""
+        proven: set[str] = set()
+        for name, module in self._modules.items():
+            own = [f"{name}.{p}" if name else p for p, _ in module.named_parameters(recurse=False)]
+            if not own or not self.calls[name]:
+                continue
+            stacks = [stack for parameter in own for stack in self.reads.get(parameter, ())]
+            if stacks and all(id(module) in stack for stack in stacks):
+                proven.add(name)
+        return proven
+
+
+@contextmanager
+def trace_reads(model: nn.Module) -> Iterator[ReadTrace]:
+    """Traces the forwards that run inside the ``with`` block, on this thread.
+
+    Costs some microseconds of Python per operator, so it is for one pass. Works on a model that is
+    being streamed: parameters are followed by identity and through views, and by their address at
+    the start. What it cannot follow: ``weight.data`` of a parameter that has moved meanwhile.
+
+    Module calls are seen by a wrapper set as ``_call_impl`` on each instance (forward hooks would
+    switch off fused paths of torch); what stood there before is called inside and put back.
+
+    Args:
+        model: The model whose parameters and modules are watched.
+
+    Yields:
+        The trace, which fills while forwards run and stays readable afterwards.
+    """
+    trace = ReadTrace(model)
+    stack: list[int] = []
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    before = {id(module): vars(module).get("_call_impl") for module in modules}
+    try:
+        for module in modules:
+            _watch(module, trace, stack)
+        with _ReadMode(model, trace, stack):
+            yield trace
+    finally:
+        for module in modules:
+            if before[id(module)] is None:
+                vars(module).pop("_call_impl", None)
+            else:
+                vars(module)["_call_impl"] = before[id(module)]
+
+
+def _watch(module: nn.Module, trace: ReadTrace, stack: list[int]) -> None:
+    inner: Callable[..., Any] = module._call_impl
+    name = trace._names[id(module)]
+
+    def traced_call(*args: Any, **kwargs: Any) -> Any:
+        stack.append(id(module))
+        trace.calls[name] += 1
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            stack.pop()
+
+    vars(module)["_call_impl"] = traced_call
+
+
+class _ReadMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Notes the stack of active modules at every operator that takes a watched parameter."""
+
+    def __init__(self, model: nn.Module, trace: ReadTrace, stack: list[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # likewise
+        self._trace = trace
+        self._stack = stack
+        self._aliases: MutableMapping[torch.Tensor, str] = WeakIdKeyDictionary()
+        self._by_address: dict[int, str] = {}
+        for name, parameter in model.named_parameters():
+            self._aliases[parameter] = name
+            if not parameter.is_meta and parameter.numel():
+                self._by_address[parameter.data_ptr()] = name
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name: str | None = None
+        for leaf in tree_iter((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                read = self._name_of(leaf)
+                if read is not None:
+                    name = read
+                    self._trace.reads[read].add(tuple(self._stack))
+        result = func(*args, **kwargs)
+        if name is not None and _returns_view(func):
+            for leaf in tree_iter(result):
+                if isinstance(leaf, torch.Tensor):
+                    self._aliases[leaf] = name
+        return result
+
+    def _name_of(self, tensor: torch.Tensor) -> str | None:
+        known = self._aliases.get(tensor)
+        if known is None and not tensor.is_meta and tensor.layout is torch.strided:
+            known = self._by_address.get(tensor.data_ptr())
+        return known
+
+
+@lru_cache(maxsize=4096)
+def _returns_view(func: Any) -> bool:
+    return any(result.alias_info is not None for result in func._schema.returns)
