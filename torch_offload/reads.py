@@ -54,8 +54,10 @@ class ReadTrace:
         return found
 
     def proven_leaves(self) -> set[str]:
-        """Names of modules with parameters of their own that were called, and all of whose own
-        parameters were read inside their own call only."""
+        """Names of the leaves that may be units of their own.
+
+        They have parameters of their own, were called, and no parameter was read outside the call.
+        """
         proven: set[str] = set()
         for name, module in self._modules.items():
             own = [f"{name}.{p}" if name else p for p, _ in module.named_parameters(recurse=False)]

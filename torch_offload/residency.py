@@ -47,7 +47,7 @@ def must_stay(model: nn.Module, units: Sequence[nn.Module]) -> set[int]:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's elements fill one piece of memory without gaps or repeats, in any order."""
+    """Whether a tensor fills one piece of memory without gaps or repeats, in any order."""
     if tensor.layout is not torch.strided:
         return False
     expected = 1

@@ -1,4 +1,4 @@
-"""Names and patterns of modules and parameters, as users write them in ``units=`` and ``resident=``.
+"""Names and patterns of modules and parameters, as users write them in ``units=``, ``resident=``.
 
 An entry is a full name (``model.layers.3.mlp``), the end of exactly one full name, a pattern with
 ``*``, ``?`` or ``[...]`` (``*`` crosses dots), or a module object.
@@ -41,8 +41,8 @@ def select_units(
     """
     if isinstance(entries, str | nn.Module):
         raise TypeError(
-            f"units= takes a sequence of names, patterns or modules, not one {type(entries).__name__};"
-            " write units=[...]"
+            "units= takes a sequence of names, patterns or modules, not one"
+            f" {type(entries).__name__}; write units=[...]"
         )
     by_name = dict(model.named_modules(remove_duplicate=False))
     first_name = {id(module): name for name, module in model.named_modules()}
@@ -51,8 +51,8 @@ def select_units(
         for name, module in _modules_of(entry, by_name, first_name):
             if id(module) in chosen:
                 raise ValueError(
-                    f"units= selects module {name!r} twice, by {_show(chosen[id(module)][0])} and by"
-                    f" {_show(entry)}; remove one of the two entries"
+                    f"units= selects module {name!r} twice, by {_show(chosen[id(module)][0])} and"
+                    f" by {_show(entry)}; remove one of the two entries"
                 )
             chosen[id(module)] = (entry, name, module)
     _refuse_overlaps(chosen.values())

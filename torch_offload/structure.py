@@ -1,9 +1,9 @@
 """Where a model keeps its layers: a structural map of blocks and the halves inside them.
 
-Nothing here knows the name of a model. A *block* is an element of a container (``ModuleList``, plain
-``Sequential``, ``ModuleDict``, numbered attributes of one class); a *stage* is a block that holds
-further blocks and is opened in turn; a *half* is a callable child of a block that holds enough of
-its bytes to be worth moving on its own.
+Nothing here knows the name of a model. A *block* is an element of a container (``ModuleList``,
+plain ``Sequential``, ``ModuleDict``, numbered attributes of one class); a *stage* is a block that
+holds further blocks and is opened in turn; a *half* is a callable child of a block that holds
+enough of its bytes to be worth moving on its own.
 """
 
 from __future__ import annotations
@@ -77,8 +77,11 @@ class Block:
 
 
 def is_container(module: nn.Module) -> bool:
-    """Whether a module only holds others. A plain ``Sequential`` may be called or iterated: it is
-    opened either way, since its elements are called in both cases."""
+    """Whether a module only holds others.
+
+    A plain ``Sequential`` may be called or iterated: it counts as a container either way, since its
+    elements are called in both cases.
+    """
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         # A subclass may add a forward of its own and be called (a stack that runs itself).
         return not has_forward(module)
@@ -113,7 +116,7 @@ def size_bytes(parameter: torch.Tensor) -> int:
 
 
 def kind_hint(name: str, module: nn.Module) -> Kind | None:
-    """The label that a half's attribute name, else its class name, suggests; None where neither does."""
+    """The label that a half's attribute name, else its class name, suggests; None without one."""
     for text in (attribute_name(name), type(module).__name__):
         # "proj_mlp" beside "attn": the FFN words are the narrower ones, so they are asked first.
         if _FFN_WORDS.search(text):
@@ -210,7 +213,7 @@ class ModelMap:
 
 
 def parts_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Children of a module with their qualified names; containers are replaced by their elements."""
+    """Children of a module with their qualified names, elements in place of containers."""
     for child_name, child in module.named_children():
         full = f"{name}.{child_name}" if name else child_name
         if is_container(child):
@@ -359,8 +362,10 @@ class _BlockFinder:
         )
 
     def _is_layer(self, module: nn.Module) -> bool:
-        """A module of two halves or more, one of them composite: experts (bare matrices) and
-        one-half wrappers of T5's kind are none."""
+        """Whether a module has two halves or more, one of them composite.
+
+        Experts (bare matrices) and wrappers of one half (T5's) are no layers.
+        """
         if is_container(module) or is_table(module):
             return False
         if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):

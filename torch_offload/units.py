@@ -217,8 +217,8 @@ def _nothing_found(
         given = "units=" if units is not None else "the units found"
         return (
             f"nothing is left to stream: every parameter of {given} ({what}) must stay resident,"
-            f" because{cause or ' it'} is shared, not dense, or the model's first; name other modules"
-            " in units=, or fewer in resident="
+            f" because{cause or ' it'} is shared, not dense, or the model's first; name other"
+            " modules in units=, or fewer in resident="
         )
     seen = _largest_modules(sizes)
     if not seen:

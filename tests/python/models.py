@@ -1,14 +1,14 @@
 """The zoo: tiny models with random weights of every family that must stream.
 
-``CASES[name].build()`` gives the model, ``CASES[name].inputs()`` the keyword arguments of a forward.
-Nothing heavy is imported before a case is built. A library that is missing, or too old for a family,
-skips the test with the reason; with ``TORCH_OFFLOAD_REQUIRE_ALL_MODELS=1`` it fails it.
+``CASES[name].build()`` gives the model, ``CASES[name].inputs()`` the keyword arguments of one
+forward. Nothing heavy is imported before a case is built. A library that is missing, or too old for
+a family, skips the test with the reason; with ``TORCH_OFFLOAD_REQUIRE_ALL_MODELS=1`` it fails it.
 """
 
 from __future__ import annotations
 
-from zoo import diffusion, plain, text, vision
-from zoo.case import Case, ModelKind, noise, tokens
+from tests.python.zoo import diffusion, plain, text, vision
+from tests.python.zoo.case import Case, ModelKind, noise, tokens
 
 __all__ = ["CASES", "Case", "ModelKind", "names_of", "noise", "tokens"]
 

@@ -100,8 +100,10 @@ def text_inputs() -> dict[str, Any]:
 
 
 def _fill_zeros(model: nn.Module) -> None:
-    """Gives zero-initialized weights values: behind a gate of zeros no comparison of outputs would
-    see a wrong weight."""
+    """Gives zero-initialized weights values.
+
+    Behind a gate of zeros no comparison of outputs would see a wrong weight.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point() and not parameter.any():

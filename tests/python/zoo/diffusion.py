@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.case import Case, library, noise, text_inputs
-from zoo.text import CASES as TEXT_CASES
-from zoo.text import GREEDY
+from tests.python.zoo.case import Case, library, noise, text_inputs
+from tests.python.zoo.text import CASES as TEXT_CASES
+from tests.python.zoo.text import GREEDY
 
 _HEADS = {"attention_head_dim": 16, "num_attention_heads": 4}
 

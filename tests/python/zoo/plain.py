@@ -1,4 +1,4 @@
-"""Models of torch alone: one's own blocks, and the shapes of control flow that offloaders trip on."""
+"""Models of torch alone: blocks of one's own, and the control flow that offloaders trip on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812, torch's own name for it
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from zoo.case import Case, noise
+from tests.python.zoo.case import Case, noise
 
 WIDTH = 32
 

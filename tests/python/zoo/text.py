@@ -7,7 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from zoo.case import BOS, EOS, PAD, VOCAB, Case, ModelKind, library, text_inputs, tokens
+from tests.python.zoo.case import (
+    BOS,
+    EOS,
+    PAD,
+    VOCAB,
+    Case,
+    ModelKind,
+    library,
+    text_inputs,
+    tokens,
+)
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.case import BOS, EOS, PAD, VOCAB, Case, ModelKind, library, noise, tokens
-from zoo.text import GREEDY, pretrained
+from tests.python.zoo.case import BOS, EOS, PAD, VOCAB, Case, ModelKind, library, noise, tokens
+from tests.python.zoo.text import GREEDY, pretrained
 
 _WIDTHS = {
     "hidden_size": 64,
