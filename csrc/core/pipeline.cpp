@@ -127,9 +127,10 @@ void Pipeline::enter() {
 }
 
 void Pipeline::leave(bool completed) {
-  check_internal(nesting_ > 0 && is_mine(), "leave without enter");
+  check_internal(owner_.load() == std::this_thread::get_id(), "leave without enter");
   if (--nesting_ == 0) {
     order_.end_pass(completed);
+    forget_expectations();  // an early exit's are stale, and the next acquire has its own
     stats_.forwards += completed ? 1 : 0;
     owner_.store(std::thread::id());
   }
@@ -139,7 +140,8 @@ void Pipeline::leave(bool completed) {
 
 std::byte* Pipeline::acquire(UnitIndex unit) {
   UnitState& state = states_.at(unit);
-  if (nesting_ == 0 || owner_.load() != std::this_thread::get_id() || state.memory == nullptr) {
+  // The owner first: only its thread may look at anything else.
+  if (owner_.load() != std::this_thread::get_id() || state.memory == nullptr) {
     throw StateError("expected acquire of a streamed unit inside a pass of this thread, got unit '" +
                      plan_.units[unit].name + "'");
   }
@@ -160,19 +162,18 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
   } else if (!state.fresh) {
     ++stats_.hits;
   }
-  const StreamId stream = enter_compute_stream(unit);
-  if (stream != state.used_on && state.pending[0] == state.free) {
-    // Used before on another stream and not copied since: `free` will be recorded anew behind this
-    // use, so it must cover the earlier one as well.
-    device_.wait(stream, state.free);
-  }
-  // Set before anything can fail again: from here on the unit is held, and let go on failure.
-  state.acquired = 1;
-  state.used_on = stream;
-  state.awaited = false;
-  state.fresh = false;
-  current_ = unit;
   try {
+    const StreamId stream = enter_compute_stream(unit);
+    if (stream != state.used_on && state.pending[0] == state.free) {
+      // Used before on another stream and not copied since: `free` will be recorded anew behind
+      // this use, so it must cover the earlier one as well.
+      device_.wait(stream, state.free);
+    }
+    state.acquired = 1;
+    state.used_on = stream;
+    state.awaited = false;
+    state.fresh = false;
+    current_ = unit;
     if (policy_.host_synchronizes) {
       device_.synchronize(state.loaded_on);
     } else {
@@ -183,6 +184,9 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
   } catch (...) {
     // No kernel was submitted, so there is no use to wait for: only the hold is given back.
     state.acquired = 0;
+    if (policy_.host_synchronizes) {
+      quiesce(state.loaded_on);  // in these modes no event tells the next copy of this one
+    }
     restore_current_stream(state);
     throw;
   }
@@ -193,17 +197,18 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
 void Pipeline::release(UnitIndex unit) {
   UnitState& state = held_state(unit);
   const StreamId stream = device_.current_stream();
-  if (stream != state.used_on) {
-    // The module left another stream current than it found: the use ends where both have ended.
-    order_after(state.used_on, stream);
-  }
-  if (--state.acquired > 0) {
-    return;
-  }
   const std::size_t size_bytes = plan_.units[unit].size_bytes;
+  const bool is_last = --state.acquired == 0;  // at once: whatever fails below, it is let go
   try {
+    if (stream != state.used_on) {
+      // The module left another stream current than it found: the use ends where both have ended.
+      order_after(state.used_on, stream);
+    }
+    if (!is_last) {
+      return;
+    }
     if (options_.poison_on_release) {
-      state.whole = false;
+      state.whole = state.awaited = false;
       device_.fill(state.used_on, state.memory, size_bytes, kPoison, unit);
     }
     device_.end_read(state.used_on, state.memory, size_bytes, unit, state.generation);
@@ -216,9 +221,15 @@ void Pipeline::release(UnitIndex unit) {
     }
     leave_compute_stream(state);
   } catch (...) {
-    quiesce(state.used_on);  // nobody can wait for this use any more, so it must have ended
-    state.whole = false;
-    restore_current_stream(state);
+    // Nobody can wait for this use any more, so it must have ended.
+    quiesce(state.used_on);
+    if (stream != state.used_on) {
+      quiesce(stream);
+    }
+    if (is_last) {
+      state.whole = state.awaited = false;
+      restore_current_stream(state);
+    }
     throw;
   }
   prefetch_ahead();
@@ -400,7 +411,8 @@ void Pipeline::leave_compute_stream(UnitState& state) {
 
 void Pipeline::restore_current_stream(UnitState& state) {
   if (state.left != kNoStream) {
-    device_.set_current_stream(std::exchange(state.left, kNoStream));
+    device_.set_current_stream(state.left);
+    state.left = kNoStream;
   }
 }
 

@@ -371,6 +371,13 @@ inline std::vector<UnitIndex> sequence_of(std::size_t num_units) {
   return sequence;
 }
 
+inline Plan plan_of(std::vector<Unit> units, std::optional<std::size_t> depth_bytes = {}) {
+  PlanRequest request;
+  request.units = std::move(units);
+  request.depth_bytes = depth_bytes;
+  return make_plan(request);
+}
+
 /// A plan whose units all lie where the test says; overlaps follow from that.
 inline Plan plan_with_places(std::vector<Unit> units, const std::vector<ByteRange>& places,
                              std::size_t depth_bytes) {

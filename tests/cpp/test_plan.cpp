@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <optional>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/error.h"
@@ -25,6 +27,15 @@ std::vector<Unit> layers_of(std::size_t num_layers, std::size_t mha_slices,
     units.push_back({"ffn" + std::to_string(layer), ffn_slices * kSlice, index, UnitKind::kFfn});
   }
   return units;
+}
+
+PlanRequest request_of(std::vector<Unit> units, std::optional<std::size_t> depth_bytes = {},
+                       std::optional<std::size_t> budget_bytes = {}) {
+  PlanRequest request;
+  request.units = std::move(units);
+  request.depth_bytes = depth_bytes;
+  request.budget_bytes = budget_bytes;
+  return request;
 }
 
 std::vector<Unit> random_units(std::mt19937& random, std::size_t count, std::size_t max_slices) {
@@ -111,7 +122,7 @@ void expect_valid(const Plan& plan) {
 TEST(PlanTest, UniformLayersOfEvenCountTakeExactlyTwoLayers) {
   for (const std::size_t num_layers : {2U, 4U, 6U, 16U, 80U}) {
     for (const auto& [mha, ffn] : {std::pair{1U, 2U}, {2U, 7U}, {7U, 2U}, {3U, 3U}}) {
-      const Plan plan = make_plan({layers_of(num_layers, mha, ffn), {}, {}});
+      const Plan plan = make_plan(request_of(layers_of(num_layers, mha, ffn)));
       expect_valid(plan);
       EXPECT_EQ(plan.depth_bytes, (mha + ffn) * kSlice);
       if (mha == ffn && num_layers % 3 == 0) {  // three equal places do, and close the seam
@@ -127,7 +138,7 @@ TEST(PlanTest, UniformLayersOfEvenCountTakeExactlyTwoLayers) {
 TEST(PlanTest, OddCountsCloseTheSeamWithAtMostThreeLayers) {
   for (std::size_t num_layers = 1; num_layers <= 9; ++num_layers) {
     for (const auto& [mha, ffn] : {std::pair{1U, 2U}, {2U, 7U}, {3U, 3U}}) {
-      const Plan plan = make_plan({layers_of(num_layers, mha, ffn), {}, {}});
+      const Plan plan = make_plan(request_of(layers_of(num_layers, mha, ffn)));
       expect_valid(plan);
       EXPECT_LE(plan.window_bytes, std::min<std::size_t>(num_layers, 3) * (mha + ffn) * kSlice);
     }
@@ -139,7 +150,7 @@ TEST(PlanTest, RandomSizesAndDepthsNeverMeetWithinTheDepth) {
   for (int round = 0; round < 400; ++round) {
     const std::size_t count = 1 + random() % 14;
     const std::vector<Unit> units = random_units(random, count, 1 + random() % 40);
-    PlanRequest request{units, {}, {}};
+    PlanRequest request = request_of(units);
     if (round % 4 != 0) {
       request.depth_bytes = random() % (2 * total_bytes(units));
     }
@@ -155,7 +166,7 @@ TEST(PlanTest, RandomSizesAndDepthsNeverMeetWithinTheDepth) {
 
 TEST(PlanTest, DepthZeroStillLeavesRoomForTheNextUnit) {
   for (std::size_t count = 1; count <= 9; ++count) {
-    PlanRequest request{layers_of(count, 2, 2), 0, {}};
+    PlanRequest request = request_of(layers_of(count, 2, 2), 0);
     request.units.resize(count);
     const Plan plan = make_plan(request);
     expect_valid(plan);
@@ -171,7 +182,7 @@ TEST(PlanTest, DepthZeroStillLeavesRoomForTheNextUnit) {
 TEST(PlanTest, DepthBeyondAllBytesGivesEachUnitBytesOfItsOwn) {
   const std::vector<Unit> units = layers_of(5, 2, 3);
   for (const std::size_t depth : {total_bytes(units), SIZE_MAX / 2, SIZE_MAX}) {
-    const Plan plan = make_plan({units, depth, {}});
+    const Plan plan = make_plan(request_of(units, depth));
     expect_valid(plan);
     EXPECT_EQ(plan.window_bytes, total_bytes(units));
   }
@@ -184,24 +195,24 @@ TEST(PlanTest, LeavesTakeAFewOfTheLargestAndNotTwoLayers) {
       leaves.push_back({"leaf", slices * kSlice, layer, UnitKind::kMha});
     }
   }
-  const Plan plan = make_plan({leaves, {}, {}});
+  const Plan plan = make_plan(request_of(leaves));
   expect_valid(plan);
   EXPECT_EQ(plan.depth_bytes, 560 * kSlice) << "2.5 times the largest leaf";
   EXPECT_LE(plan.window_bytes, 5 * 224 * kSlice);
 }
 
 TEST(PlanTest, WithoutUnitsThePlanIsEmpty) {
-  const Plan plan = make_plan({{}, {}, {}});
+  const Plan plan = make_plan(request_of({}));
   EXPECT_EQ(plan.window_bytes, 0U);
   EXPECT_EQ(plan.resident_bytes, 0U);
-  EXPECT_EQ(make_plan({{}, {}, 0}).window_bytes, 0U);
+  EXPECT_EQ(make_plan(request_of({}, {}, 0)).window_bytes, 0U);
 }
 
 TEST(PlanTest, EmptyOrUnalignedUnitThrows) {
   for (const std::size_t size_bytes : {std::size_t{0}, kSlice - 1, kSlice + 1}) {
     std::vector<Unit> units = layers_of(1, 1, 1);
     units[1].size_bytes = size_bytes;
-    EXPECT_THROW(make_plan({units, {}, {}}), ValueError);
+    EXPECT_THROW(make_plan(request_of(units)), ValueError);
     EXPECT_THROW(least_budget_bytes(units), ValueError);
   }
 }
@@ -209,7 +220,7 @@ TEST(PlanTest, EmptyOrUnalignedUnitThrows) {
 TEST(PlanBudgetTest, AmpleBudgetKeepsEverythingResident) {
   const std::vector<Unit> units = layers_of(7, 2, 5);
   for (const std::size_t budget : {total_bytes(units), total_bytes(units) * 10}) {
-    const Plan plan = make_plan({units, {}, budget});
+    const Plan plan = make_plan(request_of(units, {}, budget));
     EXPECT_EQ(plan.resident_bytes, total_bytes(units));
     EXPECT_EQ(plan.window_bytes, 0U);
   }
@@ -221,7 +232,7 @@ TEST(PlanBudgetTest, ResidentAndWindowFitAndUseTheBudget) {
     const std::vector<Unit> units = random_units(random, 4 + random() % 20, 1 + random() % 30);
     const std::size_t least = least_budget_bytes(units);
     const std::size_t budget = least + random() % (total_bytes(units) - least + 1);
-    const Plan plan = make_plan({units, {}, budget});
+    const Plan plan = make_plan(request_of(units, {}, budget));
     expect_valid(plan);
     EXPECT_LE(plan.resident_bytes + plan.window_bytes, budget);
   }
@@ -229,7 +240,7 @@ TEST(PlanBudgetTest, ResidentAndWindowFitAndUseTheBudget) {
   const std::vector<Unit> units = layers_of(40, 2, 2);
   const std::size_t layer = 4 * kSlice;
   for (std::size_t budget = 4 * layer; budget <= 40 * layer; budget += layer) {
-    const Plan plan = make_plan({units, {}, budget});
+    const Plan plan = make_plan(request_of(units, {}, budget));
     expect_valid(plan);
     EXPECT_LE(plan.resident_bytes + plan.window_bytes, budget);
     EXPECT_GE(plan.resident_bytes + plan.window_bytes + layer, budget) << budget / layer;
@@ -239,7 +250,7 @@ TEST(PlanBudgetTest, ResidentAndWindowFitAndUseTheBudget) {
 TEST(PlanBudgetTest, ResidentUnitsAreSpreadEvenly) {
   const std::vector<Unit> units = layers_of(32, 2, 2);
   for (const std::size_t num_layers : {4U, 9U, 16U, 24U}) {
-    const Plan plan = make_plan({units, {}, num_layers * 4 * kSlice});
+    const Plan plan = make_plan(request_of(units, {}, num_layers * 4 * kSlice));
     ASSERT_GT(plan.resident_bytes, 0U);
     std::size_t residents = 0;
     for (std::size_t unit = 0; unit < units.size(); ++unit) {
@@ -258,12 +269,12 @@ TEST(PlanBudgetTest, LeastIsAcceptedAndOneByteLessRefusedByName) {
   for (int round = 0; round < 100; ++round) {
     const std::vector<Unit> units = random_units(random, 1 + random() % 12, 1 + random() % 30);
     const std::size_t least = least_budget_bytes(units);
-    const Plan plan = make_plan({units, {}, least});
+    const Plan plan = make_plan(request_of(units, {}, least));
     expect_valid(plan);
     EXPECT_LE(plan.resident_bytes + plan.window_bytes, least);
     for (const std::size_t refused : {least - 1, std::size_t{0}}) {
       try {
-        make_plan({units, {}, refused});
+        make_plan(request_of(units, {}, refused));
         FAIL() << "accepted " << refused << " below " << least;
       } catch (const ValueError& error) {
         const std::string message = error.what();
@@ -276,9 +287,9 @@ TEST(PlanBudgetTest, LeastIsAcceptedAndOneByteLessRefusedByName) {
 
 TEST(PlanBudgetTest, DepthIsReducedOnlyWhereTheBudgetDemandsIt) {
   const std::vector<Unit> units = layers_of(8, 4, 4);
-  const Plan wide = make_plan({units, {}, {}});
-  EXPECT_EQ(make_plan({units, {}, wide.window_bytes}).depth_bytes, wide.depth_bytes);
-  const Plan narrow = make_plan({units, {}, wide.window_bytes - 1});
+  const Plan wide = make_plan(request_of(units));
+  EXPECT_EQ(make_plan(request_of(units, {}, wide.window_bytes)).depth_bytes, wide.depth_bytes);
+  const Plan narrow = make_plan(request_of(units, {}, wide.window_bytes - 1));
   expect_valid(narrow);
   EXPECT_LT(narrow.depth_bytes, wide.depth_bytes);
   EXPECT_LT(narrow.window_bytes, wide.window_bytes);
@@ -288,7 +299,7 @@ TEST(PlanTest, TheSameRequestGivesTheSamePlan) {
   std::mt19937 random(4);
   for (int round = 0; round < 20; ++round) {
     const std::vector<Unit> units = random_units(random, 12, 30);
-    const PlanRequest request{units, {}, total_bytes(units) * 2 / 3};
+    const PlanRequest request = request_of(units, {}, total_bytes(units) * 2 / 3);
     const Plan first = make_plan(request);
     const Plan second = make_plan(request);
     EXPECT_EQ(first.window_bytes, second.window_bytes);
@@ -315,7 +326,7 @@ TEST_P(PlanRunTimeTest, TwoThousandUnits) {
   } else {
     units = random_units(random, 2000, 4000);
   }
-  PlanRequest request{units, {}, {}};
+  PlanRequest request = request_of(units);
   switch (GetParam() % 3) {
     case 0:
       break;
