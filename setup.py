@@ -11,9 +11,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-from build_checks import BuildError, check_all, find_cmake  # noqa: E402 - needs the path above
+from build_checks import BuildError, check_all, check_setuptools, find_cmake
 
-BUILDS = {"build_ext", "bdist_wheel", "build", "develop", "editable_wheel", "install"}
+# The commands that compile; others (sdist, metadata) need neither compiler nor torch.
+BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
 
 class CMakeBuild(build_ext):
@@ -29,10 +30,10 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
         ]
         jobs = self.parallel or os.environ.get("MAX_JOBS") or os.cpu_count() or 1
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs)], check=True)
-        prefix = ["--prefix", str(python_files.resolve())]
-        subprocess.run([cmake, "--install", str(build), *prefix], check=True)
+        compile_it = [cmake, "--build", str(build), "--target", "_C", "--parallel", str(jobs)]
+        install = [cmake, "--install", str(build), "--prefix", str(python_files.resolve())]
+        for command in (configure, compile_it, install):
+            subprocess.run(command, check=True)
 
     def get_source_files(self) -> list[str]:
         """Empty, as CMake holds the only list of sources; MANIFEST.in brings them along."""
@@ -45,6 +46,7 @@ def main() -> None:
         try:
             check_all()
             find_cmake()
+            check_setuptools()
         except BuildError as error:
             sys.exit(f"\ntorch_offload: {error}\n")
     setup(

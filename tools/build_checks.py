@@ -126,6 +126,21 @@ def find_cuda(torch_root: Path, cuda: str) -> tuple[tuple[Path, ...], Path]:
     )
 
 
+def check_setuptools() -> None:
+    """Raises BuildError unless wheels can be built: older setuptools need the package `wheel`.
+
+    The `venv` of Python 3.11 brings such a setuptools alone.
+    """
+    import setuptools
+
+    version = tuple(int(part) for part in setuptools.__version__.split(".")[:2])
+    if version < (70, 1) and importlib.util.find_spec("wheel") is None:
+        raise BuildError(
+            f"setuptools {setuptools.__version__} cannot build a wheel by itself: "
+            "`pip install wheel 'setuptools>=70.1,<82'`, then build again."
+        )
+
+
 def find_torch() -> TorchFacts:
     """Reads what the build must know from the torch of the running interpreter.
 

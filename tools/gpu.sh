@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Builds, tests and benchmarks on a machine with a GPU and no network, with the Python found there.
+#
+#   tools/gpu.sh [results-folder]               default: results
+#
+# Environment: PYTHON (default: python3), WHEELS (a folder of wheels to install first),
+# PARTS (default: "build cpp python bench"), LIMIT_<PART> (seconds, e.g. LIMIT_BENCH=900), JOBS.
+# A part that fails does not keep the later ones from running, but for the build. The exit status
+# is the worst one, and the summary comes last.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+results=${1:-results}
+mkdir -p "$results"
+results=$(cd "$results" && pwd)
+python=$(command -v "${PYTHON:-python3}") || { echo "no Python: name one in PYTHON" >&2; exit 2; }
+jobs=${JOBS:-$(nproc)}
+parts=${PARTS:-build cpp python bench}
+worst=0
+summary=()
+
+# part NAME SECONDS COMMAND...: runs the command in its time, its output into NAME.log as well.
+part() {
+  local name=$1 limit_variable="LIMIT_${1^^}" limit=$2 status seconds
+  shift 2
+  limit=${!limit_variable:-$limit}
+  case " $parts " in *" $name "*) ;; *) return 0 ;; esac
+  echo "=== $name (at most $limit s): $*"
+  SECONDS=0
+  timeout --kill-after=20 "$limit" "$@" 2>&1 | tee "$results/$name.log"
+  status=${PIPESTATUS[0]}
+  seconds=$SECONDS
+  case $status in
+    0) summary+=("$(printf '%-8s passed in %s s' "$name" "$seconds")") ;;
+    124 | 137) summary+=("$(printf '%-8s STOPPED after its %s s' "$name" "$limit")") ;;
+    *) summary+=("$(printf '%-8s FAILED (%s) in %s s' "$name" "$status" "$seconds")") ;;
+  esac
+  [ "$status" -le "$worst" ] || worst=$status
+  return "$status"
+}
+
+skip() {
+  echo "SKIPPED: $*" >&2
+  summary+=("SKIPPED  $*")
+}
+
+finish() {
+  { printf '%s\n' "${summary[@]}"; echo "logs and figures: $results"; } | tee "$results/summary.txt"
+  exit "$worst"
+}
+
+# In a folder of its own: build/ may be another machine's, with other paths in its cache.
+configure() {
+  cmake -S . -B build-gpu -DCMAKE_BUILD_TYPE=Release -DTORCH_OFFLOAD_WERROR=ON \
+    -DPython_EXECUTABLE="$python" -DTORCH_OFFLOAD_TESTS="$1"
+}
+
+build() {
+  # Without GoogleTest the rest can still be tried; `cpp` then has no tests and fails, which says so.
+  { configure ON || { echo "SKIPPED: the C++ tests do not configure" >&2; configure OFF; }; } &&
+    cmake --build build-gpu --parallel "$jobs" && cmake --install build-gpu --prefix .
+}
+
+has_module() { "$python" -c "import $1" 2>/dev/null; }
+
+if [ -n "${WHEELS:-}" ]; then
+  "$python" -m pip install --quiet --no-index --no-deps --find-links "$WHEELS" "$WHEELS"/*.whl ||
+    skip "the wheels of $WHEELS did not install"
+fi
+{
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+  "$python" -c 'import sys, torch; print(sys.version, "torch", torch.__version__)'
+  git log -1 --format='commit %h %s' 2>/dev/null
+} | tee "$results/machine.txt"
+
+# The answer to a missing GPU: in the tests a skip becomes a failure.
+export TORCH_OFFLOAD_REQUIRE_CUDA=1 PYTHONPATH=$PWD
+export -f build configure
+export python jobs
+
+part build 500 bash -c build || finish
+part cpp 300 ctest --test-dir build-gpu --output-on-failure --no-tests=error --timeout 120
+
+if has_module pytest && has_module pytest_timeout; then
+  pytest=("$python" -m pytest --junitxml "$results/python.xml")
+  ! has_module xdist || pytest+=(-n "${WORKERS:-4}")
+  part python 1200 "${pytest[@]}" ${PYTEST:-}
+  if has_module pytest_benchmark; then
+    part bench 1500 "$python" -m pytest benchmarks --benchmark-json "$results/benchmarks.json"
+  else
+    skip "bench: pytest-benchmark is missing"
+  fi
+else
+  worst=1
+  skip "python and bench: pytest or pytest-timeout is missing"
+fi
+finish
