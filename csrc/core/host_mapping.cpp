@@ -5,15 +5,23 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <mutex>
 #include <string>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 #include "core/error.h"
 #include "core/host_limits.h"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23  // Linux 5.14; C libraries learned the name later
+#endif
 
 namespace torch_offload {
 
@@ -40,10 +48,10 @@ struct ForkHandlers {
   }
 
   static void in_child() {
-    for (const HostMapping* mapping : instance().live) {
-      mapping->make_private();
+    for (HostMapping* mapping : instance().live) {
+      mapping->forbid_in_child();
     }
-    // From here on they are ordinary memory, which the child's own children inherit as it then is.
+    // From here on they are ordinary mappings, which the child's own children inherit.
     instance().live.clear();
     instance().mutex.unlock();
   }
@@ -60,10 +68,102 @@ struct ForkHandlers {
 
 namespace {
 
-[[noreturn]] void throw_system_error(std::size_t size_bytes, const char* call) {
-  const int error = errno;
-  throw MemoryError("expected to reserve " + format_bytes(size_bytes) + " of host memory, got " +
-                    call + ": " + std::strerror(error) + " (" + describe(read_host_limits()) + ")");
+/// The huge page of x86-64, and what one thread fills at a time: small enough for its cache.
+constexpr std::size_t kHugePageBytes = std::size_t{2} << 20;
+/// Starting a thread costs about as much as copying 1 MiB; each gets several times that.
+constexpr std::size_t kLeastBytesPerThread = std::size_t{8} << 20;
+/// More threads than this only wait for memory.
+constexpr std::size_t kMaxThreads = 16;
+
+[[noreturn]] void throw_system_error(int error, std::size_t size_bytes, const char* call) {
+  throw MemoryError("expected " + format_bytes(size_bytes) + " of host memory, got " + call + ": " +
+                    std::strerror(error) + " (" + describe(read_host_limits()) + ")");
+}
+
+std::size_t address_of(const std::byte* memory) { return reinterpret_cast<std::uintptr_t>(memory); }
+
+/// Takes pages before they are written, so that a system without memory answers with an error
+/// where it can, and not with a signal. Returns an errno, or zero.
+int take_block(std::byte* begin, std::size_t size_bytes) {
+  const std::size_t page = HostMapping::page_bytes();
+  const std::size_t lead = address_of(begin) % page;
+  if (madvise(begin - lead, HostMapping::whole_pages(lead + size_bytes), MADV_POPULATE_WRITE) ==
+      0) {
+    return 0;
+  }
+  if (errno != EINVAL) {
+    return errno;
+  }
+  for (std::size_t offset = 0; offset < lead + size_bytes; offset += page) {  // an older kernel
+    volatile std::byte* const touched = begin - lead + offset;
+    *touched = *touched;
+  }
+  return 0;
+}
+
+/// Calls `work(block_begin, block_size_bytes)`, which returns an errno or zero, for the parts of a
+/// range, with as many threads as pay off. No two parts share a huge page: two threads that fault
+/// in the same one would both clear it. Returns the first error.
+template <typename Work>
+int in_parallel(std::byte* begin, std::size_t size_bytes, const Work& work) {
+  const std::size_t lead = address_of(begin) % kHugePageBytes;  // of the first huge page, not ours
+  std::atomic<std::size_t> next{0};
+  std::atomic<int> error{0};
+  const auto run = [&] {
+    while (error.load(std::memory_order_relaxed) == 0) {
+      const std::size_t block = next.fetch_add(kHugePageBytes, std::memory_order_relaxed);
+      if (block >= lead + size_bytes) {
+        return;
+      }
+      const std::size_t from = std::max(block, lead);
+      const std::size_t to = std::min(block + kHugePageBytes, lead + size_bytes);
+      if (const int failure = work(begin + (from - lead), to - from)) {
+        error.store(failure, std::memory_order_relaxed);
+      }
+    }
+  };
+  const std::size_t num_threads =
+      std::min({size_bytes / kLeastBytesPerThread, kMaxThreads,
+                static_cast<std::size_t>(std::thread::hardware_concurrency())});
+  std::vector<std::thread> helpers;
+  helpers.reserve(num_threads);
+  try {
+    while (helpers.size() + 1 < num_threads) {
+      helpers.emplace_back(run);
+    }
+  } catch (const std::system_error&) {
+    // A process that may not start threads is slower, not broken: those there are do it all.
+  }
+  run();
+  for (std::thread& helper : helpers) {
+    helper.join();
+  }
+  return error.load();
+}
+
+/// Maps whole pages of zeros on a huge page's boundary. Returns nullptr and sets errno if it
+/// cannot.
+std::byte* map_aligned(std::size_t size_bytes) {
+  const std::size_t slack = kHugePageBytes - HostMapping::page_bytes();
+  if (size_bytes > SIZE_MAX - slack) {
+    errno = ENOMEM;
+    return nullptr;
+  }
+  // Not accounted for here, since check_host_memory asked before, and can be told not to.
+  void* const reserved = mmap(nullptr, size_bytes + slack, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (reserved == MAP_FAILED) {
+    return nullptr;
+  }
+  auto* const begin = static_cast<std::byte*>(reserved);
+  const std::size_t head = (kHugePageBytes - address_of(begin) % kHugePageBytes) % kHugePageBytes;
+  if (head > 0) {
+    munmap(begin, head);
+  }
+  if (head < slack) {
+    munmap(begin + head + size_bytes, slack - head);
+  }
+  return begin + head;
 }
 
 }  // namespace
@@ -82,32 +182,24 @@ HostMapping::HostMapping(std::size_t size_bytes) : size_bytes_(whole_pages(size_
     return;
   }
   ForkHandlers& handlers = ForkHandlers::instance();
-  file_ = memfd_create("torch_offload", MFD_CLOEXEC);
-  if (file_ < 0) {
-    throw_system_error(size_bytes_, "memfd_create");
+  data_ = map_aligned(size_bytes_);
+  if (data_ == nullptr) {
+    throw_system_error(errno, size_bytes_, "mmap");
   }
-  if (ftruncate(file_, static_cast<off_t>(size_bytes_)) != 0) {
+  // Only what huge pages fill: the last one would take more memory than was asked for. A wish, so
+  // the answer does not matter.
+  if (const std::size_t huge = size_bytes_ / kHugePageBytes * kHugePageBytes) {
+    static_cast<void>(madvise(data_, huge, MADV_HUGEPAGE));
+  }
+  if (madvise(data_, size_bytes_, MADV_DONTFORK) != 0) {
     const int error = errno;
-    close(file_);
-    errno = error;
-    throw_system_error(size_bytes_, "ftruncate");
+    munmap(data_, size_bytes_);
+    throw_system_error(error, size_bytes_, "madvise(MADV_DONTFORK)");
   }
-  void* data = mmap(nullptr, size_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, file_, 0);
-  if (data == MAP_FAILED) {
-    const int error = errno;
-    close(file_);
-    errno = error;
-    throw_system_error(size_bytes_, "mmap");
-  }
-  data_ = static_cast<std::byte*>(data);
-  // Huge pages where the system gives them to shared memory (shmem_enabled; often it does not):
-  // fewer faults while filling. A wish, so the answer does not matter.
-  static_cast<void>(madvise(data, size_bytes_, MADV_HUGEPAGE));
   try {
     handlers.add(this);
   } catch (...) {
-    munmap(data, size_bytes_);
-    close(file_);
+    munmap(data_, size_bytes_);
     throw;
   }
 }
@@ -121,20 +213,44 @@ HostMapping::~HostMapping() {
     std::fprintf(stderr, "torch_offload: warning: could not unmap %zu bytes of host memory: %s\n",
                  size_bytes_, std::strerror(errno));
   }
-  close(file_);
+}
+
+void HostMapping::take_pages(std::byte* begin, std::size_t size_bytes) {
+  if (const int error = in_parallel(begin, size_bytes, take_block)) {
+    throw_system_error(error, size_bytes, "madvise(MADV_POPULATE_WRITE)");
+  }
+}
+
+void HostMapping::fill(std::byte* destination, const void* source, std::size_t size_bytes) {
+  const auto copy_block = [destination, source](std::byte* begin, std::size_t length) {
+    const int error = take_block(begin, length);
+    if (error == 0) {
+      std::memcpy(begin, static_cast<const std::byte*>(source) + (begin - destination), length);
+    }
+    return error;
+  };
+  if (const int error = in_parallel(destination, size_bytes, copy_block)) {
+    throw_system_error(error, size_bytes, "madvise(MADV_POPULATE_WRITE)");
+  }
 }
 
 /// Runs in a child, between fork and its return: system calls only, no allocation, no throw.
-void HostMapping::make_private() const {
-  void* const data = mmap(data_, size_bytes_, PROT_READ | PROT_WRITE,
-                          MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, file_, 0);
-  if (data != MAP_FAILED) {
+void HostMapping::forbid_in_child() {
+  void* const taken =
+      mmap(data_, size_bytes_, PROT_NONE,
+           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
+  if (taken == data_) {
     return;
   }
-  // Better a child that dies when it writes than one that edits its parent's weights unseen.
-  static_cast<void>(mprotect(data_, size_bytes_, PROT_READ));
+  // Something else lies there already, such as what an earlier fork handler has mapped: it is not
+  // ours to unmap.
+  leaked_ = true;
+  if (taken != MAP_FAILED) {
+    munmap(taken, size_bytes_);  // a kernel that takes the address for a hint
+  }
   constexpr char kWarning[] =
-      "torch_offload: warning: offloaded weights are read-only in this forked process\n";
+      "torch_offload: warning: offloaded weights must not be read in this forked process, where "
+      "other memory has taken their addresses\n";
   static_cast<void>(!write(STDERR_FILENO, kWarning, sizeof(kWarning) - 1));
 }
 
