@@ -61,7 +61,8 @@ def restored_state() -> Iterator[None]:
     torch.set_default_dtype(dtype)
     torch.set_grad_enabled(grad)
     torch.set_autocast_cache_enabled(cache)
-    assert not leaked and cache_now == cache, "the test left autocast changed"
+    assert not leaked, f"the test left autocast changed for {leaked}"
+    assert cache_now == cache, "the test left the autocast cache changed"
     assert grad_now == grad, "the test left grad mode changed"
 
 

@@ -119,7 +119,7 @@ def assert_equal(got: Any, must: Any) -> None:
     """Asserts that two outputs are of one type and equal to the last bit, all the way down."""
     assert type(got) is type(must), f"got {type(got)}, expected {type(must)}"
     if isinstance(must, torch.Tensor):
-        assert got.dtype == must.dtype and got.device == must.device
+        assert (got.dtype, got.device) == (must.dtype, must.device)
         assert torch.equal(got, must), f"differs by up to {(got - must).abs().max()}"
     elif isinstance(must, dict):
         assert list(got) == list(must)

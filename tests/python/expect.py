@@ -7,8 +7,9 @@ the plan, and four sentences, which are all of its independence from the C++ pip
 * A copy overwrites every unit whose place overlaps.
 * `sync` and `streams` copy nothing that was not asked for; `events` copies within the layer in use;
   `pipeline` goes on into the next pass, until `depth` bytes are ahead or a place is taken.
-* A pass is expected to repeat the last completed one that began with the same unit, and to be
-  followed by what followed it; before the first pass, by the planned order.
+* A pass is expected to repeat the last completed one that began with the same unit. A pass like the
+  one before it is expected to come again, another to be followed by what followed it last time.
+  Before the first pass, the planned order is expected.
 
 Where a pass goes the expected way these give one number. Where it does not, a guess may have been
 copied in vain, and the oracle gives the least number.
@@ -86,27 +87,32 @@ class Expected:
         onloads: Number of copies.
         bytes_onloaded: Bytes of those, padding between parameters included.
         is_exact: Whether it must be just that; else at least that.
-        is_repeat: Whether the pass went, from its first unit on, as was expected before it began.
+        is_repeat: Whether the pass went as was expected before it began, and the one before it ended
+            as expected, so that its last units knew what to copy ahead.
+        goes_as_known: Whether the pass went the way that its first unit foretells.
     """
 
     onloads: int
     bytes_onloaded: int
     is_exact: bool
     is_repeat: bool
+    goes_as_known: bool
 
 
 @dataclass
 class _Learned:
-    """The order that passes so far have taught."""
+    """The order that completed passes have taught so far."""
 
     planned: list[int]
     sequences: dict[int, list[int]] = field(default_factory=dict)
     follower: dict[int, int] = field(default_factory=dict)
     last_first: int | None = None
+    last_is_repeat: bool = False
+    last_was_known: bool = True
 
-    def after(self, sequence: list[int]) -> list[int]:
-        """The pass that is expected to follow one that went like `sequence`."""
-        if not sequence:
+    def after(self, sequence: list[int], is_repeat: bool) -> list[int]:
+        """The pass expected after one like `sequence`, which was or was not like the one before."""
+        if not sequence or is_repeat:
             return sequence
         first = self.follower.get(sequence[0], sequence[0])
         return self.sequences.get(first, sequence)
@@ -114,16 +120,26 @@ class _Learned:
     def next_pass(self) -> list[int]:
         if self.last_first is None:
             return self.planned
-        return self.after(self.sequences.get(self.last_first, self.planned))
+        return self.after(self.sequences[self.last_first], self.last_is_repeat)
 
-    def learn(self, units: list[int], completed: bool) -> None:
-        if not units:
+    def endless(self, units: list[int]) -> Iterator[int]:
+        """What is expected after a pass that is about to end, whose own lesson is not learned."""
+        sequence, is_repeat = units, units[0] == self.last_first
+        while True:
+            following = self.after(sequence, is_repeat)
+            is_repeat = following == sequence
+            sequence = following
+            yield from sequence
+
+    def learn(self, units: list[int], completed: bool, was_known: bool) -> None:
+        self.last_was_known = completed and was_known
+        if not units or not completed:
             return
-        if self.last_first is not None:
+        if self.last_first is not None and not self.last_is_repeat:
             self.follower[self.last_first] = units[0]
+        self.last_is_repeat = units[0] == self.last_first
         self.last_first = units[0]
-        if completed:
-            self.sequences[units[0]] = list(units)
+        self.sequences[units[0]] = list(units)
 
 
 @dataclass
@@ -260,8 +276,9 @@ class _Observer:
         running.after = self._handle.stats
         running.completed = completed
         learned = _learned[self._handle]
-        self.calls.expected.append(_expected(self._handle, learned, running))
-        learned.learn(running.units, completed)
+        expected = _expected(self._handle, learned, running)
+        self.calls.expected.append(expected)
+        learned.learn(running.units, completed, expected.goes_as_known)
 
 
 def _expected(handle: Handle, learned: _Learned, one: Pass) -> Expected:
@@ -269,28 +286,20 @@ def _expected(handle: Handle, learned: _Learned, one: Pass) -> Expected:
     first = one.units[0] if one.units else None
     # A pass that begins with another unit than expected is recognized by it.
     recognized = learned.sequences.get(first) if first is not None else None
-    is_repeat = one.units == predicted
-    goes_as_known = is_repeat or one.units == recognized
+    goes_as_known = one.units in (predicted, recognized)
     window = _Window(handle, one.whole_before)
     for unit in one.units:
         window.demand(unit)
     if one.completed and goes_as_known and one.units:
-        window.run_ahead(one.units[-1], _endless(learned, one.units))
+        window.run_ahead(one.units[-1], learned.endless(one.units))
     demands_only = handle.config.mode in ("sync", "streams")
     return Expected(
         onloads=window.onloads,
         bytes_onloaded=window.bytes_onloaded,
         is_exact=demands_only or (one.completed and goes_as_known),
-        is_repeat=is_repeat,
+        is_repeat=one.units == predicted and learned.last_was_known,
+        goes_as_known=goes_as_known,
     )
-
-
-def _endless(learned: _Learned, units: list[int]) -> Iterator[int]:
-    """What is expected after a pass. Its own lesson is not learned yet while it runs."""
-    sequence = units
-    while True:
-        sequence = learned.after(sequence)
-        yield from sequence
 
 
 class _Window:

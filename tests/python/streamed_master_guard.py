@@ -23,11 +23,11 @@ from torch_offload.handle import Handle
 # The engine itself reads and writes masters, to adopt what a user has replaced; its operators are
 # called from C++, so that the wrapper is the innermost Python frame.
 _OWN_FRAMES = ("torch_offload/calls.py",)
-# Between an operator's caller and us: this file, and torch's switch that keeps dynamo out of it.
-_MODE_FRAMES = (__file__, "torch/_dynamo/eval_frame.py")
+# Between the caller of an operator and us: this file, and what keeps dynamo out of it.
+_MODE_FRAMES = (__file__, "torch/_dynamo/eval_frame.py", "torch/_compile.py")
 
 
-class StreamedMasterRead(AssertionError):
+class StreamedMasterReadError(AssertionError):
     """A forward has read a weight at rest."""
 
 
@@ -90,7 +90,7 @@ class LiveMasters:
 
 
 class StreamedMasterGuard(TorchDispatchMode):
-    """Raises `StreamedMasterRead` at an operator that reads a master during a forward.
+    """Raises `StreamedMasterReadError` at an operator that reads a master during a forward.
 
     Attributes:
         reads: Names of the weights that were read so, in order; must be empty when a test ends.
@@ -131,7 +131,7 @@ class StreamedMasterGuard(TorchDispatchMode):
             name = masters.name_at(address)
             if name is not None:
                 self.reads.append(name)
-                raise StreamedMasterRead(
+                raise StreamedMasterReadError(
                     f"{func} reads the master of '{name}' during a forward, outside its unit's call"
                 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from tests.python import expect
 from tests.python.dropin import assert_streams_like_plain, plain_on, rows, streamed, tiny_stack
-from tests.python.streamed_master_guard import StreamedMasterGuard, StreamedMasterRead
+from tests.python.streamed_master_guard import StreamedMasterGuard, StreamedMasterReadError
 from torch_offload.calls import unwrap
 
 HOST = torch.device("cpu")
@@ -23,10 +24,10 @@ def test_guard_unit_without_wrapper_is_seen(master_guard: StreamedMasterGuard) -
         unwrap(model.blocks[1].mlp)  # the planted fault: this unit is never acquired
         with (
             master_guard.expect_reads() as reads,
-            pytest.raises(StreamedMasterRead, match=r"mlp\.up"),
+            pytest.raises(StreamedMasterReadError, match=r"mlp\.up"),
         ):
             model(x)
-        assert len(reads) == 1 and reads[0].startswith("blocks.1.mlp.up.")
+        assert [name.rpartition(".")[0] for name in reads] == ["blocks.1.mlp.up"]
     assert torch.equal(model(x), must)
 
 
@@ -37,10 +38,8 @@ def test_guard_swallowed_read_is_remembered(master_guard: StreamedMasterGuard) -
         forward = model.forward
 
         def reads_outside(x: torch.Tensor) -> torch.Tensor:
-            try:
+            with contextlib.suppress(AssertionError):
                 x = x + model.blocks[0].attn.weight.sum()
-            except AssertionError:
-                pass
             return forward(x)
 
         model.forward = reads_outside  # type: ignore[method-assign]  # the planted fault
