@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import nn
 
 from torch_offload._C import StateError
+from torch_offload.calls import is_wrapped
+from torch_offload.guards import is_guarded
 from torch_offload.handle import handle_of
+
+# Attributes that other tools leave on the modules they hook, with the way out.
+_FOREIGN_HOOKS = {
+    "_hf_hook": (
+        "accelerate",
+        "load it without device_map=, or call accelerate.hooks.remove_hook_from_module(model, "
+        "recurse=True)",
+    ),
+    "_diffusers_hook": (
+        "diffusers",
+        "do not call enable_*_offload, enable_layerwise_casting or enable_group_offload on it",
+    ),
+    "_is_fsdp_managed_module": ("FSDP", "offload the module before it is sharded"),
+    "ds_inflight_param_registry": ("DeepSpeed", "load the model outside zero.Init"),
+}
+# Classes that wrap or replace a module, with what to offload instead.
+_WRAPPERS = {
+    "DataParallel": "its .module",
+    "DistributedDataParallel": "the module before wrapping it",
+    "FullyShardedDataParallel": "the module before wrapping it",
+    "FSDPModule": "the module before fully_shard()",
+    "OptimizedModule": "the module before torch.compile()",
+    "ScriptModule": "the module before jit.script() or jit.trace()",
+}
+_PACKED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
 def check_model(model: nn.Module) -> None:
@@ -14,7 +44,7 @@ def check_model(model: nn.Module) -> None:
     Raises:
         TypeError: If it is no module.
         ValueError: If its weights cannot be streamed.
-        StateError: If it, or a part of it, is offloaded already.
+        StateError: If it, a part of it, or what it is part of, is offloaded or hooked already.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -22,21 +52,129 @@ def check_model(model: nn.Module) -> None:
             "transformer: offload(pipe.transformer)"
         )
     for name, module in model.named_modules():
-        if handle_of(module) is not None:
-            where = f"'{name}' of it" if name else "it"
-            raise StateError(
-                f"expected a plain model, got one where {where} is offloaded already; call "
-                "torch_offload.handle_of(...).remove() first"
-            )
+        _check_module(name, module)
     for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta":
-            raise ValueError(
-                f"expected loaded weights, got parameter '{name}' on the meta device; load the "
-                "checkpoint (or model.to_empty(device='cpu') and initialize) before offload()"
+        _check_parameter(name, parameter)
+    _check_quantization(model)
+    if not any(parameter.is_floating_point() for parameter in model.parameters()):
+        raise ValueError(
+            f"expected a model with floating-point weights, got {type(model).__name__} with "
+            f"{sum(1 for _ in model.parameters())} parameters, none of them floating-point; there "
+            "is nothing to stream"
+        )
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    where = f"'{name}' of it" if name else "it"
+    if handle_of(module) is not None:
+        raise StateError(
+            f"expected a plain model, got one where {where} is offloaded already; call "
+            "torch_offload.handle_of(...).remove() first"
+        )
+    if is_guarded(module):
+        raise StateError(
+            f"expected a plain model, got one where {where} is part of a larger model that is "
+            "offloaded already; call remove() on the handle of that first"
+        )
+    for ancestor in type(module).__mro__:
+        if ancestor.__name__ in _WRAPPERS and ancestor.__module__.startswith("torch."):
+            raise StateError(
+                f"expected a plain module, got one where {where} is a {ancestor.__name__}; "
+                f"offload {_WRAPPERS[ancestor.__name__]}"
             )
-        if parameter.is_inference():
-            raise ValueError(
-                f"expected parameters made outside inference mode, got '{name}' made inside: it "
-                "has no version counter, so edits would go unseen; build or load the model outside "
-                "torch.inference_mode()"
+    for attribute, (tool, cure) in _FOREIGN_HOOKS.items():
+        if attribute in vars(module):
+            raise StateError(
+                f"expected a model without hooks of other tools, got one where {where} has "
+                f"'{attribute}' of {tool}, which moves the same weights; {cure}"
             )
+    if vars(module).get("_compiled_call_impl") is not None:
+        raise StateError(
+            f"expected a plain model, got one where {where} was compiled by module.compile(); "
+            "offload the model before, or build it anew"
+        )
+    if is_wrapped(module):
+        raise StateError(
+            f"expected a plain model, got one where another tool has replaced '_call_impl' of "
+            f"{where}; take that away first"
+        )
+
+
+def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+    if hasattr(parameter, "ds_id"):
+        raise StateError(
+            f"expected parameters of plain torch, got '{name}', which DeepSpeed manages; load the "
+            "model outside zero.Init"
+        )
+    if type(parameter) is not nn.Parameter and not nn.parameter.is_lazy(parameter):
+        raise ValueError(
+            f"expected plain parameters, got '{name}' of class {type(parameter).__name__} "
+            f"({type(parameter).__module__}), whose data cannot be swapped; load the model "
+            "unquantized and unsharded"
+        )
+    if parameter.device.type == "meta":
+        raise ValueError(
+            f"expected loaded weights, got parameter '{name}' on the meta device; load the "
+            "checkpoint (or model.to_empty(device='cpu') and initialize) before offload()"
+        )
+    if parameter.is_inference():
+        raise ValueError(
+            f"expected parameters made outside inference mode, got '{name}' made inside: it "
+            "has no version counter, so edits would go unseen; build or load the model outside "
+            "torch.inference_mode()"
+        )
+
+
+def _check_quantization(model: nn.Module) -> None:
+    """Refuses weights of which a part lies where it would not be streamed.
+
+    Packed weights of GPTQ and AWQ are buffers, states of bitsandbytes and others attributes: they
+    would stay on the device, and next to nothing be streamed.
+    """
+    for name, module in model.named_modules():
+        method = _quantization_method(module)
+        if method is not None:
+            where = f"'{name}' of it" if name else "it"
+            raise ValueError(
+                f"expected unquantized weights, got a model where {where} is quantized by "
+                f"{method}: parts of such weights lie in buffers and attributes that would not be "
+                "streamed; load it without quantization, or dequantized"
+            )
+    packed = {
+        name: sum(map(_size_bytes, _packed(module))) for name, module in model.named_modules()
+    }
+    packed_bytes = sum(packed.values())
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    if packed_bytes > weight_bytes:
+        largest = max(packed, key=lambda name: packed[name])
+        kind = type(model.get_submodule(largest)).__name__
+        raise ValueError(
+            f"expected weights in parameters, got {packed_bytes} bytes of packed integers in "
+            f"buffers and attributes, as of '{largest}' ({kind}), against {weight_bytes} bytes of "
+            "parameters: they would stay on the device; load the model unquantized"
+        )
+
+
+def _quantization_method(module: nn.Module) -> str | None:
+    quantizer = getattr(module, "hf_quantizer", None)
+    config = getattr(quantizer, "quantization_config", None)
+    if quantizer is None:
+        return None
+    method = getattr(config, "quant_method", None)
+    return str(getattr(method, "value", method) or type(quantizer).__name__)
+
+
+def _packed(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Tensors of a module beside its parameters that look like packed weights."""
+    for tensor in (*module._buffers.values(), *vars(module).values()):
+        if (
+            isinstance(tensor, torch.Tensor)
+            and not isinstance(tensor, nn.Parameter)
+            and tensor.dtype in _PACKED_DTYPES
+            and tensor.dim() >= 2
+        ):
+            yield tensor
+
+
+def _size_bytes(tensor: torch.Tensor) -> int:
+    return tensor.nbytes

@@ -87,8 +87,8 @@ class Expected:
         onloads: Number of copies.
         bytes_onloaded: Bytes of those, padding between parameters included.
         is_exact: Whether it must be just that; else at least that.
-        is_repeat: Whether the pass went as was expected before it began, and the one before it ended
-            as expected, so that its last units knew what to copy ahead.
+        is_repeat: Whether the pass went as was expected before it began, and the one before it
+            ended as expected, so that its last units knew what to copy ahead.
         goes_as_known: Whether the pass went the way that its first unit foretells.
     """
 
