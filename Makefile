@@ -51,6 +51,13 @@ sanitize: $(STAMPS)/build  ## run the C++ tests of core and host under the sanit
 lint: $(STAMPS)/lint build  ## check format, style and types
 	pre-commit run --all-files --show-diff-on-failure
 
+.PHONY: format
+format: $(STAMPS)/lint  ## bring all files into the format that lint asks for
+	git ls-files '*.cpp' '*.h' | xargs clang-format -i
+	git ls-files '*CMakeLists.txt' '*.cmake' | xargs cmake-format -i
+	ruff check --fix --exit-zero
+	ruff format
+
 .PHONY: bench
 bench: $(STAMPS)/test build  ## run the benchmarks, tiny where there is no GPU
 	$(PY) -m pytest benchmarks $(PYTEST)
