@@ -1,5 +1,5 @@
-// Linked with all of the core and nothing else but threads: an object of the core that needed torch,
-// CUDA or Python would not link, and a header that included one of them is refused here.
+// Linked with all of the core and nothing else but threads: an object of the core that needed
+// torch, CUDA or Python would not link, and a header that included one of them is refused here.
 #include "core/device.h"
 #include "core/error.h"
 #include "core/host_limits.h"
