@@ -14,24 +14,27 @@ module, and model, arena and window would outlive ``del`` until a collection.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from torch_offload import _C
+from torch_offload.guards import refuse_tracing
+from torch_offload.leaves import LeafCut
+from torch_offload.mismatch import MismatchExplainer
 
 _ATTRIBUTE = "_call_impl"
-_DEVICE_MISMATCH = ("same device", "different devices", "device type")
 
 
 def wrap_unit(module: nn.Module, engine: _C.Engine, unit: int) -> None:
     """Makes every call of `module` acquire the unit before and release it after."""
     reference = weakref.ref(module)
-    call_plain = type(module)._call_impl
+    module_type = type(module)
+    call_plain = module_type._call_impl
 
     def _call_impl(*args: Any, **kwargs: Any) -> Any:
+        refuse_tracing(reference(), module_type)
         token = _C.CallToken()
         # An interrupt may strike between any two steps: the token knows what was acquired by then.
         try:
@@ -46,31 +49,33 @@ def wrap_unit(module: nn.Module, engine: _C.Engine, unit: int) -> None:
 def wrap_ancestor(
     module: nn.Module,
     engine: _C.Engine,
-    explain_mismatch: Callable[[BaseException], str],
+    explainer: MismatchExplainer,
+    leaf_cut: LeafCut | None,
 ) -> None:
     """Makes every call of `module` count, so that the outermost one begins and ends a pass."""
     reference = weakref.ref(module)
-    call_plain = type(module)._call_impl
+    module_type = type(module)
+    call_plain = module_type._call_impl
 
     def _call_impl(*args: Any, **kwargs: Any) -> Any:
+        refuse_tracing(reference(), module_type)
         token = _C.CallToken()
         try:
             engine.enter(token)
             return engine.finish(token, call_plain(reference(), *args, **kwargs))
         except RuntimeError as error:
-            add_explanation(error, explain_mismatch)
+            explainer.explain(error)
             raise
         finally:
             engine.release(token)
 
-    vars(module)[_ATTRIBUTE] = _call_impl
+    def _call_impl_observed(*args: Any, **kwargs: Any) -> Any:
+        if leaf_cut is None or leaf_cut.is_settled:
+            return _call_impl(*args, **kwargs)
+        with leaf_cut.observed_pass():
+            return _call_impl(*args, **kwargs)
 
-
-def add_explanation(error: RuntimeError, explain_mismatch: Callable[[BaseException], str]) -> None:
-    """Says which streamed weight was read outside its unit's call, if that is what happened."""
-    text = str(error)
-    if any(words in text for words in _DEVICE_MISMATCH) and "torch_offload" not in text:
-        error.args = (f"{text}\n{explain_mismatch(error)}", *error.args[1:])
+    vars(module)[_ATTRIBUTE] = _call_impl if leaf_cut is None else _call_impl_observed
 
 
 def unwrap(module: nn.Module) -> None:

@@ -97,7 +97,7 @@ class Handle:
         device: torch.device,
         config: Config,
         bytes_resident: int,
-        undo: Callable[[nn.Module], list[str]],
+        undo: Callable[[nn.Module], None],
     ) -> None:
         self._model = weakref.ref(model)
         self._engine = engine

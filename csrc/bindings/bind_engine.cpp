@@ -8,6 +8,20 @@ namespace py = pybind11;
 
 namespace torch_offload {
 
+namespace {
+
+using RangePair = std::pair<std::size_t, std::size_t>;
+
+std::vector<ParameterRange> ranges_from(const std::vector<RangePair>& pairs) {
+  std::vector<ParameterRange> ranges;
+  for (const auto& [begin, end] : pairs) {
+    ranges.push_back({begin, end});
+  }
+  return ranges;
+}
+
+}  // namespace
+
 void bind_engine(py::module_& module) {
   py::class_<Stats>(module, "Stats", "What the pipeline did since it was made.")
       .def_readonly("forwards", &Stats::forwards)
@@ -30,33 +44,36 @@ void bind_engine(py::module_& module) {
       std::tuple<std::string, at::Tensor, std::vector<std::pair<py::dict, py::str>>>;
   py::class_<Engine, std::shared_ptr<Engine>>(
       module, "Engine", "The parameters of one model, their masters and places.")
-      .def(py::init([](std::shared_ptr<Device> device, const at::Device& torch_device, Plan plan,
-                       const std::string& mode, const std::string& streams,
-                       bool poison_on_release,
-                       std::vector<std::vector<ParameterTuple>> parameters) {
-             std::vector<std::vector<ParameterSpec>> specs;
-             for (auto& unit : parameters) {
-               auto& unit_specs = specs.emplace_back();
-               for (auto& [name, parameter, slots] : unit) {
-                 ParameterSpec& spec = unit_specs.emplace_back();
-                 spec.name = name;
-                 spec.parameter = parameter;
-                 for (auto& [dict, key] : slots) {
-                   spec.slots.push_back({dict, key});
-                 }
+      .def(py::init([](std::shared_ptr<Device> device, const at::Device& torch_device,
+                       const std::string& mode, const std::string& streams, bool poison_on_release,
+                       std::vector<ParameterTuple> parameters, Plan plan,
+                       const std::vector<RangePair>& ranges) {
+             std::vector<ParameterSpec> specs;
+             for (auto& [name, parameter, slots] : parameters) {
+               ParameterSpec& spec = specs.emplace_back();
+               spec.name = name;
+               spec.parameter = parameter;
+               for (auto& [dict, key] : slots) {
+                 spec.slots.push_back({dict, key});
                }
              }
              PipelineOptions options;
              options.mode = parse_mode(mode);
              options.layout = parse_stream_layout(streams);
              options.poison_on_release = poison_on_release;
-             return std::make_shared<Engine>(std::move(device), torch_device, std::move(plan),
-                                             options, std::move(specs));
+             return std::make_shared<Engine>(std::move(device), torch_device, options,
+                                             std::move(specs), std::move(plan),
+                                             ranges_from(ranges));
            }),
-           py::arg("device"), py::arg("torch_device"), py::arg("plan"), py::arg("mode"),
-           py::arg("streams"), py::arg("poison_on_release"), py::arg("parameters"))
+           py::arg("device"), py::arg("torch_device"), py::arg("mode"), py::arg("streams"),
+           py::arg("poison_on_release"), py::arg("parameters"), py::arg("plan"), py::arg("ranges"))
       .def("move_in", &Engine::move_in, py::arg("unit"))
-      .def("move_out", &Engine::move_out, py::arg("unit"))
+      .def("move_out", &Engine::move_out)
+      .def("recut",
+           [](Engine& engine, Plan plan, const std::vector<RangePair>& ranges) {
+             engine.recut(std::move(plan), ranges_from(ranges));
+           },
+           py::arg("plan"), py::arg("ranges"))
       .def("enter", &Engine::enter, py::arg("token"))
       .def("acquire", &Engine::acquire, py::arg("token"), py::arg("unit"))
       .def("finish", &Engine::finish, py::arg("token"), py::arg("output"))
@@ -69,7 +86,7 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("plan",
                              [](const Engine& engine) { return engine.pipeline().plan(); })
       .def_property_readonly("stats",
-                             [](const Engine& engine) { return engine.pipeline().stats(); })
+                             [](const Engine& engine) { return engine.stats(); })
       .def("unit_stats",
            [](const Engine& engine, UnitIndex unit) { return engine.pipeline().unit_stats(unit); },
            py::arg("unit"))

@@ -46,11 +46,12 @@ void bind_plan(py::module_& module) {
   module.def(
       "make_plan",
       [](std::vector<Unit> units, std::optional<std::size_t> depth_bytes,
-         std::optional<std::size_t> budget_bytes) {
+         std::optional<std::size_t> budget_bytes, std::optional<std::size_t> window_bytes) {
         const py::gil_scoped_release no_gil;
-        return make_plan({std::move(units), depth_bytes, budget_bytes});
+        return make_plan({std::move(units), depth_bytes, budget_bytes, window_bytes});
       },
-      py::arg("units"), py::arg("depth_bytes"), py::arg("budget_bytes"),
+      py::arg("units"), py::arg("depth_bytes") = py::none(), py::arg("budget_bytes") = py::none(),
+      py::arg("window_bytes") = py::none(),
       "Chooses the resident units and a range of the window for each other one. Pure.");
   module.def("least_budget_bytes", &least_budget_bytes, py::arg("units"),
              "The least budget_bytes that make_plan accepts for these units.");

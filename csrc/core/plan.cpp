@@ -83,20 +83,28 @@ bool runs_ahead(const Ring& ring, std::size_t depth_bytes) {
   return true;
 }
 
-/// Finds the smallest window that lets copies run ahead as asked, or one above `window_limit` if
-/// none below is. Ends at the latest where every unit has bytes of its own.
-Ring smallest_ring(const std::vector<Unit>& units, const std::vector<bool>& resident,
-                   std::size_t depth_bytes, std::size_t window_limit = SIZE_MAX) {
+/// The streamed units, not placed yet.
+Ring streamed_ring(const std::vector<Unit>& units, const std::vector<bool>& resident) {
   Ring ring;
-  std::size_t total = 0;
-  std::size_t largest = 0;
   for (std::size_t i = 0; i < units.size(); ++i) {
     if (!resident[i]) {
       ring.order.push_back(static_cast<UnitIndex>(i));
       ring.sizes.push_back(units[i].size_bytes);
-      total += units[i].size_bytes;
-      largest = std::max(largest, units[i].size_bytes);
     }
+  }
+  return ring;
+}
+
+/// Finds the smallest window that lets copies run ahead as asked, or one above `window_limit` if
+/// none below is. Ends at the latest where every unit has bytes of its own.
+Ring smallest_ring(const std::vector<Unit>& units, const std::vector<bool>& resident,
+                   std::size_t depth_bytes, std::size_t window_limit = SIZE_MAX) {
+  Ring ring = streamed_ring(units, resident);
+  std::size_t total = 0;
+  std::size_t largest = 0;
+  for (const std::size_t size_bytes : ring.sizes) {
+    total += size_bytes;
+    largest = std::max(largest, size_bytes);
   }
   const std::size_t step = std::max(aligned_size(largest / kWindowSteps), kAlignmentBytes);
   // While the largest unit is in use, the bytes ahead of it need room beside it.
@@ -183,6 +191,33 @@ Plan plan_from(const std::vector<Unit>& units, const Ring& ring, std::size_t dep
   return plan;
 }
 
+Plan plan_in_window(const PlanRequest& request, std::size_t depth_bytes) {
+  const std::size_t window = *request.window_bytes;
+  std::vector<bool> resident(request.units.size(), false);
+  if (request.budget_bytes) {
+    const std::size_t room = *request.budget_bytes - std::min(*request.budget_bytes, window);
+    for (std::size_t part = kResidentSteps; part > 0; --part) {
+      std::vector<bool> candidate = choose_resident(
+          request.units, static_cast<double>(part) / static_cast<double>(kResidentSteps));
+      if (resident_bytes(request.units, candidate) <= room) {
+        resident = std::move(candidate);
+        break;
+      }
+    }
+  }
+  Ring ring = streamed_ring(request.units, resident);
+  for (std::size_t i = 0; i < ring.sizes.size(); ++i) {
+    if (ring.sizes[i] > window) {
+      throw ValueError("expected a window of at least " + std::to_string(ring.sizes[i]) +
+                       " bytes for unit '" + request.units[ring.order[i]].name + "', got " +
+                       std::to_string(window) + "; raise gpu_budget or depth");
+    }
+  }
+  place(ring, window);
+  ring.window_bytes = window;
+  return plan_from(request.units, ring, depth_bytes);
+}
+
 }  // namespace
 
 std::size_t least_budget_bytes(const std::vector<Unit>& units) {
@@ -195,6 +230,9 @@ Plan make_plan(const PlanRequest& request) {
   check_units(units);
   std::size_t depth_bytes = request.depth_bytes.value_or(default_depth_bytes(units));
   const std::vector<bool> none(units.size(), false);
+  if (request.window_bytes) {
+    return plan_in_window(request, depth_bytes);
+  }
   if (!request.budget_bytes) {
     return plan_from(units, smallest_ring(units, none, depth_bytes), depth_bytes);
   }

@@ -15,6 +15,9 @@ struct PlanRequest {
   std::optional<std::size_t> depth_bytes;
   /// What resident units and window may take together. Default: nothing resident, default window.
   std::optional<std::size_t> budget_bytes;
+  /// A window that is there already: units are laid into it as they come, however far ahead copies
+  /// can run then. Default: the smallest that the depth needs.
+  std::optional<std::size_t> window_bytes;
 };
 
 /// Where every unit lives on the device. See Note [One window, fixed places].

@@ -33,49 +33,75 @@ class Stopwatch {
   Clock::time_point start_;
 };
 
-std::vector<std::size_t> streamed_sizes(const Plan& plan) {
-  std::vector<std::size_t> sizes;
-  for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
-    sizes.push_back(plan.is_resident(unit) ? 0 : plan.units[unit].size_bytes);
+/// Bytes of each parameter's master; none for those that stay on the device.
+std::vector<std::size_t> master_sizes(const std::vector<StreamedParameter>& parameters,
+                                      const Plan& plan,
+                                      const std::vector<ParameterRange>& ranges) {
+  std::vector<std::size_t> sizes(parameters.size(), 0);
+  for (UnitIndex unit = 0; unit < ranges.size(); ++unit) {
+    for (std::size_t i = ranges[unit].begin; i < ranges[unit].end; ++i) {
+      sizes[i] = plan.is_resident(unit) ? 0 : aligned_size(parameters[i].size_bytes());
+    }
   }
   return sizes;
 }
 
-}  // namespace
-
-std::size_t Engine::unit_size_bytes(const std::vector<std::size_t>& parameter_size_bytes) {
-  std::size_t sum = 0;
-  for (const std::size_t size_bytes : parameter_size_bytes) {
-    sum += aligned_size(size_bytes);
-  }
+Stats sum_of(Stats sum, const Stats& other) {
+  sum.forwards += other.forwards;
+  sum.onloads += other.onloads;
+  sum.prefetched += other.prefetched;
+  sum.misses += other.misses;
+  sum.hits += other.hits;
+  sum.extra_places += other.extra_places;
+  sum.bytes_onloaded += other.bytes_onloaded;
   return sum;
 }
 
-Engine::Engine(std::shared_ptr<Device> device, const at::Device& torch_device, Plan plan,
-               const PipelineOptions& options,
-               std::vector<std::vector<ParameterSpec>> parameters)
-    : device_(std::move(device)), torch_device_(torch_device), units_(plan.units.size()) {
-  if (parameters.size() != plan.units.size()) {
-    throw ValueError("expected parameters of " + std::to_string(plan.units.size()) +
-                     " units, as many as the plan has, got " + std::to_string(parameters.size()));
+}  // namespace
+
+Engine::Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
+               const PipelineOptions& options, std::vector<ParameterSpec> parameters, Plan plan,
+               std::vector<ParameterRange> ranges)
+    : device_(std::move(device)), torch_device_(torch_device) {
+  for (ParameterSpec& spec : parameters) {
+    parameters_.emplace_back(std::move(spec.name), std::move(spec.parameter),
+                             std::move(spec.slots));
   }
-  for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
-    std::size_t offset_bytes = 0;
-    for (ParameterSpec& spec : parameters[unit]) {
-      StreamedParameter parameter(std::move(spec.name), std::move(spec.parameter),
-                                  std::move(spec.slots), offset_bytes);
-      offset_bytes += aligned_size(parameter.size_bytes());
-      units_[unit].parameters.push_back(std::move(parameter));
+  units_ = cut(plan, ranges);
+  const std::vector<std::size_t> sizes = master_sizes(parameters_, plan, ranges);
+  const py::gil_scoped_release no_gil;
+  arena_ = std::make_shared<PinnedArena>(device_, sizes);
+  pipeline_ = std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan),
+                                         options);
+}
+
+std::vector<Engine::UnitParameters> Engine::cut(const Plan& plan,
+                                                std::vector<ParameterRange> ranges) const {
+  if (ranges.size() != plan.units.size()) {
+    throw ValueError("expected parameters of " + std::to_string(plan.units.size()) +
+                     " units, as many as the plan has, got " + std::to_string(ranges.size()));
+  }
+  std::vector<UnitParameters> units;
+  for (UnitIndex unit = 0; unit < ranges.size(); ++unit) {
+    UnitParameters entry;
+    entry.range = ranges[unit];
+    std::size_t size_bytes = 0;
+    for (std::size_t i = entry.range.begin; i < entry.range.end; ++i) {
+      entry.offsets.push_back(size_bytes);
+      size_bytes += aligned_size(parameters_.at(i).size_bytes());
     }
-    if (offset_bytes != plan.units[unit].size_bytes) {
+    if (size_bytes != plan.units[unit].size_bytes) {
       throw ValueError("expected unit '" + plan.units[unit].name + "' to hold " +
                        std::to_string(plan.units[unit].size_bytes) + " bytes as planned, got " +
-                       std::to_string(offset_bytes));
+                       std::to_string(size_bytes));
     }
+    units.push_back(std::move(entry));
   }
-  const py::gil_scoped_release no_gil;
-  arena_ = std::make_shared<PinnedArena>(device_, streamed_sizes(plan));
-  pipeline_ = std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan), options);
+  return units;
+}
+
+Engine::ParametersView Engine::parameters_of(const UnitParameters& entry) {
+  return {parameters_.data() + entry.range.begin, parameters_.data() + entry.range.end};
 }
 
 Engine::~Engine() {
@@ -101,32 +127,55 @@ void Engine::check_at_rest(const char* call) const {
 
 void Engine::move_in(UnitIndex unit) {
   UnitParameters& entry = units_.at(unit);
-  std::byte* master = arena_->unit_memory(unit);
-  entry.is_moved_in = true;  // from the first parameter on there is something to move out
-  for (StreamedParameter& parameter : entry.parameters) {
-    parameter.move_into(master + parameter.offset_bytes(), arena_,
+  for (std::size_t i = entry.range.begin; i < entry.range.end; ++i) {
+    StreamedParameter& parameter = parameters_[i];
+    if (!parameter.parameter().device().is_cpu()) {
+      const py::gil_scoped_release no_gil;
+      arena_->prepare(i);  // a copy from the device runs at the link's rate into locked pages only
+    }
+    parameter.move_into(arena_->piece_memory(i), arena_,
                         [&](const void* source, std::size_t size_bytes) {
                           const py::gil_scoped_release no_gil;
-                          arena_->fill(unit, parameter.offset_bytes(), source, size_bytes);
+                          arena_->fill(i, source, size_bytes);
                         });
   }
   const py::gil_scoped_release no_gil;
-  arena_->seal_up_to(unit);
+  arena_->seal_up_to(entry.range.end - 1);
 }
 
-std::vector<std::string> Engine::move_out(UnitIndex unit) {
-  check_at_rest("moving weights");
-  UnitParameters& entry = units_.at(unit);
+std::vector<std::string> Engine::move_out() {
+  check_at_rest("remove()");
   std::vector<std::string> moved_elsewhere;
-  if (std::exchange(entry.is_moved_in, false)) {
-    for (StreamedParameter& parameter : entry.parameters) {
-      if (parameter.is_moved_in() && !parameter.move_out()) {
-        moved_elsewhere.push_back(parameter.name());
-      }
+  for (StreamedParameter& parameter : parameters_) {
+    if (parameter.is_moved_in() && !parameter.move_out(parameter.former_device())) {
+      moved_elsewhere.push_back(parameter.name());
     }
   }
   return moved_elsewhere;
 }
+
+void Engine::recut(Plan plan, std::vector<ParameterRange> ranges) {
+  check_at_rest("recut()");
+  const PipelineOptions options = pipeline().options();
+  std::vector<UnitParameters> units = cut(plan, ranges);
+  const std::vector<std::size_t> sizes = master_sizes(parameters_, plan, ranges);
+  former_stats_ = stats();
+  {
+    const py::gil_scoped_release no_gil;
+    pipeline_.reset();
+  }
+  for (std::size_t i = 0; i < parameters_.size(); ++i) {
+    if (sizes[i] == 0 && parameters_[i].is_moved_in()) {
+      parameters_[i].move_out(torch_device_);
+    }
+  }
+  units_ = std::move(units);
+  const py::gil_scoped_release no_gil;
+  pipeline_ = std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan),
+                                         options);
+}
+
+Stats Engine::stats() const { return sum_of(former_stats_, pipeline().stats()); }
 
 void Engine::refresh() {
   check_at_rest("refresh()");
@@ -167,9 +216,10 @@ void Engine::acquire(CallToken& token, UnitIndex unit) {
   }
   token.unit_ = unit;
   if (entry.uses++ == 0) {
-    for (StreamedParameter& parameter : entry.parameters) {
+    auto offset = entry.offsets.begin();
+    for (StreamedParameter& parameter : parameters_of(entry)) {
       parameter.note_acquired();
-      parameter.show_place(place, torch_device_);
+      parameter.show_place(place + *offset++, torch_device_);
     }
   }
   if (at::autocast::is_autocast_cache_enabled()) {
@@ -184,7 +234,7 @@ void Engine::warn_of_backward(const UnitParameters& entry) {
   if (has_warned_of_backward_ || !at::GradMode::is_enabled()) {
     return;
   }
-  for (const StreamedParameter& parameter : entry.parameters) {
+  for (const StreamedParameter& parameter : parameters_of(entry)) {
     if (parameter.parameter().requires_grad()) {
       has_warned_of_backward_ = true;
       const int raised = PyErr_WarnEx(
@@ -207,7 +257,7 @@ void Engine::adopt_edits(UnitIndex unit) {
   // `weight.data += d`, fused optimizers, numpy. Within a pass nobody edits behind our back.
   const bool compares = pipeline_->copied_before_this_pass(unit) && !entry.is_compared;
   bool is_stale = false;
-  for (StreamedParameter& parameter : entry.parameters) {
+  for (StreamedParameter& parameter : parameters_of(entry)) {
     StreamedParameter::Edit edit = parameter.edit_since_copy();
     if (edit == StreamedParameter::Edit::kReplaced) {
       pipeline_->synchronize_onload(unit);  // a copy may still read the master that is rewritten
@@ -224,12 +274,15 @@ void Engine::adopt_edits(UnitIndex unit) {
 
 StreamId Engine::load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                       std::uint64_t generation) {
-  for (const CopySegment& segment : arena_->segments(unit)) {
+  UnitParameters& entry = units_[unit];
+  if (entry.segments.empty()) {
+    entry.segments = arena_->segments(entry.range.begin, entry.range.end);
+  }
+  for (const CopySegment& segment : entry.segments) {
     device_->copy(copy_stream, {place + segment.offset, segment.source, segment.size_bytes,
                                 unit, generation});
   }
-  UnitParameters& entry = units_[unit];
-  for (StreamedParameter& parameter : entry.parameters) {
+  for (StreamedParameter& parameter : parameters_of(entry)) {
     parameter.note_copied();
   }
   entry.is_sampled = false;
@@ -253,7 +306,7 @@ void Engine::release(CallToken& token) {
     if (--entry.uses == 0) {
       // The parameters first: whatever fails later, the model is at rest.
       const bool bumps = at::GradMode::is_enabled();
-      for (StreamedParameter& parameter : entry.parameters) {
+      for (StreamedParameter& parameter : parameters_of(entry)) {
         if (edited.empty() && parameter.was_changed_in_forward()) {
           edited = parameter.name();
         }
@@ -291,7 +344,7 @@ void Engine::end_pass() {
     UnitParameters& entry = units_[unit];
     entry.is_compared = false;
     if (pipeline_->is_whole(unit) && !entry.is_sampled) {
-      for (StreamedParameter& parameter : entry.parameters) {
+      for (StreamedParameter& parameter : parameters_of(entry)) {
         parameter.take_sample();
       }
       entry.is_sampled = true;
@@ -362,8 +415,9 @@ py::object Engine::outside_window(const py::handle& output) const {
 
 std::vector<std::string> Engine::parameter_names(UnitIndex unit) const {
   std::vector<std::string> names;
-  for (const StreamedParameter& parameter : units_.at(unit).parameters) {
-    names.push_back(parameter.name());
+  const ParameterRange range = units_.at(unit).range;
+  for (std::size_t i = range.begin; i < range.end; ++i) {
+    names.push_back(parameters_[i].name());
   }
   return names;
 }

@@ -36,7 +36,16 @@ class CallToken {
   std::optional<bool> autocast_cache_;  // as it was before
 };
 
+/// Consecutive parameters [begin, end) of the engine's list: what one unit holds.
+struct ParameterRange {
+  std::size_t begin = 0;
+  std::size_t end = 0;
+};
+
 /// The parameters of one model, their masters and places, and the pipeline between them.
+///
+/// Each parameter has a master of its own in the arena; a unit is a run of consecutive parameters,
+/// so that units can be cut anew (`recut`) without moving a byte.
 ///
 /// Lifetime:  holds the arena and the parameters; the model's wrappers hold the engine; nothing
 ///            here holds a module. `close` or the destructor drains the copies.
@@ -46,22 +55,26 @@ class Engine : private Loader {
  public:
   /// Allocates the window, reserves the arena and prepares streams; moves no parameter.
   ///
-  /// `plan` must have been made from units whose sizes are unit_size_bytes of `parameters`.
-  /// Throws: ValueError for a parameter that cannot be streamed, MemoryError.
-  Engine(std::shared_ptr<Device> device, const at::Device& torch_device, Plan plan,
-         const PipelineOptions& options, std::vector<std::vector<ParameterSpec>> parameters);
+  /// Throws: ValueError for a parameter that cannot be streamed, or if `ranges` and `plan` do not
+  ///         fit together; MemoryError.
+  Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
+         const PipelineOptions& options, std::vector<ParameterSpec> parameters, Plan plan,
+         std::vector<ParameterRange> ranges);
   ~Engine() override;
-
-  /// Flat size of a unit: its parameters one after the other, each aligned to kAlignmentBytes.
-  static std::size_t unit_size_bytes(const std::vector<std::size_t>& parameter_size_bytes);
 
   /// Moves a streamed unit's parameters into the arena; units in order, each once.
   /// Blocking: copies the bytes. Throws: MemoryError if they cannot be page-locked; call move_out.
   void move_in(UnitIndex unit);
-  /// Moves the unit's parameters back into ordinary memory, where they were if they fit. Returns
-  /// the names of those which did not fit there and are on the CPU now. Does nothing for a unit
-  /// that was not moved in.
-  std::vector<std::string> move_out(UnitIndex unit);
+  /// Moves all parameters back into ordinary memory, where they were if they fit. Returns the names
+  /// of those which did not fit there and are on the CPU now. Blocks while copying.
+  std::vector<std::string> move_out();
+
+  /// Cuts the units anew and starts with an empty window of the same size. Parameters that are in
+  /// no streamed unit any more move to the device for good.
+  ///
+  /// Blocking: drains what is in flight.
+  /// Throws:   StateError during a forward; ValueError as the constructor.
+  void recut(Plan plan, std::vector<ParameterRange> ranges);
 
   /// Begins a wrapped call that uses no unit: the model's own or an ancestor's.
   void enter(CallToken& token);
@@ -84,35 +97,52 @@ class Engine : private Loader {
 
   /// Throws: StateError after close().
   const Pipeline& pipeline() const;
-  const Device& device() const { return *device_; }
+  /// Of all pipelines since the engine was made: recut() starts a new one.
+  Stats stats() const;
   std::uint64_t host_bytes() const { return device_->counters().registered_bytes; }
   /// Time spent in acquire, release, enter and finish so far, in seconds.
   double cpu_seconds() const { return static_cast<double>(cpu_ns_) * 1e-9; }
-  /// Streamed parameters' names, unit by unit.
   std::vector<std::string> parameter_names(UnitIndex unit) const;
 
  private:
   struct UnitParameters {
-    std::vector<StreamedParameter> parameters;
-    std::uint32_t uses = 0;     // under way; the parameters show the place while > 0
-    bool is_moved_in = false;
-    bool is_sampled = false;    // since the last copy
-    bool is_compared = false;   // with the sample, in this pass
+    ParameterRange range;
+    std::vector<std::size_t> offsets;   // of each parameter in master and place
+    std::vector<CopySegment> segments;  // of the master, as copies
+    std::uint32_t uses = 0;             // under way; the parameters show the place while > 0
+    bool is_sampled = false;            // since the last copy
+    bool is_compared = false;           // with the sample, in this pass
+  };
+
+  /// The parameters of one unit, to iterate over.
+  class ParametersView {
+   public:
+    ParametersView(StreamedParameter* begin, StreamedParameter* end) : begin_(begin), end_(end) {}
+    StreamedParameter* begin() const { return begin_; }
+    StreamedParameter* end() const { return end_; }
+
+   private:
+    StreamedParameter* begin_;
+    StreamedParameter* end_;
   };
 
   StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                 std::uint64_t generation) override;
+  std::vector<UnitParameters> cut(const Plan& plan, std::vector<ParameterRange> ranges) const;
+  ParametersView parameters_of(const UnitParameters& entry);
+  void warn_of_backward(const UnitParameters& entry);
   void adopt_edits(UnitIndex unit);
   void end_pass();
-  void warn_of_backward(const UnitParameters& entry);
   pybind11::object outside_window(const pybind11::handle& output) const;
   void check_at_rest(const char* call) const;
 
   std::shared_ptr<Device> device_;
   at::Device torch_device_;
+  std::vector<StreamedParameter> parameters_;
   std::vector<UnitParameters> units_;
-  std::shared_ptr<PinnedArena> arena_;
+  std::shared_ptr<PinnedArena> arena_;  // one piece per parameter, empty for a resident one
   std::unique_ptr<Pipeline> pipeline_;
+  Stats former_stats_;  // of pipelines before the last recut
   std::uint64_t cpu_ns_ = 0;
   bool has_warned_of_backward_ = false;
 };

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <sstream>
 #include <utility>
 
 #include "core/error.h"
@@ -16,7 +15,7 @@
 namespace torch_offload {
 
 StreamedParameter::StreamedParameter(std::string name, at::Tensor parameter,
-                                     std::vector<ParameterSlot> slots, std::size_t offset_bytes)
+                                     std::vector<ParameterSlot> slots)
     : name_(std::move(name)),
       slots_(std::move(slots)),
       parameter_(std::move(parameter)),
@@ -24,7 +23,6 @@ StreamedParameter::StreamedParameter(std::string name, at::Tensor parameter,
       strides_(parameter_.strides().vec()),
       dtype_(parameter_.scalar_type()),
       former_device_(parameter_.device()),
-      offset_bytes_(offset_bytes),
       size_bytes_(parameter_.nbytes()) {
   if (parameter_.layout() != at::kStrided || parameter_.is_inference() ||
       !parameter_.is_non_overlapping_and_dense()) {
@@ -47,7 +45,8 @@ at::Tensor StreamedParameter::view_of(void* memory, const at::Device& device,
 }
 
 std::int64_t StreamedParameter::version() const {
-  return static_cast<std::int64_t>(parameter_.unsafeGetTensorImpl()->version_counter().current_version());
+  return static_cast<std::int64_t>(
+      parameter_.unsafeGetTensorImpl()->version_counter().current_version());
 }
 
 void StreamedParameter::bump_version() {
@@ -69,19 +68,19 @@ void StreamedParameter::move_into(
   show_master();
 }
 
-bool StreamedParameter::move_out() {
+bool StreamedParameter::move_out(const at::Device& device) {
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
   bool fits = true;
-  const auto copy_on = [&](const at::Device& device) {
-    at::Tensor copy = at::empty_strided(
-        sizes_, strides_, at::TensorOptions().dtype(dtype_).device(device));
+  const auto copy_on = [&](const at::Device& where) {
+    at::Tensor copy =
+        at::empty_strided(sizes_, strides_, at::TensorOptions().dtype(dtype_).device(where));
     copy.copy_(master_);
     return copy;
   };
   at::Tensor plain;
   try {
-    plain = copy_on(former_device_);
+    plain = copy_on(device);
   } catch (const c10::OutOfMemoryError&) {
     fits = false;
     plain = copy_on(at::kCPU);
@@ -93,10 +92,9 @@ bool StreamedParameter::move_out() {
   return fits;
 }
 
-void StreamedParameter::show_place(std::byte* unit_place, const at::Device& device) {
-  std::byte* memory = unit_place + offset_bytes_;
-  if (!place_.defined() || place_.const_data_ptr() != memory) {
-    place_ = view_of(memory, device, nullptr);
+void StreamedParameter::show_place(std::byte* place, const at::Device& device) {
+  if (!place_.defined() || place_.const_data_ptr() != place) {
+    place_ = view_of(place, device, nullptr);
   }
   show(place_);
 }
@@ -143,9 +141,11 @@ void StreamedParameter::adopt_replacement() {
                     replacement.is_non_overlapping_and_dense();
   if (!fits) {
     const auto describe = [](const at::TensorOptions& options, at::IntArrayRef sizes) {
-      std::ostringstream text;
-      text << options.dtype() << " of shape " << sizes;
-      return text.str();
+      std::string text = std::string(options.dtype().name()) + " of shape (";
+      for (const std::int64_t size : sizes) {
+        text += std::to_string(size) + ",";
+      }
+      return text + ")";
     };
     throw StateError("expected parameter '" + name_ + "' to be replaced by a dense " +
                      describe(master_.options(), sizes_) + " as before, got " +

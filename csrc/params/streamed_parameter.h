@@ -30,29 +30,27 @@ class StreamedParameter {
  public:
   /// Takes note of the parameter; nothing is moved yet.
   /// Throws: ValueError unless it is a plain, dense, strided tensor.
-  StreamedParameter(std::string name, at::Tensor parameter, std::vector<ParameterSlot> slots,
-                    std::size_t offset_bytes);
+  StreamedParameter(std::string name, at::Tensor parameter, std::vector<ParameterSlot> slots);
 
   const std::string& name() const { return name_; }
-  std::size_t offset_bytes() const { return offset_bytes_; }
   std::size_t size_bytes() const { return size_bytes_; }
   const at::Tensor& parameter() const { return parameter_; }
 
   /// Moves the bytes into `master` and shows it from now on.
   ///
-  /// Blocking:  copies on the calling thread through `fill` (address in the master's unit, bytes),
-  ///            or from the device, waiting for it.
+  /// Blocking:  copies on the calling thread through `fill`, or from the device, waiting for it.
   /// Lifetime:  `owner` keeps the master's memory alive for as long as any tensor shows it.
   void move_into(std::byte* master, std::shared_ptr<void> owner,
                  const std::function<void(const void* source, std::size_t size_bytes)>& fill);
 
   bool is_moved_in() const { return master_.defined(); }
-  /// Copies the bytes into ordinary memory, on the device the parameter came from if they fit
-  /// there, and shows that. Returns whether they did fit.
-  bool move_out();
+  const at::Device& former_device() const { return former_device_; }
+  /// Copies the bytes into ordinary memory on `device`, or on the CPU if they do not fit there, and
+  /// shows that. Returns whether they did fit.
+  bool move_out(const at::Device& device);
 
-  /// Shows the place that lies `offset_bytes` behind `unit_place`.
-  void show_place(std::byte* unit_place, const at::Device& device);
+  /// Shows the place at this address.
+  void show_place(std::byte* place, const at::Device& device);
   void show_master();
 
   /// What an edit between two forwards did to the parameter.
@@ -103,7 +101,6 @@ class StreamedParameter {
   std::vector<std::int64_t> strides_;
   at::ScalarType dtype_;
   at::Device former_device_;
-  std::size_t offset_bytes_ = 0;  // in its unit, of master and of place
   std::size_t size_bytes_ = 0;
   std::int64_t copied_version_ = -1;
   std::int64_t acquired_version_ = -1;
