@@ -1,0 +1,70 @@
+"""80 layers of 8B shape: a forward of more launches than the driver queues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from clocks import HostCost, Stamp, alternate, spread, synchronize
+from conftest import Reference
+from observe import Counting, runtime_calls
+from records import Part
+from yardstick import DEEP, Stage, Workload, bound, require_equal, shape_id
+
+
+@pytest.mark.parametrize(
+    "shape_index", range(len(DEEP.shapes)), ids=[shape_id(shape) for shape in DEEP.shapes]
+)
+@pytest.mark.benchmark(group="torch_offload.deep.device-time-of-2", timer=Stamp)
+def bench_forward_deep(
+    benchmark: Any,
+    part: Part,
+    stage: Stage,
+    reference: Reference,
+    deep: Workload,
+    shape_index: int,
+) -> None:
+    """Device time against the roofline, and how long the host is kept; both models take turns.
+
+    When the queue of launches is full the driver makes the caller wait, whoever launches: what the
+    plain model's caller waits for is not ours.
+    """
+    shape = deep.shapes[shape_index]
+    tokens = deep.tokens(shape)
+    plain = stage.plain(deep)
+    streamed = stage.streamed(deep)
+    require_equal(plain, streamed.model, tokens)
+    floor_ms = reference.floor_ms(streamed.streamed_bytes)
+    round_s = 3 * (reference.plain_ms(deep, shape) * 2 + floor_ms) * 1e-3
+    plain_run, streamed_run = bound(plain, tokens), bound(streamed.model, tokens)
+    with Counting(streamed) as counting:
+        times = alternate(
+            benchmark, plain_run, streamed_run, forwards=2, rounds=part.rounds(3, round_s)
+        )
+    costs = {}
+    for name, run in (("plain", plain_run), ("streamed", streamed_run)):
+        synchronize()
+        costs[name] = HostCost.of(run)
+        synchronize()
+    calls = runtime_calls(plain_run, 1), runtime_calls(streamed_run, 1)
+    resident, ours = spread(times.plain_ms), spread(times.streamed_ms)
+    roofline_ms = max(floor_ms, resident["median"])
+    part.figures.update(
+        what="deep",
+        shape=shape_id(shape),
+        **streamed.describe(),
+        link_bytes_per_s=reference.link_bytes_per_s,
+        floor_ms=floor_ms,
+        plain_ms=resident,
+        streamed_ms=ours,
+        roofline_ms=roofline_ms,
+        ratio=ours["median"] / roofline_ms,
+        plain_submit_ms=costs["plain"].wall_ms,
+        submit_ms=costs["streamed"].wall_ms,
+        plain_busy_ms=costs["plain"].busy_ms,
+        busy_ms=costs["streamed"].busy_ms,
+        plain_calls=calls[0],
+        streamed_calls=calls[1],
+        per_forward=counting.per_forward(),
+        bit_equal=True,
+    )

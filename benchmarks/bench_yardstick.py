@@ -1,0 +1,232 @@
+"""The yardstick: the pipeline against the roofline, what it costs the host, what it allocates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from clocks import HostCost, Stamp, alternate, alternate_submission, spread
+from conftest import Reference
+from observe import Counting, activation_bytes, allocator_activity, runtime_calls
+from records import Part
+from yardstick import (
+    TINY_YARDSTICK,
+    YARDSTICK,
+    Shape,
+    Stage,
+    Workload,
+    bound,
+    require_equal,
+    shape_id,
+)
+
+# By position, because tiny runs have shapes of their own.
+_SHAPES = pytest.mark.parametrize(
+    "shape_index", range(len(YARDSTICK.shapes)), ids=[shape_id(s) for s in YARDSTICK.shapes]
+)
+assert len(YARDSTICK.shapes) == len(TINY_YARDSTICK.shapes)
+
+
+def _measure_forward(
+    benchmark: Any,
+    part: Part,
+    stage: Stage,
+    reference: Reference,
+    workload: Workload,
+    shape: Shape,
+    granularity: str,
+    wanted_rounds: int,
+) -> None:
+    plain = stage.plain(workload)
+    streamed = stage.streamed(workload, granularity=granularity)
+    tokens = workload.tokens(shape)
+    require_equal(plain, streamed.model, tokens)
+    floor_ms = reference.floor_ms(streamed.streamed_bytes)
+    plain_ms = reference.plain_ms(workload, shape)
+    forwards = 2
+    round_s = (forwards + 1) * (plain_ms + max(plain_ms, floor_ms)) * 1e-3
+    rounds = part.rounds(wanted_rounds, round_s)
+    with Counting(streamed) as counting:
+        times = alternate(
+            benchmark,
+            bound(plain, tokens),
+            bound(streamed.model, tokens),
+            forwards=forwards,
+            rounds=rounds,
+        )
+    resident, ours = spread(times.plain_ms), spread(times.streamed_ms)
+    roofline_ms = max(floor_ms, resident["median"])
+    part.figures.update(
+        what="forward",
+        shape=shape_id(shape),
+        **streamed.describe(),
+        layer_bytes=workload.layer_bytes,
+        link_bytes_per_s=reference.link_bytes_per_s,
+        floor_ms=floor_ms,
+        plain_ms=resident,
+        streamed_ms=ours,
+        roofline_ms=roofline_ms,
+        ratio=ours["median"] / roofline_ms,
+        ratio_min=ours["min"] / roofline_ms,
+        ratio_max=ours["max"] / roofline_ms,
+        bit_equal=True,
+        per_forward=counting.per_forward(),
+    )
+    benchmark.extra_info.update(ratio=part.figures["ratio"], roofline_ms=roofline_ms)
+
+
+def bench_copy_link(part: Part, reference: Reference) -> None:
+    """The ceiling: copies from page-locked memory, nothing else running."""
+    part.figures.update(
+        what="link",
+        link_bytes_per_s=reference.link_bytes_per_s,
+        by_copy_bytes={str(size): rate for size, rate in reference.link_rates.items()},
+    )
+
+
+@_SHAPES
+@pytest.mark.benchmark(group="torch_offload.forward.device-time-of-2", timer=Stamp)
+def bench_forward_sublayer(
+    benchmark: Any,
+    part: Part,
+    stage: Stage,
+    reference: Reference,
+    yardstick: Workload,
+    shape_index: int,
+) -> None:
+    """Halves, the default: the two models take turns."""
+    shape = yardstick.shapes[shape_index]
+    _measure_forward(benchmark, part, stage, reference, yardstick, shape, "sublayer", 5)
+
+
+@_SHAPES
+@pytest.mark.benchmark(group="torch_offload.forward.submit")
+def bench_submit_sublayer(
+    benchmark: Any, part: Part, stage: Stage, yardstick: Workload, shape_index: int
+) -> None:
+    """How long `forward()` keeps its caller, on an idle device, and how much of that is ours."""
+    shape = yardstick.shapes[shape_index]
+    plain = stage.plain(yardstick)
+    streamed = stage.streamed(yardstick, granularity="sublayer")
+    tokens = yardstick.tokens(shape)
+    require_equal(plain, streamed.model, tokens)
+    with Counting(streamed) as counting:
+        costs = alternate_submission(
+            benchmark,
+            bound(plain, tokens),
+            bound(streamed.model, tokens),
+            rounds=part.rounds(5, 2.5, least=3),
+        )
+    part.figures.update(
+        what="submit", shape=shape_id(shape), **_host_costs(costs.plain, costs.streamed)
+    )
+    beyond_ms = part.figures["beyond_plain_ms"]
+    per_forward = counting.per_forward()
+    part.figures.update(
+        **streamed.describe(),
+        # Of two clocks: inside our C++ calls, and the whole call less the plain model's.
+        inside_us_per_unit=per_forward["cpu_seconds"] * 1e6 / streamed.num_units,
+        beyond_plain_us_per_unit=beyond_ms * 1e3 / streamed.num_units,
+        per_forward=per_forward,
+        bit_equal=True,
+    )
+
+
+def _host_costs(plain: list[HostCost], streamed: list[HostCost]) -> dict[str, Any]:
+    plain_ms = spread([cost.wall_ms for cost in plain])
+    streamed_ms = spread([cost.wall_ms for cost in streamed])
+    return {
+        "plain_submit_ms": plain_ms,
+        "submit_ms": streamed_ms,
+        "beyond_plain_ms": streamed_ms["median"] - plain_ms["median"],
+        "blocked_ms": spread([max(cost.wall_ms - cost.busy_ms, 0.0) for cost in streamed]),
+        "plain_blocked_ms": spread([max(cost.wall_ms - cost.busy_ms, 0.0) for cost in plain]),
+    }
+
+
+@_SHAPES
+def bench_memory_sublayer(
+    part: Part, stage: Stage, yardstick: Workload, shape_index: int
+) -> None:
+    """Device memory of one forward beyond what lies there at rest, of both models."""
+    shape = yardstick.shapes[shape_index]
+    plain = stage.plain(yardstick)
+    streamed = stage.streamed(yardstick, granularity="sublayer")
+    tokens = yardstick.tokens(shape)
+    require_equal(plain, streamed.model, tokens)
+    plain_bytes = activation_bytes(bound(plain, tokens))
+    streamed_bytes = activation_bytes(bound(streamed.model, tokens))
+    part.figures.update(
+        what="memory",
+        shape=shape_id(shape),
+        **streamed.describe(),
+        plain_activation_bytes=plain_bytes,
+        activation_bytes=streamed_bytes,
+        plain_allocator=allocator_activity(bound(plain, tokens)),
+        allocator=allocator_activity(bound(streamed.model, tokens)),
+        bit_equal=True,
+    )
+
+
+def bench_outside_sublayer(part: Part, stage: Stage, yardstick: Workload) -> None:
+    """Host waits, allocations and pageable copies as torch's profiler sees them, in two forwards.
+
+    Ours are what the streamed model has beyond the plain one.
+    """
+    shape, forwards = yardstick.shapes[0], 2
+    plain = stage.plain(yardstick)
+    streamed = stage.streamed(yardstick, granularity="sublayer")
+    tokens = yardstick.tokens(shape)
+    require_equal(plain, streamed.model, tokens)
+    plain_run, streamed_run = bound(plain, tokens), bound(streamed.model, tokens)
+    runtime_calls(plain_run, 1)  # the profiler's own first use
+    plain_calls = runtime_calls(plain_run, forwards)
+    with Counting(streamed) as counting:
+        streamed_calls = runtime_calls(streamed_run, forwards)
+    ours = None
+    if plain_calls is not None and streamed_calls is not None:
+        ours = {name: count - plain_calls[name] for name, count in streamed_calls.items()}
+        assert ours["pinned_copies"] >= forwards * streamed.num_units, (
+            f"the profiler saw too few copies to be believed: {streamed_calls}"
+        )
+    part.figures.update(
+        what="outside",
+        shape=shape_id(shape),
+        forwards=forwards,
+        **streamed.describe(),
+        plain_calls=plain_calls,
+        streamed_calls=streamed_calls,
+        ours=ours,
+        counted_by_device=counting.per_forward(),
+        bit_equal=True,
+    )
+
+
+@_SHAPES
+@pytest.mark.benchmark(group="torch_offload.forward.device-time-of-2", timer=Stamp)
+def bench_forward_module(
+    benchmark: Any,
+    part: Part,
+    stage: Stage,
+    reference: Reference,
+    yardstick: Workload,
+    shape_index: int,
+) -> None:
+    """Leaves: the smallest window."""
+    shape = yardstick.shapes[shape_index]
+    _measure_forward(benchmark, part, stage, reference, yardstick, shape, "module", 3)
+
+
+@_SHAPES
+@pytest.mark.benchmark(group="torch_offload.forward.device-time-of-2", timer=Stamp)
+def bench_forward_layer(
+    benchmark: Any,
+    part: Part,
+    stage: Stage,
+    reference: Reference,
+    yardstick: Workload,
+    shape_index: int,
+) -> None:
+    """Whole layers: the fewest copies."""
+    shape = yardstick.shapes[shape_index]
+    _measure_forward(benchmark, part, stage, reference, yardstick, shape, "layer", 3)

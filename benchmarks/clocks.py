@@ -1,0 +1,170 @@
+"""Two clocks: what the device took, by events, and what the host took until a call returned."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torch_offload import _C
+
+DEVICE = (
+    torch.device("cuda", torch.cuda.current_device())
+    if torch.cuda.is_available() and _C.has_cuda
+    else torch.device("cpu")
+)
+ON_GPU = DEVICE.type == "cuda"
+
+Run = Callable[[], Any]
+
+
+def synchronize() -> None:
+    """Blocks the host until the device is idle. The host device works on the calling thread."""
+    if ON_GPU:
+        torch.cuda.synchronize(DEVICE)
+
+
+class Stamp:
+    """A point in the work of the current stream. Made without blocking the host.
+
+    The difference of two blocks until the later one is reached; in seconds, as pytest-benchmark
+    wants it, so `Stamp` itself is the timer of benches that ask for device time.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        if ON_GPU:
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+        else:
+            self._seconds = time.perf_counter()
+
+    def __sub__(self, earlier: Stamp) -> float:
+        if not ON_GPU:
+            return self._seconds - earlier._seconds
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) * 1e-3
+
+
+@dataclass(frozen=True)
+class HostCost:
+    """What one call took until it returned, in ms.
+
+    `busy_ms` is processor time of the calling thread: what is missing to `wall_ms` was blocked.
+    """
+
+    wall_ms: float
+    busy_ms: float
+
+    @staticmethod
+    def of(run: Run) -> HostCost:
+        """Calls `run` once."""
+        wall, busy = time.perf_counter(), time.thread_time()
+        run()
+        return HostCost((time.perf_counter() - wall) * 1e3, (time.thread_time() - busy) * 1e3)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and greatest, and how many there were."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "rounds": len(values),
+    }
+
+
+def device_ms(run: Run, *, forwards: int, rounds: int) -> list[float]:
+    """Device time of one call, in ms, round by round; see `alternate` for what a round is."""
+    times = []
+    for _ in range(rounds):
+        synchronize()
+        run()
+        begin = Stamp()
+        for _ in range(forwards):
+            run()
+        times.append((Stamp() - begin) / forwards * 1e3)
+    return times
+
+
+@dataclass(frozen=True)
+class Alternation:
+    """Device time of one forward in ms, round by round, of two models that took turns."""
+
+    plain_ms: list[float]
+    streamed_ms: list[float]
+
+
+def alternate(
+    benchmark: Any, plain: Run | None, streamed: Run, *, forwards: int, rounds: int
+) -> Alternation:
+    """Times `forwards` calls of each model per round, the two taking turns round by round.
+
+    The clocks of a GPU sink under load, so the two must share whatever it does to them. In front
+    of the timed calls goes one that is not timed and not waited for: copies run ahead of the
+    kernels, so the first forward after a pause starts with its first units in place, and only
+    between the ends of two forwards do copies and kernels add up to whole forwards.
+    """
+    plain_ms: list[float] = []
+
+    def plain_round_then_lead_in() -> None:
+        if plain is not None:
+            plain_ms.extend(device_ms(plain, forwards=forwards, rounds=1))
+        synchronize()
+        streamed()
+
+    def timed() -> None:
+        for _ in range(forwards):
+            streamed()
+
+    benchmark.pedantic(timed, setup=plain_round_then_lead_in, rounds=rounds)
+    return Alternation(plain_ms, [s / forwards * 1e3 for s in round_seconds(benchmark)])
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Host costs of one forward each, of two models that took turns, the queues empty before."""
+
+    plain: list[HostCost]
+    streamed: list[HostCost]
+
+
+def alternate_submission(benchmark: Any, plain: Run, streamed: Run, *, rounds: int) -> Submission:
+    """Times how long one call keeps the caller, taking turns, always on an idle device."""
+    costs = Submission([], [])
+
+    def plain_round() -> None:
+        synchronize()
+        costs.plain.append(HostCost.of(plain))
+        synchronize()
+
+    benchmark.pedantic(
+        lambda: costs.streamed.append(HostCost.of(streamed)), setup=plain_round, rounds=rounds
+    )
+    synchronize()
+    return costs
+
+
+def round_seconds(benchmark: Any) -> list[float]:
+    """What pytest-benchmark measured in each round."""
+    if benchmark.stats is None:
+        raise RuntimeError(
+            "expected pytest-benchmark to measure, got it disabled; run without "
+            "--benchmark-disable and without xdist's -n"
+        )
+    return list(benchmark.stats.stats.data)
+
+
+def link_rate(size_bytes: int, copies: int = 7) -> dict[str, float]:
+    """Bytes per second of copies of `size_bytes` from page-locked memory to the device."""
+    source = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=ON_GPU)
+    source.fill_(1)
+    target = torch.empty(size_bytes, dtype=torch.uint8, device=DEVICE)
+    seconds = device_ms(
+        lambda: target.copy_(source, non_blocking=True), forwards=2, rounds=copies
+    )
+    return spread([size_bytes / (ms * 1e-3) for ms in seconds])

@@ -1,0 +1,452 @@
+"""The figures that were asked for, read out of the results, with what must and should be.
+
+No torch in here: the README's table is made on machines that have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Document = dict[str, Any]
+Figures = dict[str, Any]
+
+_GRANULARITIES = ("sublayer", "module", "layer")
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: what it must be, what it should be, what it was, and whether that does."""
+
+    figure: str
+    must: str
+    aim: str
+    measured: str
+    verdict: str
+
+
+class Results:
+    """The parts of all subjects that went well, by what they are of."""
+
+    def __init__(self, documents: dict[str, Document]) -> None:
+        self.documents = documents
+        self._parts = [
+            part
+            for document in documents.values()
+            for part in document["parts"].values()
+            if part["status"] == "ok"
+        ]
+
+    def all(self, what: str, **wanted: Any) -> list[Figures]:
+        """Parts of a kind whose fields have these values, in the order they ran."""
+        return [
+            part
+            for part in self._parts
+            if part.get("what") == what
+            and all(part.get(name) == value for name, value in wanted.items())
+        ]
+
+    def one(self, what: str, **wanted: Any) -> Figures | None:
+        """The first of them, or None."""
+        return next(iter(self.all(what, **wanted)), None)
+
+    def shapes(self) -> list[str]:
+        """All shapes of the yardstick that were run, in their order."""
+        found: dict[str, None] = {}
+        for what in ("forward", "mode", "peer"):
+            found.update(dict.fromkeys(part["shape"] for part in self.all(what)))
+        return list(found)
+
+    def failures(self) -> list[tuple[str, str, str]]:
+        """(part, status, first line of the reason) of whatever did not go well."""
+        return [
+            (
+                f"{subject}.{name}",
+                part["status"],
+                next(iter((part["error"] or "no reason given").splitlines())),
+            )
+            for subject, document in self.documents.items()
+            for name, part in document["parts"].items()
+            if part["status"] != "ok"
+        ]
+
+
+def _tuple(shape: str) -> str:
+    return "(" + shape.replace("x", ",") + ")"
+
+
+def verdict(value: float | None, must: float | None, aim: float | None, at_least: bool) -> str:
+    """Says "aim", "must" or by how much `value` misses what it must be."""
+    if value is None:
+        return "not measured"
+
+    def reaches(limit: float) -> bool:
+        return value >= limit if at_least else value <= limit
+
+    if aim is not None and reaches(aim):
+        return "aim"
+    if must is None:
+        return "measured"
+    if reaches(must):
+        return "must"
+    gap = abs(value - must)
+    return f"short by {gap:.3g}" if gap >= 0.001 else f"short by {gap:.1e}"
+
+
+def _row(
+    figure: str,
+    must: str,
+    aim: str,
+    measured: str,
+    value: float | None,
+    limits: tuple[float | None, float | None],
+    at_least: bool = False,
+) -> Row:
+    text = measured if value is not None else "-"
+    return Row(figure, must, aim, text, verdict(value, *limits, at_least))
+
+
+def _ratios(parts: Iterable[Figures]) -> str:
+    return ", ".join(
+        f"{_tuple(part['shape'])} {part['ratio']:.3f}"
+        f" ({part['ratio_min']:.3f}-{part['ratio_max']:.3f})"
+        for part in parts
+    )
+
+
+def _greatest(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known else None
+
+
+def _link_bound(results: Results) -> Row:
+    parts = results.all("forward", granularity="sublayer")[:3]
+    return _row(
+        "pipeline / roofline at (1,1), (8,512), (1,2048)",
+        "<= 1.01",
+        "1.002",
+        _ratios(parts),
+        _greatest(part["ratio"] for part in parts) if len(parts) == 3 else None,
+        (1.01, 1.002),
+    )
+
+
+def _compute_bound(results: Results) -> Row:
+    parts = results.all("forward", granularity="sublayer")[3:4]
+    return _row(
+        "the same at (8,2048), resident and streamed alternating",
+        "<= 1.01",
+        "1.003",
+        _ratios(parts),
+        _greatest(part["ratio"] for part in parts),
+        (1.01, 1.003),
+    )
+
+
+def _modes(results: Results) -> Row:
+    shapes = {part["shape"] for part in results.all("mode")}
+    # Places within the spread of the best are shared: both layouts of the pipeline may lead.
+    won = 0
+    for shape in shapes:
+        parts = results.all("mode", shape=shape)
+        best = min(parts, key=lambda part: part["streamed_ms"]["median"])
+        won += best["mode"] == "pipeline"
+    count = len(results.all("mode"))
+    return _row(
+        "all four modes x both layouts",
+        "in one table",
+        "the pipeline first everywhere",
+        f"{count} of {7 * len(shapes)} below; the pipeline first at {won} of {len(shapes)} shapes",
+        float(len(shapes) - won) if shapes else None,
+        (None, 0.0),
+    )
+
+
+def _unit_cost(results: Results) -> Row:
+    parts = results.all("submit")[:1]
+    measured = "".join(
+        f"{part['inside_us_per_unit']:.1f} us inside our calls, "
+        f"{part['beyond_plain_us_per_unit']:.1f} us beyond the plain call"
+        for part in parts
+    )
+    value = _greatest(
+        max(part["inside_us_per_unit"], part["beyond_plain_us_per_unit"]) for part in parts
+    )
+    return _row(
+        "our CPU time per unit at (1,1)", "<= 20 us", "8 us", measured, value, (20.0, 8.0)
+    )
+
+
+def _submission(results: Results) -> Row:
+    parts = results.all("submit")
+    return _row(
+        "CPU until `forward()` returns, beyond the plain model's",
+        "<= 0.7 ms",
+        "0.3 ms",
+        ", ".join(f"{_tuple(part['shape'])} {part['beyond_plain_ms']:.2f} ms" for part in parts),
+        _greatest(part["beyond_plain_ms"] for part in parts),
+        (0.7, 0.3),
+    )
+
+
+def _nothing_of_ours(results: Results) -> Row:
+    part = results.one("outside")
+    figure = "host waits, device allocations, pageable copies of ours in a forward"
+    if part is None or part["ours"] is None:
+        return Row(figure, "0", "", "-", "not measured")
+    ours, device = part["ours"], part["counted_by_device"]
+    counts = [ours["host_waits"], ours["allocations"], ours["pageable_copies"]]
+    allocator = [
+        memory["allocator"][name] - memory["plain_allocator"][name]
+        for memory in results.all("memory")
+        if memory["allocator"] is not None
+        for name in memory["allocator"]
+    ]
+    inside = [device["host_synchronizes"], device["allocations"]]
+    measured = (
+        f"profiler {counts[0]}, {counts[1]}, {counts[2]}; device {inside[0]:.0f}, {inside[1]:.0f}; "
+        f"allocator {max(allocator, default=0):+d}"
+    )
+    value = float(max([*counts, *inside, *allocator]))
+    return _row(figure, "0", "", measured, value, (0.0, None))
+
+
+def _window(results: Results) -> Row:
+    worst: dict[str, tuple[float, float]] = {}
+    for granularity in _GRANULARITIES:
+        parts = results.all("forward", granularity=granularity)
+        if len(parts) == 4:
+            layers = parts[0]["window_bytes"] / parts[0]["layer_bytes"]
+            worst[granularity] = (layers, max(part["ratio"] for part in parts))
+    within = [layers for layers, ratio in worst.values() if ratio <= 1.01]
+    measured = ", ".join(
+        f"{granularity} {layers:.2f} layers at {ratio:.3f}"
+        for granularity, (layers, ratio) in worst.items()
+    )
+    value = (min(within) if within else float("inf")) if worst else None
+    return _row(
+        "window at <= 1.01 of the roofline, all four shapes",
+        "<= 2 layers",
+        "<= 1 layer",
+        measured,
+        value,
+        (2.0, 1.0),
+    )
+
+
+def _activations(results: Results) -> Row:
+    parts = [part for part in results.all("memory") if part["activation_bytes"] is not None]
+    beyond = {
+        part["shape"]: part["activation_bytes"]
+        + part["extra_bytes_at_rest"]
+        - part["plain_activation_bytes"]
+        for part in parts
+    }
+    # As a share of what is allowed, so that both kinds of limit fit one verdict.
+    shares = [
+        beyond[part["shape"]]
+        / (0.01 * part["plain_activation_bytes"] if index == 3 else 2 * _MIB)
+        for index, part in enumerate(parts)
+    ]
+    measured = ", ".join(
+        f"{_tuple(part['shape'])} {beyond[part['shape']] / _MIB:+.2f} MiB of "
+        f"{part['plain_activation_bytes'] / _MIB:.0f}"
+        for part in parts
+    )
+    return _row(
+        "device memory beyond resident + window + the plain model's activations",
+        "+1 % at (8,2048), +2 MiB elsewhere",
+        "",
+        measured,
+        _greatest(shares),
+        (1.0, None),
+    )
+
+
+def _page_locked(results: Results) -> Row:
+    parts = results.all("offload")
+    value = _greatest(part["page_locked_ratio"] for part in parts)
+    return _row(
+        "page-locked bytes / bytes of the weights",
+        "<= 1.01",
+        "",
+        f"{value:.4f}" if value is not None else "",
+        value,
+        (1.01, None),
+    )
+
+
+def _host_peak(results: Results) -> Row:
+    part = results.one("offload", source="cpu")
+    measured = ""
+    if part is not None:
+        measured = (
+            f"{part['host_bytes_used'] / 1e9:.2f} GB for {part['model_bytes'] / 1e9:.2f} GB, "
+            f"{part['host_ratio']:.3f} of model + unit"
+        )
+    return _row(
+        "peak of host memory while offloading",
+        "model + one unit + 5 %",
+        "",
+        measured,
+        part["host_ratio"] if part is not None else None,
+        (1.05, None),
+    )
+
+
+def _offload_rate(results: Results) -> Row:
+    rates = {part["source"]: part["offload_bytes_per_s"] / 1e9 for part in results.all("offload")}
+    return _row(
+        "`offload()` itself",
+        ">= 3 GB/s of weights",
+        "5 GB/s",
+        ", ".join(f"from the {source.upper()} {rate:.1f} GB/s" for source, rate in rates.items()),
+        min(rates.values()) if rates else None,
+        (3.0, 5.0),
+        at_least=True,
+    )
+
+
+def _deep(results: Results) -> Row:
+    parts = results.all("deep")
+    measured = "; ".join(
+        f"{_tuple(part['shape'])} {part['ratio']:.3f}, caller kept {part['submit_ms']:.0f} ms "
+        f"(plain {part['plain_submit_ms']:.0f})"
+        for part in parts
+    )
+    return _row(
+        "80 layers of 8B shape: pipeline / roofline, CPU blocked",
+        "measured, explained",
+        "<= 1.01",
+        measured,
+        _greatest(part["ratio"] for part in parts),
+        (None, 1.01),
+    )
+
+
+def _split_activations(results: Results) -> Row:
+    pairs = []
+    for shape in results.shapes():
+        shared, split = (
+            results.one("mode", mode="pipeline", streams=streams, shape=shape)
+            for streams in ("shared", "split")
+        )
+        if shared and split and shared["activation_bytes"] is not None:
+            pairs.append((shape, shared["activation_bytes"], split["activation_bytes"]))
+    return _row(
+        "activations under `split` against `shared`",
+        "measured",
+        "",
+        ", ".join(
+            f"{_tuple(shape)} {split / _MIB:.0f} against {shared / _MIB:.0f} MiB"
+            for shape, shared, split in pairs
+        ),
+        0.0 if pairs else None,
+        (None, None),
+    )
+
+
+_ROWS: tuple[Callable[[Results], Row], ...] = (
+    _link_bound,
+    _compute_bound,
+    _modes,
+    _unit_cost,
+    _submission,
+    _nothing_of_ours,
+    _window,
+    _activations,
+    _page_locked,
+    _host_peak,
+    _offload_rate,
+    _deep,
+    _split_activations,
+)
+
+
+def rows(results: Results) -> list[Row]:
+    """Every figure that was asked for, measured or not."""
+    return [make(results) for make in _ROWS]
+
+
+def forward_table(results: Results) -> list[list[str]]:
+    """ms per forward of everything that ran the yardstick, a column per shape; header first."""
+    shapes = results.shapes()
+
+    def line(title: str, value_of: Callable[[str], float | None]) -> list[str] | None:
+        values = [value_of(shape) for shape in shapes]
+        if all(value is None for value in values):
+            return None
+        return [title, *("-" if value is None else f"{value:.1f}" for value in values)]
+
+    def any_of(shape: str, name: str) -> float | None:
+        for what in ("forward", "mode", "peer"):
+            if (part := results.one(what, shape=shape)) is not None:
+                return _median(part[name])
+        return None
+
+    def forward_of(granularity: str) -> Callable[[str], float | None]:
+        return lambda shape: _streamed_ms(
+            results.one("forward", granularity=granularity, shape=shape)
+        )
+
+    def mode_of(mode: str, streams: str) -> Callable[[str], float | None]:
+        return lambda shape: _streamed_ms(
+            results.one("mode", mode=mode, streams=streams, shape=shape)
+        )
+
+    def peer_of(peer: str) -> Callable[[str], float | None]:
+        return lambda shape: _streamed_ms(results.one("peer", peer=peer, shape=shape))
+
+    lines = [
+        line("link floor", lambda shape: any_of(shape, "floor_ms")),
+        line("resident", lambda shape: any_of(shape, "plain_ms")),
+        *(line(f"pipeline, units: {name}", forward_of(name)) for name in _GRANULARITIES),
+        *(
+            line(f"mode {mode}, {streams}", mode_of(mode, streams))
+            for mode in ("pipeline", "events", "streams", "sync")
+            for streams in ("shared", "split")
+        ),
+        line("bare event pipeline in Python", peer_of("bare")),
+        line("accelerate `cpu_offload`", peer_of("accelerate")),
+    ]
+    return [
+        ["ms per forward", *(_tuple(shape) for shape in shapes)],
+        *(entry for entry in lines if entry is not None),
+    ]
+
+
+def _median(value: float | dict[str, float]) -> float:
+    return value["median"] if isinstance(value, dict) else value
+
+
+def _streamed_ms(part: Figures | None) -> float | None:
+    return None if part is None else _median(part["streamed_ms"])
+
+
+def print_results(documents: dict[str, Document]) -> None:
+    """Prints the tables for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    results = Results(documents)
+    console = Console(width=120)
+    tiny = any(document["tiny"] for document in documents.values())
+    note = " (tiny models: the figures say nothing about speed)" if tiny else ""
+    header, *lines = forward_table(results)
+    if lines:
+        table = Table(title=f"One forward{note}", title_justify="left")
+        for index, name in enumerate(header):
+            table.add_column(name, justify="right" if index else "left")
+        for entry in lines:
+            table.add_row(*entry)
+        console.print(table)
+    table = Table(title=f"Figures{note}", title_justify="left", show_lines=True)
+    for name in ("figure", "must", "aim", "measured", "reached"):
+        table.add_column(name)
+    for row in rows(results):
+        table.add_row(row.figure, row.must, row.aim, row.measured, "-" if tiny else row.verdict)
+    console.print(table)
+    for name, status, reason in results.failures():
+        console.print(f"{status}: {name}: {reason}", markup=False)

@@ -1,0 +1,239 @@
+"""The models that are measured, and the stage on which a plain and a streamed one stand together.
+
+Real sizes are the yardstick of 16 layers of Llama-70B's shape (27.4 GB in bf16) and 80 layers of
+Llama-8B's shape (34.9 GB): the first for rates, the second for a forward of more launches than the
+driver queues. The tiny ones keep the code alive where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from clocks import DEVICE, ON_GPU, Run, synchronize
+from torch import nn
+
+import torch_offload
+from torch_offload import _C
+
+Shape = tuple[int, int]
+
+
+def shape_id(shape: Shape) -> str:
+    """Returns "8x2048" of 8 sequences of 2048 tokens."""
+    return f"{shape[0]}x{shape[1]}"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A Llama with random weights, and the (batch, tokens) it is run with."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    shapes: tuple[Shape, ...]
+
+    def config(self) -> Any:
+        """The transformers config."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            num_key_value_heads=self.num_kv_heads,
+            vocab_size=self.vocab_size,
+            attn_implementation="sdpa",
+            tie_word_embeddings=False,
+        )
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer's matrices in bf16."""
+        attention = self.hidden_size**2 * 2 * (1 + self.num_kv_heads / self.num_heads)
+        return 2 * int(attention + 3 * self.hidden_size * self.intermediate_size)
+
+    def tokens(self, shape: Shape) -> torch.Tensor:
+        """Random token ids of a shape, the same at every call."""
+        generator = torch.Generator().manual_seed(shape[0] * 10007 + shape[1])
+        return torch.randint(0, self.vocab_size, shape, generator=generator).to(DEVICE)
+
+
+_SHAPES = ((1, 1), (8, 512), (1, 2048), (8, 2048))
+_TINY_SHAPES = ((1, 1), (2, 8), (1, 16), (2, 16))
+YARDSTICK = Workload("16 layers of Llama-70B", 8192, 28672, 16, 64, 8, 32000, _SHAPES)
+DEEP = Workload("80 layers of Llama-8B", 4096, 14336, 80, 32, 8, 32000, ((1, 1), (8, 2048)))
+TINY_YARDSTICK = Workload("4 tiny layers", 64, 224, 4, 8, 2, 320, _TINY_SHAPES)
+TINY_DEEP = Workload("12 tiny layers", 32, 112, 12, 4, 1, 320, ((1, 1), (2, 16)))
+
+
+def empty_model(workload: Workload, device: torch.device) -> nn.Module:
+    """Makes the model in bf16 on `device` with weights that are whatever the memory held."""
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(workload.config()).to(torch.bfloat16).eval()
+    model.to_empty(device=device)
+    # Computed, not loaded, so `meta` has lost them: the tables of the rotary embedding.
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(model.config).to(device)
+    return model
+
+
+def make_model(workload: Workload, device: torch.device) -> nn.Module:
+    """Makes the model with random weights, in the time it takes to write them once."""
+    model = empty_model(workload, device)
+    generator = torch.Generator(device=device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+    return torch_offload.align(model)
+
+
+@torch.inference_mode()
+def forward(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits of the last position, of shape (batch, 1, vocabulary)."""
+    return model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
+
+
+def require_equal(plain: nn.Module, other: nn.Module, tokens: torch.Tensor) -> None:
+    """Fails unless both give the same finite bits twice in a row: no figure without that."""
+    expected = forward(plain, tokens)
+    assert torch.isfinite(expected).all(), "the plain model's logits are not finite"
+    for attempt in (1, 2):
+        got = forward(other, tokens)
+        assert torch.equal(expected, got), (
+            f"forward {attempt} differs from the plain model's in "
+            f"{int((expected != got).sum())} of {got.numel()} logits"
+        )
+
+
+@dataclass
+class Streamed:
+    """An offloaded model with what `offload` said and took."""
+
+    model: nn.Module
+    handle: torch_offload.Handle
+    device: _C.Device
+    options: dict[str, Any]
+    offload_seconds: float
+    # Device bytes at rest beyond what the handle says it keeps there; None without a GPU.
+    extra_bytes: int | None
+
+    @property
+    def num_units(self) -> int:
+        """Units that stream."""
+        return sum(unit.place is not None for unit in self.handle.units)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that one forward copies."""
+        return sum(unit.size_bytes for unit in self.handle.units if unit.place is not None)
+
+    def describe(self) -> dict[str, Any]:
+        """What every figure of this model is to be read with."""
+        stats = self.handle.stats
+        return {
+            "mode": self.handle.config.mode,
+            "streams": self.handle.config.streams,
+            "granularity": self.handle.config.granularity,
+            "num_units": self.num_units,
+            "streamed_bytes": self.streamed_bytes,
+            "largest_unit_bytes": max(unit.size_bytes for unit in self.handle.units),
+            "window_bytes": stats.window_bytes,
+            "bytes_resident": stats.bytes_resident,
+            "host_bytes": stats.host_bytes,
+            "offload_seconds": self.offload_seconds,
+            "extra_bytes_at_rest": self.extra_bytes,
+        }
+
+
+def offload_with_device(model: nn.Module, **options: Any) -> tuple[torch_offload.Handle, _C.Device]:
+    """`offload`, and the C++ device it made, whose counters the handle does not show."""
+    made: list[_C.Device] = []
+    plain_device = _C.Device
+
+    def kept(*args: Any, **kwargs: Any) -> _C.Device:
+        made.append(plain_device(*args, **kwargs))
+        return made[-1]
+
+    _C.Device = kept
+    try:
+        handle = torch_offload.offload(model, DEVICE, **options)
+    finally:
+        _C.Device = plain_device
+    return handle, made[-1]
+
+
+class Stage:
+    """At most one plain model on the device, and beside it at most one copy that streams."""
+
+    def __init__(self) -> None:
+        self._workload: Workload | None = None
+        self._plain: nn.Module | None = None
+        self._streamed: Streamed | None = None
+
+    def plain(self, workload: Workload) -> nn.Module:
+        """The resident model; makes room for it first if another one stands here."""
+        if self._plain is None or self._workload != workload:
+            self.clear()
+            self._plain, self._workload = make_model(workload, DEVICE), workload
+        return self._plain
+
+    def copy_of_plain(self, workload: Workload) -> nn.Module:
+        """A copy on the device with nothing else beside the plain model, for peers."""
+        plain = self.plain(workload)
+        self.clear_streamed()
+        return torch_offload.align(copy.deepcopy(plain))
+
+    def streamed(self, workload: Workload, **options: Any) -> Streamed:
+        """The offloaded copy; made anew when the options differ from the last ones'."""
+        plain = self.plain(workload)
+        if self._streamed is None or self._streamed.options != options:
+            self.clear_streamed()
+            before = torch.cuda.memory_allocated(DEVICE) if ON_GPU else 0
+            model = torch_offload.align(copy.deepcopy(plain))
+            synchronize()
+            begin = time.perf_counter()
+            handle, device = offload_with_device(model, **options)
+            seconds = time.perf_counter() - begin
+            extra = None
+            if ON_GPU:
+                kept = handle.stats.bytes_resident + handle.stats.window_bytes
+                extra = torch.cuda.memory_allocated(DEVICE) - before - kept
+            self._streamed = Streamed(model, handle, device, options, seconds, extra)
+            # One pass to learn the order (leaves: to be cut into leaves), one in the new order.
+            for shape in workload.shapes[:1] * 2:
+                forward(model, workload.tokens(shape))
+        return self._streamed
+
+    def clear_streamed(self) -> None:
+        """Lets go of the offloaded copy, its page-locked memory included."""
+        synchronize()
+        self._streamed = None
+        gc.collect()
+        if ON_GPU:
+            torch.cuda.empty_cache()
+
+    def clear(self) -> None:
+        """Lets go of everything."""
+        self._plain = self._workload = None
+        self.clear_streamed()
+
+
+def bound(model: nn.Module, tokens: torch.Tensor) -> Run:
+    """A forward of `model` without arguments."""
+    return functools.partial(forward, model, tokens)

@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""Makes the README's table from the JSON of a benchmark run.
+
+    tools/results_table.py                              prints Markdown of benchmarks/results
+    tools/results_table.py FOLDER                       ... of another folder
+    tools/results_table.py FOLDER --write README.md     ... into its block between
+                                                        <!-- results --> and <!-- /results -->
+
+Needs no package beyond Python. Results of tiny models are refused with --write: they say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(_ROOT / "benchmarks"))
+
+from figures import Results, forward_table, rows  # noqa: E402  (the path comes first)
+
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+_GIB = 2**30
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns the documents of a results folder by subject.
+
+    Raises:
+        SystemExit: If there are none, or they are of a kind that this script does not know.
+    """
+    documents = {}
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text())
+        if isinstance(document, dict) and "parts" in document:
+            documents[document["subject"]] = document
+    if not documents:
+        sys.exit(f"expected results as JSON in {folder}, found none; run `make bench` on a GPU first")
+    if any(document["schema"] != 1 for document in documents.values()):
+        sys.exit(f"expected results of schema 1 in {folder}; run the benchmarks of this version")
+    return documents
+
+
+def _markdown_table(header: list[str], lines: list[list[str]], right_from: int) -> list[str]:
+    rule = ["---:" if index >= right_from else "---" for index in range(len(header))]
+    return [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+        for line in (header, rule, *lines)
+    ]
+
+
+def _provenance(documents: dict[str, dict[str, Any]]) -> list[str]:
+    """Machine, versions, commits and commands, each said once however many files agree on it."""
+    lines: dict[str, None] = {}
+    for document in documents.values():
+        machine, versions = document["machine"], document["versions"]
+        where = f"{machine['cpu']}, {machine['cores']} cores"
+        where += f", {machine['host_memory_bytes'] / _GIB:.0f} GiB"
+        if machine["gpu"]:
+            where = f"{machine['gpu']} (driver {machine['driver']}), {where}"
+        packages = f"torch {versions['torch']}, transformers {versions['transformers']}"
+        commit, _, changed = document["commit"].partition("+")
+        marked = commit[:12] + (" with changes" if changed else "")
+        lines[f"{where}; {packages}; commit {marked}; `{document['command']}`."] = None
+    return list(lines)
+
+
+def markdown(documents: dict[str, dict[str, Any]]) -> str:
+    """The tables, what was not measured with its reason, and where it all ran."""
+    results = Results(documents)
+    text = _markdown_table(
+        ["figure", "must", "aim", "measured", "reached"],
+        [[row.figure, row.must, row.aim, row.measured, row.verdict] for row in rows(results)],
+        right_from=5,
+    )
+    header, *lines = forward_table(results)
+    if lines:
+        text += ["", *_markdown_table(header, lines, right_from=1)]
+    if failures := results.failures():
+        text += ["", "Not measured:"]
+        text += [f"- {name} ({status}): {reason}" for name, status, reason in failures]
+    text += ["", "Measured on:"] + [f"- {line}" for line in _provenance(documents)]
+    return "\n".join(text)
+
+
+def replace_block(text: str, block: str, name: str) -> str:
+    """Returns `text` with `block` between the marks.
+
+    Raises:
+        SystemExit: If the marks are not there once each, in their order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after or END in after:
+        sys.exit(f"expected one {BEGIN} and one {END} behind it in {name}")
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=_ROOT / "benchmarks" / "results"
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="file whose block is replaced")
+    arguments = parser.parse_args()
+    documents = load(arguments.folder)
+    if arguments.write is None:
+        print(markdown(documents))
+        return
+    if tiny := [name for name, document in documents.items() if document["tiny"]]:
+        sys.exit(f"expected real results, got those of tiny models: {', '.join(tiny)}")
+    text = arguments.write.read_text()
+    arguments.write.write_text(replace_block(text, markdown(documents), arguments.write.name))
+
+
+if __name__ == "__main__":
+    main()
