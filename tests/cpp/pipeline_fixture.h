@@ -136,7 +136,9 @@ class TestDevice : public HostDevice {
   }
   void* do_allocate(std::size_t size_bytes) override {
     count_down();
-    return HostDevice::do_allocate(size_bytes);
+    void* memory = HostDevice::do_allocate(size_bytes);
+    std::memset(memory, 0xEE, size_bytes);  // or a reader could find right bytes of an earlier test
+    return memory;
   }
 
  private:

@@ -187,6 +187,25 @@ TEST(PipelineTest, NestedUseOfTheSameUnitIsCountedAndHeldUntilTheLastRelease) {
   }
 }
 
+TEST(PipelineTest, NestedUseOnAnotherStreamWaitsForTheCopyToo) {
+  Rig rig(two_places(), {Mode::kPipeline, StreamLayout::kShared, false});
+  Gate gate;
+  gate.hold(rig.device, rig.copy_stream(0));
+  rig.pipeline->enter();
+  rig.pipeline->acquire(0);
+  rig.device.set_current_stream(rig.callers[1]);
+  rig.read(0, rig.pipeline->acquire(0));
+  const EventId ready = rig.ready_event(0);
+  rig.device.await(
+      [&] { return rig.device.blocked_on(rig.callers[1]) == ready || rig.reads_run[0] > 0; });
+  gate.open();
+  rig.pipeline->release(0);
+  rig.device.set_current_stream(rig.callers[0]);
+  rig.pipeline->release(0);
+  rig.pipeline->leave(true);
+  rig.expect_at_rest_and_right();
+}
+
 TEST(PipelineTest, ReleaseWithoutAcquireThrows) {
   Rig rig(two_places());
   rig.pipeline->enter();
@@ -224,6 +243,10 @@ TEST(PipelineTest, NestedOverlappingUnitGetsAPlaceOfItsOwn) {
       }
       rig.expect_at_rest_and_right();
       EXPECT_EQ(rig.pipeline->stats().extra_places, 1U);
+      if (mode != Mode::kPipeline) {  // which may have copied them ahead in vain
+        EXPECT_EQ(rig.pipeline->unit_stats(2).onloads, 2U) << "once into each of its places";
+        EXPECT_EQ(rig.pipeline->unit_stats(0).onloads, 1U) << "nobody shares its bytes any more";
+      }
       EXPECT_EQ(rig.device.counters().allocations, 2U) << "the window and one place, not one a pass";
       rig.pipeline.reset();
       EXPECT_EQ(rig.device.counters().allocated_bytes, 0U);

@@ -6,6 +6,7 @@
 #include <functional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "core/pipeline.h"
 #include "pipeline_fixture.h"
@@ -24,6 +25,28 @@ constexpr std::size_t kSlice = kAlignmentBytes;
 
 class PipelineFaultTest : public ::testing::TestWithParam<std::tuple<Mode, StreamLayout, bool>> {
  protected:
+  /// A copy that no event tells of must have been waited for by the host, before anybody could have
+  /// copied into the same bytes.
+  static void expect_no_copy_out_of_sight(const Rig& rig) {
+    const bool host_synchronizes = policy_of(rig.pipeline->options().mode).host_synchronizes;
+    const std::vector<Op>& ops = rig.log.ops();
+    for (std::size_t i = 0; i < ops.size(); ++i) {
+      if (ops[i].kind != OpKind::kCopy) {
+        continue;
+      }
+      bool is_seen = false;
+      for (std::size_t j = i + 1; j < ops.size() && !is_seen; ++j) {
+        const bool same_stream = ops[j].stream == ops[i].stream;
+        is_seen = same_stream && (ops[j].kind == OpKind::kSynchronize ||
+                                  (ops[j].kind == OpKind::kRecord && !host_synchronizes));
+        if (ops[j].kind == OpKind::kCopy) {
+          break;
+        }
+      }
+      EXPECT_TRUE(is_seen) << "the copy of unit " << ops[i].unit << " at op " << i;
+    }
+  }
+
   PipelineOptions options() const {
     return {std::get<0>(GetParam()), std::get<1>(GetParam()), std::get<2>(GetParam())};
   }
@@ -53,6 +76,7 @@ class PipelineFaultTest : public ::testing::TestWithParam<std::tuple<Mode, Strea
         rig.pass(sequence_of(plan.units.size()));
       }
       rig.expect_at_rest_and_right();
+      expect_no_copy_out_of_sight(rig);
       if (got_through || HasFailure()) {
         break;
       }

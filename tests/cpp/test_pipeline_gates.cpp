@@ -178,7 +178,10 @@ TEST(PipelineHostTest, ForwardIsSubmittedWhileEveryStreamStandsStill) {
     EXPECT_EQ(rig.device.counters().host_synchronizes, before.host_synchronizes);
     EXPECT_EQ(rig.device.counters().caller_waits, before.caller_waits);
     EXPECT_EQ(rig.device.counters().allocations, before.allocations);
-    rig.device.await([&] { return rig.reads_run.empty(); });
+    rig.device.await([&] {
+      EXPECT_TRUE(rig.reads_run.empty());
+      return true;
+    });
     gate.open();
     rig.expect_at_rest_and_right();
   }
@@ -190,11 +193,11 @@ TEST(PipelineDestructorTest, DrainsCopiesAndReadersInFlight) {
     Gate gate;
     gate.hold(rig.device, rig.copy_stream(0));
     rig.pass(testing::sequence_of(8));
-    std::thread opener([&] {
-      // Opens only once the destructor can be waiting: the reader is held behind the copy.
-      rig.device.await([&] { return rig.reads_run.empty(); });
-      gate.open();
+    rig.device.await([&] {
+      EXPECT_TRUE(rig.reads_run.empty()) << "the first reader is held, and all behind it";
+      return true;
     });
+    std::thread opener([&] { gate.open(); });
     rig.pipeline.reset();
     opener.join();
     rig.device.await([] { return true; });

@@ -92,7 +92,7 @@ class Schedule {
   void call(UnitIndex unit, int nesting) {
     move_gates();
     const StreamId found = rig_->device.current_stream();
-    if (nesting == 0 && draw(3) == 0) {
+    if (draw(3) == 0) {
       rig_->device.set_current_stream(rig_->callers[draw(2)]);
     }
     const std::byte* place = rig_->pipeline->acquire(unit);
@@ -105,7 +105,8 @@ class Schedule {
     }
     move_gates();
     rig_->pipeline->release(unit);
-    if (nesting == 0 && draw(2) == 0) {
+    // Between units a caller may stay on another stream; inside one, it comes back.
+    if (nesting > 0 || draw(2) == 0) {
       rig_->device.set_current_stream(found);
     }
   }
