@@ -139,11 +139,12 @@ def assert_streams_like_plain(
     *,
     forwards: int = 2,
     stale: tuple[str, ...] = (),
+    replaced: tuple[str, ...] = (),
 ) -> None:
     """Asserts that `run` gives the plain model's bits, and has copied exactly what it must."""
     with torch.no_grad():
         must = run(plain)
-        with expect.watch(handle, stale=stale) as calls:
+        with expect.watch(handle, stale=stale, replaced=replaced) as calls:
             for _ in range(forwards):
                 assert_equal(run(model), must)
     expect.assert_streams_exactly(calls)

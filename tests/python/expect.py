@@ -49,6 +49,8 @@ class Pass:
     Attributes:
         units: Units that were called, in order, as indices into ``handle.units``.
         whole_before: Units that were whole in their places when it began.
+        copied_in_vain: Units that, once copied ahead, must be copied again.
+        is_edited: Whether masters were edited since the last pass.
         before: Counters when it began.
         after: Counters when it had ended.
         completed: Whether it returned, rather than raised.
@@ -56,6 +58,8 @@ class Pass:
 
     units: list[int]
     whole_before: frozenset[int]
+    copied_in_vain: frozenset[int]
+    is_edited: bool
     before: OffloadStats
     after: OffloadStats | None = None
     completed: bool = False
@@ -88,7 +92,8 @@ class Expected:
         bytes_onloaded: Bytes of those, padding between parameters included.
         is_exact: Whether it must be just that; else at least that.
         is_repeat: Whether the pass went as was expected before it began, and the one before it
-            ended as expected, so that its last units knew what to copy ahead.
+            ended as expected, so that its last units knew what to copy ahead; and nothing was
+            edited since.
         goes_as_known: Whether the pass went the way that its first unit foretells.
     """
 
@@ -170,7 +175,9 @@ _learned: weakref.WeakKeyDictionary[Handle, _Learned] = weakref.WeakKeyDictionar
 
 
 @contextmanager
-def watch(handle: Handle, *, stale: Collection[str] = ()) -> Iterator[Calls]:
+def watch(
+    handle: Handle, *, stale: Collection[str] = (), replaced: Collection[str] = ()
+) -> Iterator[Calls]:
     """Observes passes: which units are called, and what is copied.
 
     Also asserts that while a unit runs, each of its streamed parameters lies in its place.
@@ -178,7 +185,9 @@ def watch(handle: Handle, *, stale: Collection[str] = ()) -> Iterator[Calls]:
     Args:
         handle: Of the offloaded model.
         stale: Names of units whose masters were edited since the last pass: what lies in their
-            places is no longer whole.
+            places is no longer whole, and is missed.
+        replaced: Names of units in which a Parameter or its data was replaced. That is noticed when
+            the unit is asked for, so a copy that ran ahead in that same pass was in vain.
     """
     model = handle.model
     assert model is not None, "the model is gone"
@@ -188,7 +197,11 @@ def watch(handle: Handle, *, stale: Collection[str] = ()) -> Iterator[Calls]:
     if handle not in _learned:
         assert handle.stats.forwards == 0, "watch a handle from its first forward on"
         _learned[handle] = _Learned(sorted(streamed.values()))
-    observer = _Observer(handle, {streamed[name] for name in stale})
+    observer = _Observer(
+        handle,
+        stale={streamed[name] for name in (*stale, *replaced)},
+        replaced={streamed[name] for name in replaced},
+    )
     wrapped = [
         (module, vars(module)[_WRAPPER], streamed.get(name))
         for name, module in model.named_modules()
@@ -213,10 +226,11 @@ def watch(handle: Handle, *, stale: Collection[str] = ()) -> Iterator[Calls]:
 
 
 class _Observer:
-    def __init__(self, handle: Handle, stale: set[int]) -> None:
+    def __init__(self, handle: Handle, stale: set[int], replaced: set[int]) -> None:
         self.calls = Calls(handle)
         self._handle = handle
         self._stale = stale
+        self._replaced = replaced
         self._nesting = 0
         self._running: Pass | None = None
 
@@ -257,17 +271,18 @@ class _Observer:
 
         return checked
 
-    def _whole(self) -> frozenset[int]:
-        engine = self._handle._engine
-        return frozenset(
-            index
-            for index, unit in enumerate(self._handle.units)
-            if unit.place is not None and engine.is_whole(index) and index not in self._stale
-        )
-
     def _begin(self) -> None:
-        self._running = Pass([], self._whole(), self._handle.stats)
-        self._stale = set()
+        engine = self._handle._engine
+        streamed = [i for i, unit in enumerate(self._handle.units) if unit.place is not None]
+        whole = {index for index in streamed if engine.is_whole(index)}
+        self._running = Pass(
+            units=[],
+            whole_before=frozenset(whole - self._stale),
+            copied_in_vain=frozenset(self._replaced - whole),
+            is_edited=bool(self._stale),
+            before=self._handle.stats,
+        )
+        self._stale = self._replaced = set()
         self.calls.passes.append(self._running)
 
     def _end(self, completed: bool) -> None:
@@ -290,6 +305,8 @@ def _expected(handle: Handle, learned: _Learned, one: Pass) -> Expected:
     window = _Window(handle, one.whole_before)
     for unit in one.units:
         window.demand(unit)
+    for unit in one.copied_in_vain.intersection(one.units):
+        window.copy_again(unit)
     if one.completed and goes_as_known and one.units:
         window.run_ahead(one.units[-1], learned.endless(one.units))
     demands_only = handle.config.mode in ("sync", "streams")
@@ -297,7 +314,7 @@ def _expected(handle: Handle, learned: _Learned, one: Pass) -> Expected:
         onloads=window.onloads,
         bytes_onloaded=window.bytes_onloaded,
         is_exact=demands_only or (one.completed and goes_as_known),
-        is_repeat=one.units == predicted and learned.last_was_known,
+        is_repeat=one.units == predicted and learned.last_was_known and not one.is_edited,
         goes_as_known=goes_as_known,
     )
 
@@ -324,6 +341,12 @@ class _Window:
         if unit not in self._whole:
             self._whole = {other for other in self._whole if not self._overlap(unit, other)}
             self._whole.add(unit)
+            self.onloads += 1
+            self.bytes_onloaded += self._sizes[unit]
+
+    def copy_again(self, unit: int) -> None:
+        """Counts a copy that ran ahead in vain."""
+        if self._mode not in ("sync", "streams"):
             self.onloads += 1
             self.bytes_onloaded += self._sizes[unit]
 
