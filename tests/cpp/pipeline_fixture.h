@@ -129,8 +129,7 @@ class TestDevice : public HostDevice {
     HostDevice::do_copy(stream, copy);
     run(stream, [this, unit = copy.unit] { step([&] { ++copies_run_[unit]; }); });
   }
-  void do_fill(StreamId stream, void* memory, std::size_t size_bytes,
-               std::uint8_t value) override {
+  void do_fill(StreamId stream, void* memory, std::size_t size_bytes, std::uint8_t value) override {
     count_down();
     HostDevice::do_fill(stream, memory, size_bytes, value);
   }
@@ -212,8 +211,8 @@ class RawLoader : public Loader {
 
   StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                 std::uint64_t generation) override {
-    device_.copy(copy_stream, {place, masters_.of(unit), masters_.expected(unit)->size(), unit,
-                               generation});
+    device_.copy(copy_stream,
+                 {place, masters_.of(unit), masters_.expected(unit)->size(), unit, generation});
     return copy_stream;
   }
 
@@ -316,8 +315,8 @@ class Rig {
   EventId free_event(UnitIndex unit) const { return event_behind(OpKind::kReadEnd, unit); }
   StreamId copy_stream(UnitIndex unit) const {
     const bool split = pipeline->options().layout == StreamLayout::kSplit;
-    return pipeline->streams()[split ? static_cast<std::size_t>(pipeline->plan().units[unit].kind)
-                                     : 0];
+    return pipeline
+        ->streams()[split ? static_cast<std::size_t>(pipeline->plan().units[unit].kind) : 0];
   }
 
   struct AcquireMark {

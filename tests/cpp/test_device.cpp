@@ -1,5 +1,3 @@
-#include "core/device.h"
-
 #include <gtest/gtest.h>
 
 #include <array>
@@ -7,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "core/device.h"
 #include "core/error.h"
 #include "host/host_device.h"
 
@@ -68,9 +67,9 @@ TEST_F(DeviceTest, CopyThatCrossesFromOneRegistrationIntoAnotherThrows) {
 TEST_F(DeviceTest, RegisteringAByteTwiceThrowsAndChangesNothing) {
   device_.register_host(host_.data() + kPageBytes, kPageBytes);
   for (const auto& [begin_page, num_pages] : {std::pair{1U, 1U}, {0U, 2U}, {0U, 4U}, {1U, 2U}}) {
-    EXPECT_THROW(device_.register_host(host_.data() + begin_page * kPageBytes,
-                                       num_pages * kPageBytes),
-                 InternalError);
+    EXPECT_THROW(
+        device_.register_host(host_.data() + begin_page * kPageBytes, num_pages * kPageBytes),
+        InternalError);
   }
   EXPECT_EQ(device_.counters().registrations, 1U);
   EXPECT_EQ(device_.counters().registered_bytes, kPageBytes);
@@ -150,12 +149,11 @@ TEST_F(DeviceTest, LogHoldsEveryCallWithItsRanges) {
     EXPECT_GE(op.host_time_ns, last_ns);
     last_ns = op.host_time_ns;
   }
-  EXPECT_EQ(kinds,
-            (std::vector<OpKind>{OpKind::kRegister, OpKind::kAllocate, OpKind::kCopy,
-                                 OpKind::kRecord, OpKind::kWait, OpKind::kRead, OpKind::kReadEnd,
-                                 OpKind::kQuery, OpKind::kFill, OpKind::kSynchronize,
-                                 OpKind::kHostRead, OpKind::kHostWrite, OpKind::kFree,
-                                 OpKind::kUnregister}));
+  EXPECT_EQ(kinds, (std::vector<OpKind>{OpKind::kRegister, OpKind::kAllocate, OpKind::kCopy,
+                                        OpKind::kRecord, OpKind::kWait, OpKind::kRead,
+                                        OpKind::kReadEnd, OpKind::kQuery, OpKind::kFill,
+                                        OpKind::kSynchronize, OpKind::kHostRead, OpKind::kHostWrite,
+                                        OpKind::kFree, OpKind::kUnregister}));
   const Op& copy = log_.ops()[2];
   EXPECT_EQ(copy.stream, stream_);
   EXPECT_EQ(copy.unit, 7U);

@@ -1,6 +1,6 @@
-#include "core/error.h"
-
 #include <gtest/gtest.h>
+
+#include "core/error.h"
 
 namespace torch_offload {
 namespace {

@@ -1,5 +1,3 @@
-#include "host/host_device.h"
-
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -13,6 +11,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "host/host_device.h"
 #include "pipeline_fixture.h"
 
 namespace torch_offload {
@@ -159,7 +158,8 @@ TEST_F(HostDeviceTest, WaitOnTheCallerStreamBlocksAndIsCounted) {
   device_.wait(kCaller, event);
   EXPECT_EQ(device_.counters().caller_waits, 0U) << "it was done: nothing had to be waited for";
 
-  // The gate may be open a moment before the wait looks: not every round has to wait, nearly all do.
+  // The gate may be open a moment before the wait looks: not every round has to wait, nearly all
+  // do.
   constexpr int kRounds = 50;
   for (int round = 0; round < kRounds; ++round) {
     Gate gate;

@@ -1,5 +1,3 @@
-#include "core/mode.h"
-
 #include <gtest/gtest.h>
 
 #include <set>
@@ -7,6 +5,7 @@
 #include <tuple>
 
 #include "core/error.h"
+#include "core/mode.h"
 
 namespace torch_offload {
 namespace {

@@ -1,8 +1,8 @@
-#include "core/op_log.h"
-
 #include <gtest/gtest.h>
 
 #include <array>
+
+#include "core/op_log.h"
 
 namespace torch_offload {
 namespace {

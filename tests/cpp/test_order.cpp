@@ -1,9 +1,9 @@
-#include "core/order.h"
-
 #include <gtest/gtest.h>
 
 #include <type_traits>
 #include <vector>
+
+#include "core/order.h"
 
 namespace torch_offload {
 namespace {

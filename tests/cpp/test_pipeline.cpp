@@ -1,7 +1,5 @@
 // What a caller sees of the pipeline: hits, streams, nesting, edits, refusals.
 
-#include "core/pipeline.h"
-
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -11,6 +9,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/pipeline.h"
 #include "pipeline_fixture.h"
 
 namespace torch_offload {
@@ -28,8 +27,8 @@ constexpr PipelineOptions kDefault{};
 
 /// Four units in two places: 0 and 2 share bytes, 1 and 3 do.
 Plan two_places() {
-  return plan_with_places(layers_of(2, 2, 2),
-                          {{0, 512}, {512, 1024}, {0, 512}, {512, 1024}}, 2 * kSlice);
+  return plan_with_places(layers_of(2, 2, 2), {{0, 512}, {512, 1024}, {0, 512}, {512, 1024}},
+                          2 * kSlice);
 }
 
 std::uint64_t waits_on(const Rig& rig, StreamId stream, EventId event) {
@@ -154,9 +153,8 @@ TEST(PipelineTest, CallerSwitchesStreamsInsideAUnit) {
     rig.pipeline->acquire(2);
     rig.pipeline->release(2);
     const StreamId copies = rig.copy_stream(2);
-    rig.device.await([&] {
-      return rig.device.blocked_on(copies) == free || rig.device.copies_run(2) > 0;
-    });
+    rig.device.await(
+        [&] { return rig.device.blocked_on(copies) == free || rig.device.copies_run(2) > 0; });
     rig.device.await([&] {
       EXPECT_EQ(rig.device.copies_run(2), 0) << "the copy did not wait for the second stream";
       return true;
@@ -247,7 +245,8 @@ TEST(PipelineTest, NestedOverlappingUnitGetsAPlaceOfItsOwn) {
         EXPECT_EQ(rig.pipeline->unit_stats(2).onloads, 2U) << "once into each of its places";
         EXPECT_EQ(rig.pipeline->unit_stats(0).onloads, 1U) << "nobody shares its bytes any more";
       }
-      EXPECT_EQ(rig.device.counters().allocations, 2U) << "the window and one place, not one a pass";
+      EXPECT_EQ(rig.device.counters().allocations, 2U)
+          << "the window and one place, not one a pass";
       rig.pipeline.reset();
       EXPECT_EQ(rig.device.counters().allocated_bytes, 0U);
     }
@@ -336,9 +335,9 @@ TEST(PipelineTest, SecondThreadIsRefusedAndTheFirstUnharmed) {
   int refused = 0;
   std::thread([&] {
     EXPECT_FALSE(rig.pipeline->is_mine());
-    for (const auto& call : std::vector<std::function<void()>>{
-             [&] { rig.pipeline->enter(); }, [&] { rig.pipeline->acquire(0); },
-             [&] { rig.pipeline->acquire(1); }}) {
+    for (const auto& call : std::vector<std::function<void()>>{[&] { rig.pipeline->enter(); },
+                                                               [&] { rig.pipeline->acquire(0); },
+                                                               [&] { rig.pipeline->acquire(1); }}) {
       try {
         call();
       } catch (const StateError&) {

@@ -16,8 +16,8 @@ namespace {
 
 using testing::InjectedFault;
 using testing::layers_of;
-using testing::plan_with_places;
 using testing::plan_of;
+using testing::plan_with_places;
 using testing::Rig;
 using testing::sequence_of;
 
@@ -71,12 +71,12 @@ class PipelineFaultTest : public ::testing::TestWithParam<std::tuple<Mode, Strea
       rig.device.fail_at(0);
       EXPECT_NE(failed, got_through) << "a fault was swallowed, or came from nowhere";
       EXPECT_EQ(rig.device.current_stream(), rig.callers[0]);
+      expect_no_copy_out_of_sight(rig);  // before anything below synchronizes
       rig.expect_at_rest_and_right();
       for (int pass = 0; pass < 2; ++pass) {
         rig.pass(sequence_of(plan.units.size()));
       }
       rig.expect_at_rest_and_right();
-      expect_no_copy_out_of_sight(rig);
       if (got_through || HasFailure()) {
         break;
       }
@@ -139,21 +139,22 @@ TEST_P(PipelineFaultTest, InNestedCallsAndSwitchedStreams) {
   });
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    All, PipelineFaultTest,
-    ::testing::Values(std::tuple{Mode::kSync, StreamLayout::kShared, false},
-                      std::tuple{Mode::kStreams, StreamLayout::kShared, false},
-                      std::tuple{Mode::kStreams, StreamLayout::kSplit, false},
-                      std::tuple{Mode::kEvents, StreamLayout::kShared, false},
-                      std::tuple{Mode::kEvents, StreamLayout::kSplit, false},
-                      std::tuple{Mode::kPipeline, StreamLayout::kShared, false},
-                      std::tuple{Mode::kPipeline, StreamLayout::kSplit, false},
-                      std::tuple{Mode::kPipeline, StreamLayout::kShared, true},
-                      std::tuple{Mode::kPipeline, StreamLayout::kSplit, true}),
-    [](const auto& info) {
-      return std::string(name_of(std::get<0>(info.param))) + "_" +
-             name_of(std::get<1>(info.param)) + (std::get<2>(info.param) ? "_poison" : "");
-    });
+INSTANTIATE_TEST_SUITE_P(All, PipelineFaultTest,
+                         ::testing::Values(std::tuple{Mode::kSync, StreamLayout::kShared, false},
+                                           std::tuple{Mode::kStreams, StreamLayout::kShared, false},
+                                           std::tuple{Mode::kStreams, StreamLayout::kSplit, false},
+                                           std::tuple{Mode::kEvents, StreamLayout::kShared, false},
+                                           std::tuple{Mode::kEvents, StreamLayout::kSplit, false},
+                                           std::tuple{Mode::kPipeline, StreamLayout::kShared,
+                                                      false},
+                                           std::tuple{Mode::kPipeline, StreamLayout::kSplit, false},
+                                           std::tuple{Mode::kPipeline, StreamLayout::kShared, true},
+                                           std::tuple{Mode::kPipeline, StreamLayout::kSplit, true}),
+                         [](const auto& info) {
+                           return std::string(name_of(std::get<0>(info.param))) + "_" +
+                                  name_of(std::get<1>(info.param)) +
+                                  (std::get<2>(info.param) ? "_poison" : "");
+                         });
 
 TEST(PipelineConstructorFaultTest, GivesTheWindowBackWhereverItFails) {
   const Plan plan = plan_of(layers_of(2, 1, 2));

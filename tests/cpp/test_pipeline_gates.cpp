@@ -13,17 +13,17 @@ namespace torch_offload {
 namespace {
 
 using testing::Gate;
-using testing::plan_of;
-using testing::Rig;
 using testing::layers_of;
+using testing::plan_of;
 using testing::plan_with_places;
+using testing::Rig;
 
 constexpr std::size_t kSlice = kAlignmentBytes;
 
 /// Two units of each kind; the second of a kind lies where the first does.
 Plan two_places() {
-  return plan_with_places(layers_of(2, 2, 2),
-                          {{0, 512}, {512, 1024}, {0, 512}, {512, 1024}}, 2 * kSlice);
+  return plan_with_places(layers_of(2, 2, 2), {{0, 512}, {512, 1024}, {0, 512}, {512, 1024}},
+                          2 * kSlice);
 }
 
 class PipelineGateTest : public ::testing::TestWithParam<std::tuple<Mode, StreamLayout>> {

@@ -28,9 +28,9 @@ constexpr std::size_t kSlice = kAlignmentBytes;
 using Choice = std::tuple<Mode, StreamLayout>;
 
 std::vector<Choice> all_choices() {
-  return {{Mode::kSync, StreamLayout::kShared},     {Mode::kStreams, StreamLayout::kShared},
-          {Mode::kStreams, StreamLayout::kSplit},   {Mode::kEvents, StreamLayout::kShared},
-          {Mode::kEvents, StreamLayout::kSplit},    {Mode::kPipeline, StreamLayout::kShared},
+  return {{Mode::kSync, StreamLayout::kShared},   {Mode::kStreams, StreamLayout::kShared},
+          {Mode::kStreams, StreamLayout::kSplit}, {Mode::kEvents, StreamLayout::kShared},
+          {Mode::kEvents, StreamLayout::kSplit},  {Mode::kPipeline, StreamLayout::kShared},
           {Mode::kPipeline, StreamLayout::kSplit}};
 }
 
@@ -85,8 +85,8 @@ class PipelineChoiceTest : public ::testing::TestWithParam<Choice> {
       const std::size_t ahead = num_units_ahead(plan, sequence);
       uses.insert(uses.end(), sequence.begin(),
                   sequence.begin() + static_cast<std::ptrdiff_t>(ahead));
-    } else if (mode() == Mode::kEvents && plan.units.front().layer_index ==
-                                              plan.units.back().layer_index) {
+    } else if (mode() == Mode::kEvents &&
+               plan.units.front().layer_index == plan.units.back().layer_index) {
       return;  // one layer: its copies start with it, for the next pass as well
     }
     EXPECT_EQ(stats.onloads, demand_onloads(plan, uses));
@@ -97,8 +97,8 @@ TEST_P(PipelineChoiceTest, OddAndEvenLayerCountsAtSeveralDepths) {
   for (const std::size_t num_layers : {1U, 2U, 3U, 5U, 7U, 9U}) {
     for (const auto& [mha, ffn] : {std::pair{1U, 2U}, {2U, 2U}, {5U, 1U}}) {
       const std::size_t layer_bytes = (mha + ffn) * kSlice;
-      for (const std::size_t depth : {std::size_t{0}, layer_bytes / 2, layer_bytes,
-                                      2 * layer_bytes, 100 * layer_bytes}) {
+      for (const std::size_t depth :
+           {std::size_t{0}, layer_bytes / 2, layer_bytes, 2 * layer_bytes, 100 * layer_bytes}) {
         SCOPED_TRACE(std::to_string(num_layers) + " layers of " + std::to_string(mha) + " and " +
                      std::to_string(ffn) + ", depth " + std::to_string(depth));
         expect_exact_passes(plan_of(layers_of(num_layers, mha, ffn), depth), false);
@@ -268,7 +268,8 @@ TEST(PipelineTraceTest, SplitUsesFourStreamsAndTheCallers) {
     const Trace trace = trace_of({mode, StreamLayout::kSplit});
     EXPECT_EQ(trace.streams, five) << name_of(mode);
     EXPECT_EQ(trace.num_host_waits, mode == Mode::kStreams ? 16U : 0U) << name_of(mode);
-    EXPECT_EQ(trace.furthest_units, mode == Mode::kPipeline ? 2U : (mode == Mode::kEvents ? 1U : 0U));
+    EXPECT_EQ(trace.furthest_units,
+              mode == Mode::kPipeline ? 2U : (mode == Mode::kEvents ? 1U : 0U));
   }
 }
 

@@ -1,5 +1,5 @@
-// Random plans, random calls, random gates: whatever is asked for, in whatever order, with whichever
-// stream standing still, each reader finds the bytes of its unit.
+// Random plans, random calls, random gates: whatever is asked for, in whatever order, with
+// whichever stream standing still, each reader finds the bytes of its unit.
 
 #include <gtest/gtest.h>
 
@@ -30,8 +30,8 @@ class Schedule {
                           Mode::kEvents, Mode::kPipeline, Mode::kPipeline};
     PipelineOptions options;
     options.mode = modes[draw(6)];
-    options.layout = options.mode != Mode::kSync && draw(2) == 0 ? StreamLayout::kSplit
-                                                                 : StreamLayout::kShared;
+    options.layout =
+        options.mode != Mode::kSync && draw(2) == 0 ? StreamLayout::kSplit : StreamLayout::kShared;
     options.poison_on_release = draw(4) == 0;
     may_hold_ = !policy_of(options.mode).host_synchronizes;
     rig_ = std::make_unique<Rig>(random_plan(), options);
@@ -65,8 +65,8 @@ class Schedule {
     const std::size_t count = 1 + draw(8);
     for (std::size_t i = 0; i < count; ++i) {
       units.push_back({"unit" + std::to_string(i), (1 + draw(6)) * kSlice,
-                       static_cast<std::uint32_t>(i / 2), draw(2) == 0 ? UnitKind::kMha
-                                                                       : UnitKind::kFfn});
+                       static_cast<std::uint32_t>(i / 2),
+                       draw(2) == 0 ? UnitKind::kMha : UnitKind::kFfn});
     }
     if (draw(2) == 0) {
       return plan_of(units, draw(20) * kSlice);
@@ -98,8 +98,7 @@ class Schedule {
     const std::byte* place = rig_->pipeline->acquire(unit);
     rig_->read(unit, place);
     if (nesting < 3 && draw(6) == 0) {
-      call(draw(2) == 0 ? unit
-                        : static_cast<UnitIndex>(draw(rig_->pipeline->plan().units.size())),
+      call(draw(2) == 0 ? unit : static_cast<UnitIndex>(draw(rig_->pipeline->plan().units.size())),
            nesting + 1);
       rig_->read(unit, place);
     }

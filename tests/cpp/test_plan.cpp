@@ -1,5 +1,3 @@
-#include "core/plan.h"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -12,6 +10,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/plan.h"
 
 namespace torch_offload {
 namespace {
@@ -257,8 +256,7 @@ TEST(PlanBudgetTest, ResidentUnitsAreSpreadEvenly) {
       residents += plan.is_resident(static_cast<UnitIndex>(unit)) ? 1U : 0U;
       // Every prefix holds its part of them, give or take one.
       const double share = static_cast<double>(plan.resident_bytes) /
-                           static_cast<double>(total_bytes(units)) *
-                           static_cast<double>(unit + 1);
+                           static_cast<double>(total_bytes(units)) * static_cast<double>(unit + 1);
       EXPECT_NEAR(static_cast<double>(residents), share, 1.0) << "after unit " << unit;
     }
   }

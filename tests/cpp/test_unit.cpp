@@ -1,6 +1,6 @@
-#include "core/unit.h"
-
 #include <gtest/gtest.h>
+
+#include "core/unit.h"
 
 namespace torch_offload {
 namespace {
