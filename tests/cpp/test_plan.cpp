@@ -63,8 +63,8 @@ std::size_t largest_bytes(const std::vector<Unit>& units) {
   return largest;
 }
 
-/// Marks every slice of a small window with its users and complains where two would meet.
-void expect_valid(const Plan& plan) {
+/// Places are aligned, inside the window, and the overlap sets say which share a slice.
+void expect_valid_places(const Plan& plan) {
   std::vector<UnitIndex> streamed;
   std::size_t resident_bytes = 0;
   for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
@@ -97,8 +97,18 @@ void expect_valid(const Plan& plan) {
     std::sort(overlaps.begin(), overlaps.end());
     EXPECT_EQ(overlaps, expected) << "unit " << a;
   }
+}
 
-  // While any unit is in use, it and those within depth ahead of it have bytes of their own.
+/// While any unit is in use, it and those within depth ahead of it have bytes of their own: marks
+/// every slice of a small window with its users and complains where two would meet.
+void expect_valid(const Plan& plan) {
+  expect_valid_places(plan);
+  std::vector<UnitIndex> streamed;
+  for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
+    if (!plan.is_resident(unit)) {
+      streamed.push_back(unit);
+    }
+  }
   for (std::size_t used = 0; used < streamed.size(); ++used) {
     std::vector<UnitIndex> owner(plan.window_bytes / kSlice, kNoUnit);
     std::size_t ahead_bytes = 0;
@@ -198,6 +208,34 @@ TEST(PlanTest, LeavesTakeAFewOfTheLargestAndNotTwoLayers) {
   expect_valid(plan);
   EXPECT_EQ(plan.depth_bytes, 560 * kSlice) << "2.5 times the largest leaf";
   EXPECT_LE(plan.window_bytes, 5 * 224 * kSlice);
+}
+
+TEST(PlanTest, WindowThatIsThereAlreadyIsKeptAsItIs) {
+  std::mt19937 random(6);
+  for (int round = 0; round < 100; ++round) {
+    PlanRequest request = request_of(random_units(random, 1 + random() % 12, 1 + random() % 30));
+    const std::size_t largest = largest_bytes(request.units);
+    request.window_bytes = largest + (random() % 50) * kSlice;
+    if (round % 2 == 0) {
+      request.budget_bytes = *request.window_bytes + random() % total_bytes(request.units);
+    }
+    const Plan plan = make_plan(request);
+    expect_valid_places(plan);
+    EXPECT_EQ(plan.window_bytes, *request.window_bytes);
+    EXPECT_LE(plan.window_bytes + plan.resident_bytes,
+              request.budget_bytes.value_or(plan.window_bytes));
+  }
+}
+
+TEST(PlanTest, WindowBelowTheLargestUnitThrowsAndNamesIt) {
+  PlanRequest request = request_of(layers_of(3, 2, 5));
+  request.window_bytes = 5 * kSlice - 1;
+  try {
+    make_plan(request);
+    FAIL() << "accepted a window that a unit does not fit";
+  } catch (const ValueError& error) {
+    EXPECT_NE(std::string(error.what()).find("'ffn0'"), std::string::npos) << error.what();
+  }
 }
 
 TEST(PlanTest, WithoutUnitsThePlanIsEmpty) {
