@@ -96,7 +96,7 @@ class Handle:
         engine: _C.Engine,
         device: torch.device,
         config: Config,
-        bytes_resident: int,
+        bytes_resident: Callable[[], int],
         undo: Callable[[nn.Module], None],
     ) -> None:
         self._model = weakref.ref(model)
@@ -130,7 +130,7 @@ class Handle:
             prefetched=stats.prefetched,
             misses=stats.misses,
             bytes_onloaded=stats.bytes_onloaded,
-            bytes_resident=self._bytes_resident,
+            bytes_resident=self._bytes_resident(),
             window_bytes=self._engine.plan.window_bytes,
             host_bytes=self._engine.host_bytes,
             cpu_seconds=self._engine.cpu_seconds,
@@ -163,6 +163,17 @@ class Handle:
                 )
             )
         return infos
+
+    @property
+    def streams(self) -> dict[str, torch.Stream]:
+        """Our CUDA streams by name, for profilers and tests; empty on the host device.
+
+        Work queued on them delays copies and kernels, and waiting for them waits for ours.
+
+        Raises:
+            StateError: During a forward, or after `remove`.
+        """
+        return dict(self._engine.streams)
 
     def report(self, console: Console | None = None) -> None:
         """Prints a table of the units and what was streamed; names units that never ran.
@@ -229,7 +240,7 @@ class Handle:
             f"<torch_offload.Handle of {name} on {self.device}: mode={self.config.mode!r}, "
             f"{len(streamed)} units of {format_size(sum(u.size_bytes for u in streamed))} streamed "
             f"through {format_size(self._engine.plan.window_bytes)}, "
-            f"{format_size(self._bytes_resident)} resident>"
+            f"{format_size(self._bytes_resident())} resident>"
         )
 
 

@@ -62,6 +62,7 @@ class _Installation:
         self._device = device
         self._config = config
         self._residents = ResidentMove(device)
+        self._bytes_resident = 0
         self._former_devices: list[tuple[weakref.ref[torch.Tensor], torch.device]] = []
         self._wrapped: list[weakref.ref[nn.Module]] = []
         self._guarded: list[weakref.ref[nn.Module]] = []
@@ -91,6 +92,7 @@ class _Installation:
             for tensor in (*model.parameters(), *model.buffers())
             if id(tensor) not in moving
         )
+        self._bytes_resident = self._residents.size_bytes
         for index, _ in streamed:
             self._engine.move_in(index)
 
@@ -127,7 +129,12 @@ class _Installation:
         ]
         self._residents.forget()
         handle = Handle(
-            model, self._engine, self._device, self._config, self._residents.size_bytes, self.undo
+            model,
+            self._engine,
+            self._device,
+            self._config,
+            lambda: self._bytes_resident,
+            self.undo,
         )
         vars(model)[HANDLE_KEY] = handle
         return handle
@@ -177,7 +184,7 @@ class _Installation:
             self._budget,
             self._engine.plan.window_bytes,
         )
-        self._engine.recut(plan, self._ranges(specs))
+        self._bytes_resident += self._engine.recut(plan, self._ranges(specs))
         self._unwrap()
         self.wrap(model, specs, plan)
 

@@ -71,7 +71,7 @@ void bind_engine(py::module_& module) {
       .def("move_out", &Engine::move_out)
       .def("recut",
            [](Engine& engine, Plan plan, const std::vector<RangePair>& ranges) {
-             engine.recut(std::move(plan), ranges_from(ranges));
+             return engine.recut(std::move(plan), ranges_from(ranges));
            },
            py::arg("plan"), py::arg("ranges"))
       .def("enter", &Engine::enter, py::arg("token"))
@@ -100,6 +100,7 @@ void bind_engine(py::module_& module) {
                              })
       .def_property_readonly("host_bytes", &Engine::host_bytes)
       .def_property_readonly("cpu_seconds", &Engine::cpu_seconds)
+      .def_property_readonly("streams", &Engine::streams)
       .def("parameter_names", &Engine::parameter_names, py::arg("unit"));
 }
 

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <chrono>
@@ -154,7 +155,7 @@ std::vector<std::string> Engine::move_out() {
   return moved_elsewhere;
 }
 
-void Engine::recut(Plan plan, std::vector<ParameterRange> ranges) {
+std::size_t Engine::recut(Plan plan, std::vector<ParameterRange> ranges) {
   check_at_rest("recut()");
   const PipelineOptions options = pipeline().options();
   std::vector<UnitParameters> units = cut(plan, ranges);
@@ -164,15 +165,18 @@ void Engine::recut(Plan plan, std::vector<ParameterRange> ranges) {
     const py::gil_scoped_release no_gil;
     pipeline_.reset();
   }
+  std::size_t bytes_moved = 0;
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     if (sizes[i] == 0 && parameters_[i].is_moved_in()) {
       parameters_[i].move_out(torch_device_);
+      bytes_moved += parameters_[i].size_bytes();
     }
   }
   units_ = std::move(units);
   const py::gil_scoped_release no_gil;
   pipeline_ = std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan),
                                          options);
+  return bytes_moved;
 }
 
 Stats Engine::stats() const { return sum_of(former_stats_, pipeline().stats()); }
@@ -420,6 +424,23 @@ std::vector<std::string> Engine::parameter_names(UnitIndex unit) const {
     names.push_back(parameters_[i].name());
   }
   return names;
+}
+
+std::vector<std::pair<std::string, c10::Stream>> Engine::streams() {
+  check_at_rest("streams");
+  std::vector<std::pair<std::string, c10::Stream>> streams;
+  if (torch_device_.is_cpu()) {
+    return streams;
+  }
+  // Device numbers its streams; torch says which of its own is current.
+  const c10::impl::VirtualGuardImpl torch_streams(torch_device_.type());
+  const StreamId current = device_->current_stream();
+  for (const StreamId stream : pipeline().streams()) {
+    device_->set_current_stream(stream);
+    streams.emplace_back(device_->stream_name(stream), torch_streams.getStream(torch_device_));
+  }
+  device_->set_current_stream(current);
+  return streams;
 }
 
 }  // namespace torch_offload

@@ -70,11 +70,11 @@ class Engine : private Loader {
   std::vector<std::string> move_out();
 
   /// Cuts the units anew and starts with an empty window of the same size. Parameters that are in
-  /// no streamed unit any more move to the device for good.
+  /// no streamed unit any more move to the device for good; returns how many bytes that were.
   ///
   /// Blocking: drains what is in flight.
   /// Throws:   StateError during a forward; ValueError as the constructor.
-  void recut(Plan plan, std::vector<ParameterRange> ranges);
+  std::size_t recut(Plan plan, std::vector<ParameterRange> ranges);
 
   /// Begins a wrapped call that uses no unit: the model's own or an ancestor's.
   void enter(CallToken& token);
@@ -103,6 +103,9 @@ class Engine : private Loader {
   /// Time spent in acquire, release, enter and finish so far, in seconds.
   double cpu_seconds() const { return static_cast<double>(cpu_ns_) * 1e-9; }
   std::vector<std::string> parameter_names(UnitIndex unit) const;
+  /// Our streams by name, copy streams first. On the host device they are threads of ours that
+  /// torch knows nothing of: there are none to return. Needs the pass's thread, or no pass.
+  std::vector<std::pair<std::string, c10::Stream>> streams();
 
  private:
   struct UnitParameters {
