@@ -48,7 +48,7 @@ sanitize: $(STAMPS)/build  ## run the C++ tests of core and host under the sanit
 	done
 
 .PHONY: lint
-lint: $(STAMPS)/lint build  ## check format, style and types
+lint: $(STAMPS)/lint $(STAMPS)/test build  ## check format, style and types
 	pre-commit run --all-files --show-diff-on-failure
 
 .PHONY: format
