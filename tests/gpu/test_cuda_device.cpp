@@ -8,9 +8,9 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <iostream>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "../cpp/process_probe.h"
 #include "core/error.h"
 #include "core/pinned_arena.h"
 #include "cuda/cuda_device.h"
@@ -120,11 +121,11 @@ class CudaDeviceTest : public ::testing::Test {
     }
   }
 
-  /// An arena of one sealed unit, every byte `value`.
+  /// An arena of one sealed piece, every byte `value`.
   std::unique_ptr<PinnedArena> sealed_arena(std::size_t size_bytes, std::byte value) {
     auto arena = std::make_unique<PinnedArena>(device_, std::vector<std::size_t>{size_bytes});
     const std::vector<std::byte> bytes(size_bytes, value);
-    arena->fill(0, 0, bytes.data(), size_bytes);
+    arena->fill(0, bytes.data(), size_bytes);
     arena->seal_up_to(0);
     return arena;
   }
@@ -182,25 +183,76 @@ TEST_F(CudaDeviceTest, UnrecordedEventThrows) {
   EXPECT_THROW(device_->is_done(event), InternalError);
 }
 
-TEST_F(CudaDeviceTest, CopyBringsEveryByteOfEverySegment) {
-  const std::vector<std::size_t> sizes = {256, 3 * kMiB + 256, 512};
-  PinnedArena arena(device_, sizes, kMiB);
-  const StreamId copies = create_stream("copies", -1);
-  for (UnitIndex unit = 0; unit < sizes.size(); ++unit) {
-    std::vector<std::byte> master(sizes[unit]);
-    for (std::size_t index = 0; index < master.size(); ++index) {
-      master[index] = static_cast<std::byte>(index * 7 + unit);
+/// Three chunks, the second of them one piece that is larger than a chunk may be.
+class CudaArenaTest : public CudaDeviceTest {
+ protected:
+  void SetUp() override {
+    CudaDeviceTest::SetUp();
+    if (device_ == nullptr) {
+      return;
     }
-    arena.fill(unit, 0, master.data(), master.size());
-    arena.seal_up_to(unit);
-    auto* const place = static_cast<std::byte*>(device_->allocate(sizes[unit]));
-    for (const CopySegment& segment : arena.segments(unit)) {
-      copy(copies, place + segment.offset, segment.source, segment.size_bytes);
+    arena_ = std::make_unique<PinnedArena>(device_, sizes_, kMiB);
+    for (PieceIndex piece = 0; piece < sizes_.size(); ++piece) {
+      std::vector<std::byte> bytes(sizes_[piece]);
+      for (std::size_t index = 0; index < bytes.size(); ++index) {
+        bytes[index] = static_cast<std::byte>(index * 7 + piece);
+      }
+      arena_->fill(piece, bytes.data(), bytes.size());
+      arena_->seal_up_to(piece);
+      masters_.insert(masters_.end(), bytes.begin(), bytes.end());
     }
-    device_->synchronize(copies);
-    EXPECT_EQ(read_back(place, sizes[unit]), master) << "unit " << unit;
-    device_->free(place);
   }
+
+  const std::vector<std::size_t> sizes_ = {256, 768, 3 * kMiB + 256, 512, 1280};
+  std::unique_ptr<PinnedArena> arena_;
+  std::vector<std::byte> masters_;  // one behind the other
+};
+
+TEST_F(CudaArenaTest, CopiesBringEveryByteOfEverySegment) {
+  const StreamId copies = create_stream("copies", -1);
+  auto* const place = static_cast<std::byte*>(device_->allocate(masters_.size()));
+  const std::vector<CopySegment> segments = arena_->segments(0, sizes_.size());
+  EXPECT_EQ(segments.size(), 3U);
+  for (const CopySegment& segment : segments) {
+    copy(copies, place + segment.offset, segment.source, segment.size_bytes);
+  }
+  device_->synchronize(copies);
+  EXPECT_EQ(read_back(place, masters_.size()), masters_);
+  device_->free(place);
+}
+
+TEST_F(CudaArenaTest, UserMayCopyAnyWholePieceBothWays) {
+  void* const place = device_->allocate(masters_.size());
+  const std::byte* expected = masters_.data();
+  for (PieceIndex piece = 0; piece < sizes_.size(); ++piece) {
+    std::byte* const master = arena_->piece_memory(piece);
+    const std::vector<std::byte> bytes(expected, expected + sizes_[piece]);
+    check_cuda(cudaMemcpy(place, master, sizes_[piece], cudaMemcpyHostToDevice));
+    EXPECT_EQ(read_back(place, sizes_[piece]), bytes) << "piece " << piece;
+    std::memset(master, 0, sizes_[piece]);
+    check_cuda(cudaMemcpy(master, place, sizes_[piece], cudaMemcpyDeviceToHost));
+    EXPECT_EQ(std::memcmp(master, bytes.data(), sizes_[piece]), 0) << "piece " << piece;
+    expected += sizes_[piece];
+  }
+  device_->free(place);
+}
+
+TEST_F(CudaDeviceTest, DeviceFillsAPreparedPiece) {
+  constexpr std::size_t kSize = 24 * kMiB;
+  PinnedArena arena(device_, {kSize, kSize}, kSize);
+  void* const source = device_->allocate(kSize);
+  device_->fill(caller_, source, kSize, 6, kNoUnit);
+  arena.prepare(1);
+  EXPECT_FALSE(arena.is_sealed(0));
+  ASSERT_TRUE(arena.is_sealed(1));
+  check_cuda(cudaMemcpyAsync(arena.piece_memory(1), source, kSize, cudaMemcpyDeviceToHost,
+                             stream_of(caller_)));
+  device_->synchronize(caller_);
+  arena.seal_up_to(1);
+  EXPECT_EQ(device_->counters().registered_bytes, 2 * kSize);
+  const std::vector<std::byte> expected(kSize, std::byte{6});
+  EXPECT_EQ(std::memcmp(arena.piece_memory(1), expected.data(), kSize), 0);
+  device_->free(source);
 }
 
 TEST_F(CudaDeviceTest, CopyFromPageableMemoryThrows) {
@@ -223,7 +275,7 @@ TEST_F(CudaDeviceTest, WaitHoldsTheReaderUntilTheCopyIsDone) {
 
   device_->fill(copies, place, kMiB, 0, kNoUnit);
   Gate gate(stream_of(copies));
-  copy(copies, place, arena->unit_memory(0), kMiB);
+  copy(copies, place, arena->piece_memory(0), kMiB);
   device_->record(ready, copies);
   device_->wait(compute, ready);
   check_cuda(cudaMemcpyAsync(result, place, 1, cudaMemcpyDeviceToHost, stream_of(compute)));
@@ -247,7 +299,7 @@ TEST_F(CudaDeviceTest, SubmittingNeverBlocksTheHost) {
   const StreamId copies = create_stream("copies");
   const EventId event = device_->create_event();
   Gate gate(stream_of(copies));  // whatever waited for this stream would never come back
-  copy(copies, place, arena->unit_memory(0), kMiB);
+  copy(copies, place, arena->piece_memory(0), kMiB);
   device_->record(event, copies);
   device_->wait(caller_, event);
   device_->fill(copies, place, kMiB, 0, kNoUnit);
@@ -300,9 +352,9 @@ TEST_F(CudaDeviceTest, AllocationIsBehindTheLastTenantOfItsBlock) {
   const StreamId after = create_stream("known after");
   const EventId written = device_->create_event();
   const EventId written_after = device_->create_event();
-  copy(before, place, arena->unit_memory(0), 32 * kMiB);
+  copy(before, place, arena->piece_memory(0), 32 * kMiB);
   device_->record(written, before);
-  copy(after, place, arena->unit_memory(0), 32 * kMiB);
+  copy(after, place, arena->piece_memory(0), 32 * kMiB);
   device_->record(written_after, after);
   EXPECT_FALSE(device_->is_done(written));
   EXPECT_FALSE(device_->is_done(written_after));
@@ -331,7 +383,7 @@ TEST_F(CudaDeviceTest, FreedBlockIsNotHandedOutWhileItIsRead) {
 TEST_F(CudaDeviceTest, RefusedRegistrationLeavesNoTrace) {
   const auto arena = sealed_arena(kMiB, std::byte{1});
   try {
-    device_->register_host(arena->unit_memory(0), kMiB);
+    device_->register_host(arena->piece_memory(0), kMiB);
     FAIL() << "no error";
   } catch (const MemoryError& error) {
     const std::string text = error.what();
@@ -347,7 +399,7 @@ TEST_F(CudaDeviceTest, ArenaGivesItsRegistrationsBack) {
   std::byte* memory = nullptr;
   {
     const auto arena = sealed_arena(kMiB, std::byte{1});
-    memory = arena->unit_memory(0);
+    memory = arena->piece_memory(0);
     cudaPointerAttributes attributes{};
     check_cuda(cudaPointerGetAttributes(&attributes, memory));
     EXPECT_EQ(attributes.type, cudaMemoryTypeHost);
@@ -358,37 +410,46 @@ TEST_F(CudaDeviceTest, ArenaGivesItsRegistrationsBack) {
   EXPECT_EQ(attributes.type, cudaMemoryTypeUnregistered);
 }
 
-TEST_F(CudaDeviceTest, ForkedChildReadsMastersAndTheParentsEditsReachTheDevice) {
-  auto arena = sealed_arena(64 * kMiB, std::byte{1});
+TEST_F(CudaDeviceTest, ForkLeavesTheParentsMastersWhereTheDeviceReadsThem) {
+  const auto arena = sealed_arena(64 * kMiB, std::byte{1});
   void* const place = device_->allocate(64 * kMiB);
   int to_child[2];
   ASSERT_EQ(pipe(to_child), 0);
   const pid_t child = fork();
   if (child == 0) {
     char released = 0;
-    const bool ran = read(to_child[0], &released, 1) == 1;  // the parent has edited by now
-    const bool reads = arena->unit_memory(0)[kMiB] == std::byte{1};
-    arena->unit_memory(0)[0] = std::byte{7};
-    arena.reset();
-    device_.reset();  // neither may call CUDA here
-    _exit(ran && reads ? 0 : 1);
+    _exit(read(to_child[0], &released, 1) == 1 ? 0 : 1);
   }
+  // While the child lives: this write would move pages that it shared.
   const std::vector<std::byte> edited(kMiB, std::byte{2});
-  arena->fill(0, 0, edited.data(), kMiB);
-  ASSERT_EQ(write(to_child[1], "x", 1), 1);
-  int status = 0;
-  ASSERT_EQ(waitpid(child, &status, 0), child);
-  EXPECT_TRUE(WIFEXITED(status)) << "the child was killed by signal " << WTERMSIG(status);
-  EXPECT_EQ(WEXITSTATUS(status), 0);
-
-  copy(caller_, place, arena->unit_memory(0), 64 * kMiB);
+  arena->fill(0, edited.data(), kMiB);
+  copy(caller_, place, arena->piece_memory(0), 64 * kMiB);
   device_->synchronize(caller_);
   const std::vector<std::byte> seen = read_back(place, 64 * kMiB);
   EXPECT_EQ(seen[0], std::byte{2}) << "the device reads a page that the parent has left";
   EXPECT_EQ(seen[kMiB], std::byte{1});
+  ASSERT_EQ(write(to_child[1], "x", 1), 1);
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(succeeded(status));
   device_->free(place);
   close(to_child[0]);
   close(to_child[1]);
+}
+
+TEST_F(CudaDeviceTest, ForkedChildThatReadsAMasterDiesAndOneThatEndsCallsNoCuda) {
+  auto arena = sealed_arena(64 * kMiB, std::byte{1});
+  EXPECT_TRUE(died_of_segv(end_of_child([&] { return read_byte(arena->piece_memory(0)); })));
+  EXPECT_TRUE(succeeded(end_of_child([&] {
+    arena.reset();
+    device_.reset();
+    return 0;
+  })));
+  void* const place = device_->allocate(64 * kMiB);
+  copy(caller_, place, arena->piece_memory(0), 64 * kMiB);
+  device_->synchronize(caller_);
+  EXPECT_EQ(read_back(place, 64 * kMiB), std::vector<std::byte>(64 * kMiB, std::byte{1}));
+  device_->free(place);
 }
 
 TEST_F(CudaDeviceTest, WorksOnADeviceThatIsNotCurrent) {
@@ -404,7 +465,7 @@ TEST_F(CudaDeviceTest, WorksOnADeviceThatIsNotCurrent) {
   check_cuda(cudaPointerGetAttributes(&attributes, place));
   EXPECT_EQ(attributes.device, 1);
   const EventId event = device_->create_event();
-  copy(copies, place, arena->unit_memory(0), kMiB);
+  copy(copies, place, arena->piece_memory(0), kMiB);
   device_->record(event, copies);
   device_->wait(device_->current_stream(), event);
   device_->synchronize(device_->current_stream());
@@ -416,42 +477,49 @@ TEST_F(CudaDeviceTest, WorksOnADeviceThatIsNotCurrent) {
 
 /// Not a test: prints what the arena costs. Run it by name with --gtest_also_run_disabled_tests.
 TEST_F(CudaDeviceTest, DISABLED_PrintsRatesOfTheArena) {
-  constexpr std::size_t kUnit = 512 * kMiB;
-  constexpr std::size_t kUnits = 16;
-  std::vector<std::byte> source(kUnit, std::byte{1});
-  auto arena = std::make_unique<PinnedArena>(device_, std::vector<std::size_t>(kUnits, kUnit));
-  std::vector<std::pair<const char*, double>> seconds = {
-      {"fill", 0}, {"seal", 0}, {"copy", 0}, {"fork", 0}, {"unregister", 0}};
-  const auto timed = [&seconds](std::size_t which, auto&& work) {
+  constexpr std::size_t kPiece = 512 * kMiB;
+  constexpr std::size_t kPieces = 16;
+  const std::vector<std::size_t> sizes(kPieces, kPiece);
+  const auto timed = [](const char* what, auto&& work) {
     const auto start = std::chrono::steady_clock::now();
     work();
-    seconds[which].second +=
+    const double seconds =
         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    std::printf("%-10s %8.1f ms %6.1f GB/s\n", what, seconds * 1e3,
+                static_cast<double>(kPieces * kPiece) / seconds / 1e9);
   };
-  for (UnitIndex unit = 0; unit < kUnits; ++unit) {
-    timed(0, [&] { arena->fill(unit, 0, source.data(), kUnit); });
-    timed(1, [&] { arena->seal_up_to(unit); });
-  }
-  void* const place = device_->allocate(kUnit);
-  timed(2, [&] {
-    for (UnitIndex unit = 0; unit < kUnits; ++unit) {
-      copy(caller_, place, arena->unit_memory(unit), kUnit);
+  const std::vector<std::byte> source(kPiece, std::byte{1});
+  auto arena = std::make_unique<PinnedArena>(device_, sizes);
+  timed("fill, seal", [&] {
+    for (PieceIndex piece = 0; piece < kPieces; ++piece) {
+      arena->fill(piece, source.data(), kPiece);
+      arena->seal_up_to(piece);
+    }
+  });
+  void* const place = device_->allocate(kPiece);
+  timed("copy", [&] {
+    for (PieceIndex piece = 0; piece < kPieces; ++piece) {
+      copy(caller_, place, arena->piece_memory(piece), kPiece);
     }
     device_->synchronize(caller_);
   });
-  timed(3, [] {
-    const pid_t child = fork();
-    if (child == 0) {
-      _exit(0);
+  timed("fork", [] { EXPECT_TRUE(succeeded(end_of_child([] { return 0; }))); });
+  timed("unregister", [&] { arena.reset(); });
+  arena = std::make_unique<PinnedArena>(device_, sizes);
+  timed("prepare", [&] {
+    for (PieceIndex piece = 0; piece < kPieces; ++piece) {
+      arena->prepare(piece);
     }
-    waitpid(child, nullptr, 0);
   });
+  timed("copy back", [&] {
+    for (PieceIndex piece = 0; piece < kPieces; ++piece) {
+      check_cuda(cudaMemcpy(arena->piece_memory(piece), place, kPiece, cudaMemcpyDeviceToHost));
+    }
+  });
+  arena.reset();
+  arena = std::make_unique<PinnedArena>(device_, std::vector<std::size_t>{kPieces * kPiece});
+  timed("one piece", [&] { arena->prepare(0); });
   device_->free(place);
-  timed(4, [&] { arena.reset(); });
-  for (const auto& [what, time] : seconds) {
-    std::cout << what << ": " << time * 1e3 << " ms, "
-              << static_cast<double>(kUnits * kUnit) / time / 1e9 << " GB/s\n";
-  }
 }
 
 }  // namespace
