@@ -52,6 +52,7 @@ def bench_forward_deep(
     part.figures.update(
         what="deep",
         shape=shape_id(shape),
+        shape_index=shape_index,
         **streamed.describe(),
         link_bytes_per_s=reference.link_bytes_per_s,
         floor_ms=floor_ms,

@@ -50,20 +50,24 @@ def bench_forward_modes(
     streamed = stage.streamed(yardstick, mode=mode, streams=streams)
     require_equal(plain, streamed.model, tokens)
     floor_ms = reference.floor_ms(streamed.streamed_bytes)
-    activations = activation_bytes(bound(streamed.model, tokens))
+    activations = None
+    if mode == "pipeline":
+        activations = activation_bytes(bound(streamed.model, tokens))
     with Counting(streamed) as counting:
         times = alternate(
             benchmark,
             None,
             bound(streamed.model, tokens),
             forwards=1,
-            rounds=part.rounds(3, 2 * (floor_ms + plain_ms) * 1e-3),
+            rounds=part.rounds(3, 2 * (floor_ms + plain_ms) * 1e-3, least=1),
+            lead_in=mode in ("events", "pipeline"),
         )
     ours = spread(times.streamed_ms)
     roofline_ms = max(floor_ms, plain_ms)
     part.figures.update(
         what="mode",
         shape=shape_id(shape),
+        shape_index=shape_index,
         **streamed.describe(),
         link_bytes_per_s=reference.link_bytes_per_s,
         floor_ms=floor_ms,

@@ -39,7 +39,7 @@ def _measure(
     seconds = benchmark.stats.stats.data[0]
     streamed = [unit for unit in handle.units if unit.place is not None]
     weight_bytes = sum(bytes_of[name] for unit in streamed for name in unit.parameters)
-    require_equal(plain, model, workload.tokens(workload.shapes[0]))
+    require_equal(plain, model, workload.tokens(workload.shapes[0]), attempts=2)
     assert handle.stats.bytes_onloaded >= 2 * weight_bytes, "nothing was streamed"
     stats, registered_bytes = handle.stats, device.counters.registered_bytes
     synchronize()
@@ -68,6 +68,17 @@ def _measure(
 
 
 @pytest.mark.benchmark(group="torch_offload.offload.move")
+def bench_offload_from_gpu(benchmark: Any, part: Part, stage: Stage, yardstick: Workload) -> None:
+    """From the execution device."""
+    if not ON_GPU:
+        pytest.skip("without a GPU this is bench_offload_from_cpu")
+    plain = stage.plain(yardstick)
+    model = stage.copy_of_plain(yardstick)
+    _measure(benchmark, part, plain, model, yardstick)
+    part.figures.update(what="offload", source="gpu")
+
+
+@pytest.mark.benchmark(group="torch_offload.offload.move")
 def bench_offload_from_cpu(benchmark: Any, part: Part, stage: Stage, yardstick: Workload) -> None:
     """From ordinary host memory; the peak of host memory is the model's plus a unit's."""
     plain = stage.plain(yardstick)
@@ -80,14 +91,3 @@ def bench_offload_from_cpu(benchmark: Any, part: Part, stage: Stage, yardstick: 
     allowed = figures["model_bytes"] + figures["largest_unit_bytes"]
     used = figures["host_bytes_peak"] - empty_bytes
     figures.update(what="offload", source="cpu", host_bytes_used=used, host_ratio=used / allowed)
-
-
-@pytest.mark.benchmark(group="torch_offload.offload.move")
-def bench_offload_from_gpu(benchmark: Any, part: Part, stage: Stage, yardstick: Workload) -> None:
-    """From the execution device."""
-    if not ON_GPU:
-        pytest.skip("without a GPU this is bench_offload_from_cpu")
-    plain = stage.plain(yardstick)
-    model = stage.copy_of_plain(yardstick)
-    _measure(benchmark, part, plain, model, yardstick)
-    part.figures.update(what="offload", source="gpu")

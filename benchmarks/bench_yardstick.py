@@ -12,7 +12,6 @@ from records import Part
 from yardstick import (
     TINY_YARDSTICK,
     YARDSTICK,
-    Shape,
     Stage,
     Workload,
     bound,
@@ -33,19 +32,22 @@ def _measure_forward(
     stage: Stage,
     reference: Reference,
     workload: Workload,
-    shape: Shape,
+    shape_index: int,
     granularity: str,
+    *,
     wanted_rounds: int,
+    weight: float = 1.0,
 ) -> None:
+    shape = workload.shapes[shape_index]
     plain = stage.plain(workload)
     streamed = stage.streamed(workload, granularity=granularity)
     tokens = workload.tokens(shape)
-    require_equal(plain, streamed.model, tokens)
+    require_equal(plain, streamed.model, tokens, attempts=2)
     floor_ms = reference.floor_ms(streamed.streamed_bytes)
     plain_ms = reference.plain_ms(workload, shape)
     forwards = 2
     round_s = (forwards + 1) * (plain_ms + max(plain_ms, floor_ms)) * 1e-3
-    rounds = part.rounds(wanted_rounds, round_s)
+    rounds = part.rounds(wanted_rounds, round_s, weight=weight)
     with Counting(streamed) as counting:
         times = alternate(
             benchmark,
@@ -59,6 +61,7 @@ def _measure_forward(
     part.figures.update(
         what="forward",
         shape=shape_id(shape),
+        shape_index=shape_index,
         **streamed.describe(),
         layer_bytes=workload.layer_bytes,
         link_bytes_per_s=reference.link_bytes_per_s,
@@ -95,14 +98,28 @@ def bench_forward_sublayer(
     shape_index: int,
 ) -> None:
     """Halves, the default: the two models take turns."""
-    shape = yardstick.shapes[shape_index]
-    _measure_forward(benchmark, part, stage, reference, yardstick, shape, "sublayer", 5)
+    _measure_forward(
+        benchmark,
+        part,
+        stage,
+        reference,
+        yardstick,
+        shape_index,
+        "sublayer",
+        wanted_rounds=5,
+        weight=4.0,
+    )
 
 
 @_SHAPES
 @pytest.mark.benchmark(group="torch_offload.forward.submit")
 def bench_submit_sublayer(
-    benchmark: Any, part: Part, stage: Stage, yardstick: Workload, shape_index: int
+    benchmark: Any,
+    part: Part,
+    stage: Stage,
+    reference: Reference,
+    yardstick: Workload,
+    shape_index: int,
 ) -> None:
     """How long `forward()` keeps its caller, on an idle device, and how much of that is ours."""
     shape = yardstick.shapes[shape_index]
@@ -110,15 +127,20 @@ def bench_submit_sublayer(
     streamed = stage.streamed(yardstick, granularity="sublayer")
     tokens = yardstick.tokens(shape)
     require_equal(plain, streamed.model, tokens)
+    plain_ms = reference.plain_ms(yardstick, shape)
+    round_s = (plain_ms + max(plain_ms, reference.floor_ms(streamed.streamed_bytes))) * 1e-3
     with Counting(streamed) as counting:
         costs = alternate_submission(
             benchmark,
             bound(plain, tokens),
             bound(streamed.model, tokens),
-            rounds=part.rounds(5, 2.5, least=3),
+            rounds=part.rounds(7, round_s, least=3, weight=1.5),
         )
     part.figures.update(
-        what="submit", shape=shape_id(shape), **_host_costs(costs.plain, costs.streamed)
+        what="submit",
+        shape=shape_id(shape),
+        shape_index=shape_index,
+        **_host_costs(costs.plain, costs.streamed),
     )
     beyond_ms = part.figures["beyond_plain_ms"]
     per_forward = counting.per_forward()
@@ -145,9 +167,7 @@ def _host_costs(plain: list[HostCost], streamed: list[HostCost]) -> dict[str, An
 
 
 @_SHAPES
-def bench_memory_sublayer(
-    part: Part, stage: Stage, yardstick: Workload, shape_index: int
-) -> None:
+def bench_memory_sublayer(part: Part, stage: Stage, yardstick: Workload, shape_index: int) -> None:
     """Device memory of one forward beyond what lies there at rest, of both models."""
     shape = yardstick.shapes[shape_index]
     plain = stage.plain(yardstick)
@@ -159,6 +179,7 @@ def bench_memory_sublayer(
     part.figures.update(
         what="memory",
         shape=shape_id(shape),
+        shape_index=shape_index,
         **streamed.describe(),
         plain_activation_bytes=plain_bytes,
         activation_bytes=streamed_bytes,
@@ -186,7 +207,7 @@ def bench_outside_sublayer(part: Part, stage: Stage, yardstick: Workload) -> Non
     ours = None
     if plain_calls is not None and streamed_calls is not None:
         ours = {name: count - plain_calls[name] for name, count in streamed_calls.items()}
-        assert ours["pinned_copies"] >= forwards * streamed.num_units, (
+        assert ours["copies_to_device"] >= forwards * streamed.num_units, (
             f"the profiler saw too few copies to be believed: {streamed_calls}"
         )
     part.figures.update(
@@ -213,8 +234,9 @@ def bench_forward_module(
     shape_index: int,
 ) -> None:
     """Leaves: the smallest window."""
-    shape = yardstick.shapes[shape_index]
-    _measure_forward(benchmark, part, stage, reference, yardstick, shape, "module", 3)
+    _measure_forward(
+        benchmark, part, stage, reference, yardstick, shape_index, "module", wanted_rounds=3
+    )
 
 
 @_SHAPES
@@ -228,5 +250,6 @@ def bench_forward_layer(
     shape_index: int,
 ) -> None:
     """Whole layers: the fewest copies."""
-    shape = yardstick.shapes[shape_index]
-    _measure_forward(benchmark, part, stage, reference, yardstick, shape, "layer", 3)
+    _measure_forward(
+        benchmark, part, stage, reference, yardstick, shape_index, "layer", wanted_rounds=2
+    )

@@ -100,14 +100,21 @@ class Alternation:
 
 
 def alternate(
-    benchmark: Any, plain: Run | None, streamed: Run, *, forwards: int, rounds: int
+    benchmark: Any,
+    plain: Run | None,
+    streamed: Run,
+    *,
+    forwards: int,
+    rounds: int,
+    lead_in: bool = True,
 ) -> Alternation:
     """Times `forwards` calls of each model per round, the two taking turns round by round.
 
     The clocks of a GPU sink under load, so the two must share whatever it does to them. In front
     of the timed calls goes one that is not timed and not waited for: copies run ahead of the
     kernels, so the first forward after a pause starts with its first units in place, and only
-    between the ends of two forwards do copies and kernels add up to whole forwards.
+    between the ends of two forwards do copies and kernels add up to whole forwards. What never
+    runs ahead of a forward needs no such `lead_in`.
     """
     plain_ms: list[float] = []
 
@@ -115,7 +122,8 @@ def alternate(
         if plain is not None:
             plain_ms.extend(device_ms(plain, forwards=forwards, rounds=1))
         synchronize()
-        streamed()
+        if lead_in:
+            streamed()
 
     def timed() -> None:
         for _ in range(forwards):
@@ -164,7 +172,5 @@ def link_rate(size_bytes: int, copies: int = 7) -> dict[str, float]:
     source = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=ON_GPU)
     source.fill_(1)
     target = torch.empty(size_bytes, dtype=torch.uint8, device=DEVICE)
-    seconds = device_ms(
-        lambda: target.copy_(source, non_blocking=True), forwards=2, rounds=copies
-    )
+    seconds = device_ms(lambda: target.copy_(source, non_blocking=True), forwards=2, rounds=copies)
     return spread([size_bytes / (ms * 1e-3) for ms in seconds])

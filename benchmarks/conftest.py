@@ -1,8 +1,8 @@
 """Options, the stage, and how parts are bounded in time and kept apart from each other's failures.
 
-    pytest benchmarks                            everything, tiny where there is no GPU
-    pytest benchmarks/bench_yardstick.py         one subject
-    pytest benchmarks --results-dir OUT          JSON to OUT, one file per subject
+- ``pytest benchmarks``: everything, tiny where there is no GPU;
+- ``pytest benchmarks/bench_yardstick.py``: one subject;
+- ``pytest benchmarks --results-dir OUT``: JSON to OUT, one file per subject.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from clocks import DEVICE, ON_GPU, device_ms, link_rate
-from figures import print_results
 from records import Part, Records
+from tables import print_results
 from yardstick import (
     DEEP,
     TINY_DEEP,
@@ -30,7 +30,7 @@ from yardstick import (
 )
 
 # Seconds that the parts of one file share on a GPU; what is late makes fewer rounds or is skipped.
-FILE_LIMITS_S = {"yardstick": 130, "modes": 100, "peers": 60, "offload": 45, "deep": 45}
+FILE_LIMITS_S = {"yardstick": 150, "modes": 120, "peers": 75, "offload": 60, "deep": 50}
 _RECORDS = pytest.StashKey[Records]()
 _PART = pytest.StashKey[Part]()
 _BEGUN: dict[str, float] = {}
@@ -149,9 +149,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
     part = item.stash.get(_PART, None)
     if part is None or call.when == "teardown":

@@ -12,7 +12,7 @@ from typing import Any
 Document = dict[str, Any]
 Figures = dict[str, Any]
 
-_GRANULARITIES = ("sublayer", "module", "layer")
+GRANULARITIES = ("sublayer", "module", "layer")
 _MIB = 2**20
 
 
@@ -73,7 +73,8 @@ class Results:
         ]
 
 
-def _tuple(shape: str) -> str:
+def tuple_of(shape: str) -> str:
+    """Returns "(8,2048)" of "8x2048"."""
     return "(" + shape.replace("x", ",") + ")"
 
 
@@ -92,6 +93,8 @@ def verdict(value: float | None, must: float | None, aim: float | None, at_least
     if reaches(must):
         return "must"
     gap = abs(value - must)
+    if gap == float("inf"):
+        return "missed"
     return f"short by {gap:.3g}" if gap >= 0.001 else f"short by {gap:.1e}"
 
 
@@ -110,7 +113,7 @@ def _row(
 
 def _ratios(parts: Iterable[Figures]) -> str:
     return ", ".join(
-        f"{_tuple(part['shape'])} {part['ratio']:.3f}"
+        f"{tuple_of(part['shape'])} {part['ratio']:.3f}"
         f" ({part['ratio_min']:.3f}-{part['ratio_max']:.3f})"
         for part in parts
     )
@@ -122,7 +125,11 @@ def _greatest(values: Iterable[float | None]) -> float | None:
 
 
 def _link_bound(results: Results) -> Row:
-    parts = results.all("forward", granularity="sublayer")[:3]
+    parts = [
+        part
+        for index in range(3)
+        for part in results.all("forward", granularity="sublayer", shape_index=index)
+    ]
     return _row(
         "pipeline / roofline at (1,1), (8,512), (1,2048)",
         "<= 1.01",
@@ -134,7 +141,7 @@ def _link_bound(results: Results) -> Row:
 
 
 def _compute_bound(results: Results) -> Row:
-    parts = results.all("forward", granularity="sublayer")[3:4]
+    parts = results.all("forward", granularity="sublayer", shape_index=3)
     return _row(
         "the same at (8,2048), resident and streamed alternating",
         "<= 1.01",
@@ -147,7 +154,6 @@ def _compute_bound(results: Results) -> Row:
 
 def _modes(results: Results) -> Row:
     shapes = {part["shape"] for part in results.all("mode")}
-    # Places within the spread of the best are shared: both layouts of the pipeline may lead.
     won = 0
     for shape in shapes:
         parts = results.all("mode", shape=shape)
@@ -165,7 +171,7 @@ def _modes(results: Results) -> Row:
 
 
 def _unit_cost(results: Results) -> Row:
-    parts = results.all("submit")[:1]
+    parts = results.all("submit", shape_index=0)
     measured = "".join(
         f"{part['inside_us_per_unit']:.1f} us inside our calls, "
         f"{part['beyond_plain_us_per_unit']:.1f} us beyond the plain call"
@@ -174,9 +180,7 @@ def _unit_cost(results: Results) -> Row:
     value = _greatest(
         max(part["inside_us_per_unit"], part["beyond_plain_us_per_unit"]) for part in parts
     )
-    return _row(
-        "our CPU time per unit at (1,1)", "<= 20 us", "8 us", measured, value, (20.0, 8.0)
-    )
+    return _row("our CPU time per unit at (1,1)", "<= 20 us", "8 us", measured, value, (20.0, 8.0))
 
 
 def _submission(results: Results) -> Row:
@@ -185,7 +189,7 @@ def _submission(results: Results) -> Row:
         "CPU until `forward()` returns, beyond the plain model's",
         "<= 0.7 ms",
         "0.3 ms",
-        ", ".join(f"{_tuple(part['shape'])} {part['beyond_plain_ms']:.2f} ms" for part in parts),
+        ", ".join(f"{tuple_of(part['shape'])} {part['beyond_plain_ms']:.2f} ms" for part in parts),
         _greatest(part["beyond_plain_ms"] for part in parts),
         (0.7, 0.3),
     )
@@ -215,7 +219,7 @@ def _nothing_of_ours(results: Results) -> Row:
 
 def _window(results: Results) -> Row:
     worst: dict[str, tuple[float, float]] = {}
-    for granularity in _GRANULARITIES:
+    for granularity in GRANULARITIES:
         parts = results.all("forward", granularity=granularity)
         if len(parts) == 4:
             layers = parts[0]["window_bytes"] / parts[0]["layer_bytes"]
@@ -247,11 +251,11 @@ def _activations(results: Results) -> Row:
     # As a share of what is allowed, so that both kinds of limit fit one verdict.
     shares = [
         beyond[part["shape"]]
-        / (0.01 * part["plain_activation_bytes"] if index == 3 else 2 * _MIB)
-        for index, part in enumerate(parts)
+        / (0.01 * part["plain_activation_bytes"] if part["shape_index"] == 3 else 2 * _MIB)
+        for part in parts
     ]
     measured = ", ".join(
-        f"{_tuple(part['shape'])} {beyond[part['shape']] / _MIB:+.2f} MiB of "
+        f"{tuple_of(part['shape'])} {beyond[part['shape']] / _MIB:+.2f} MiB of "
         f"{part['plain_activation_bytes'] / _MIB:.0f}"
         for part in parts
     )
@@ -312,7 +316,7 @@ def _offload_rate(results: Results) -> Row:
 def _deep(results: Results) -> Row:
     parts = results.all("deep")
     measured = "; ".join(
-        f"{_tuple(part['shape'])} {part['ratio']:.3f}, caller kept {part['submit_ms']:.0f} ms "
+        f"{tuple_of(part['shape'])} {part['ratio']:.3f}, caller kept {part['submit_ms']:.0f} ms "
         f"(plain {part['plain_submit_ms']:.0f})"
         for part in parts
     )
@@ -340,7 +344,7 @@ def _split_activations(results: Results) -> Row:
         "measured",
         "",
         ", ".join(
-            f"{_tuple(shape)} {split / _MIB:.0f} against {shared / _MIB:.0f} MiB"
+            f"{tuple_of(shape)} {split / _MIB:.0f} against {shared / _MIB:.0f} MiB"
             for shape, shared, split in pairs
         ),
         0.0 if pairs else None,
@@ -368,85 +372,3 @@ _ROWS: tuple[Callable[[Results], Row], ...] = (
 def rows(results: Results) -> list[Row]:
     """Every figure that was asked for, measured or not."""
     return [make(results) for make in _ROWS]
-
-
-def forward_table(results: Results) -> list[list[str]]:
-    """ms per forward of everything that ran the yardstick, a column per shape; header first."""
-    shapes = results.shapes()
-
-    def line(title: str, value_of: Callable[[str], float | None]) -> list[str] | None:
-        values = [value_of(shape) for shape in shapes]
-        if all(value is None for value in values):
-            return None
-        return [title, *("-" if value is None else f"{value:.1f}" for value in values)]
-
-    def any_of(shape: str, name: str) -> float | None:
-        for what in ("forward", "mode", "peer"):
-            if (part := results.one(what, shape=shape)) is not None:
-                return _median(part[name])
-        return None
-
-    def forward_of(granularity: str) -> Callable[[str], float | None]:
-        return lambda shape: _streamed_ms(
-            results.one("forward", granularity=granularity, shape=shape)
-        )
-
-    def mode_of(mode: str, streams: str) -> Callable[[str], float | None]:
-        return lambda shape: _streamed_ms(
-            results.one("mode", mode=mode, streams=streams, shape=shape)
-        )
-
-    def peer_of(peer: str) -> Callable[[str], float | None]:
-        return lambda shape: _streamed_ms(results.one("peer", peer=peer, shape=shape))
-
-    lines = [
-        line("link floor", lambda shape: any_of(shape, "floor_ms")),
-        line("resident", lambda shape: any_of(shape, "plain_ms")),
-        *(line(f"pipeline, units: {name}", forward_of(name)) for name in _GRANULARITIES),
-        *(
-            line(f"mode {mode}, {streams}", mode_of(mode, streams))
-            for mode in ("pipeline", "events", "streams", "sync")
-            for streams in ("shared", "split")
-        ),
-        line("bare event pipeline in Python", peer_of("bare")),
-        line("accelerate `cpu_offload`", peer_of("accelerate")),
-    ]
-    return [
-        ["ms per forward", *(_tuple(shape) for shape in shapes)],
-        *(entry for entry in lines if entry is not None),
-    ]
-
-
-def _median(value: float | dict[str, float]) -> float:
-    return value["median"] if isinstance(value, dict) else value
-
-
-def _streamed_ms(part: Figures | None) -> float | None:
-    return None if part is None else _median(part["streamed_ms"])
-
-
-def print_results(documents: dict[str, Document]) -> None:
-    """Prints the tables for people."""
-    from rich.console import Console
-    from rich.table import Table
-
-    results = Results(documents)
-    console = Console(width=120)
-    tiny = any(document["tiny"] for document in documents.values())
-    note = " (tiny models: the figures say nothing about speed)" if tiny else ""
-    header, *lines = forward_table(results)
-    if lines:
-        table = Table(title=f"One forward{note}", title_justify="left")
-        for index, name in enumerate(header):
-            table.add_column(name, justify="right" if index else "left")
-        for entry in lines:
-            table.add_row(*entry)
-        console.print(table)
-    table = Table(title=f"Figures{note}", title_justify="left", show_lines=True)
-    for name in ("figure", "must", "aim", "measured", "reached"):
-        table.add_column(name)
-    for row in rows(results):
-        table.add_row(row.figure, row.must, row.aim, row.measured, "-" if tiny else row.verdict)
-    console.print(table)
-    for name, status, reason in results.failures():
-        console.print(f"{status}: {name}: {reason}", markup=False)

@@ -47,9 +47,7 @@ class Counts:
         )
 
     def __sub__(self, earlier: Counts) -> Counts:
-        return Counts(
-            **{name: value - vars(earlier)[name] for name, value in vars(self).items()}
-        )
+        return Counts(**{name: value - vars(earlier)[name] for name, value in vars(self).items()})
 
 
 class Counting:
@@ -102,11 +100,13 @@ class Counting:
 
 
 def activation_bytes(run: Run) -> int | None:
-    """Peak of device memory in one forward above what is allocated at rest; None without a GPU."""
+    """Peak of device memory in one forward above what is allocated at rest; None without a GPU.
+
+    The second forward of its shape or a later one: the first may allocate workspaces for good.
+    """
     if not ON_GPU:
         run()
         return None
-    run()
     synchronize()
     torch.cuda.reset_peak_memory_stats(DEVICE)
     at_rest = torch.cuda.memory_allocated(DEVICE)
@@ -151,7 +151,7 @@ def runtime_calls(run: Run, forwards: int) -> dict[str, int] | None:
         "host_waits": sum(calls[name] for name in _HOST_WAITS),
         "allocations": sum(calls[name] for name in _ALLOCATIONS),
         "pageable_copies": sum(n for name, n in memcpys.items() if "Pageable" in name),
-        "pinned_copies": sum(n for name, n in memcpys.items() if "Pinned" in name),
+        "copies_to_device": sum(memcpys.values()),
         "launches": sum(calls[name] for name in _LAUNCHES),
         "stream_waits": calls["cudaStreamWaitEvent"],
         "event_records": calls["cudaEventRecord"] + calls["cudaEventRecordWithFlags"],
@@ -160,9 +160,7 @@ def runtime_calls(run: Run, forwards: int) -> dict[str, int] | None:
 
 def resident_host_bytes() -> int:
     """Memory of this process that no file backs, shared anonymous memory included."""
-    fields = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
-    )
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
 
 

@@ -48,9 +48,7 @@ class BarePipeline:
         # One registration: torch's own page-locked allocator would round each layer up.
         self._host = torch.empty(count * layer_bytes, dtype=torch.uint8).fill_(0)
         self._page_lock(True)
-        self._slots = [
-            torch.empty(layer_bytes, dtype=torch.uint8, device=DEVICE) for _ in range(2)
-        ]
+        self._slots = [torch.empty(layer_bytes, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
         self._masters = list(self._host.split(layer_bytes))
         for index, layer in enumerate(parameters):
             for parameter, begin in zip(layer, offsets, strict=True):

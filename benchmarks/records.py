@@ -43,7 +43,9 @@ def machine() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(DEVICE)
         found["gpu"] = properties.name
         found["gpu_memory_bytes"] = properties.total_memory
-        found["driver"] = _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["driver"] = _answer(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        )
     return found
 
 
@@ -92,10 +94,17 @@ class Part:
     error: str | None = None
     seconds: float = 0.0
 
-    def rounds(self, wanted: int, seconds_each: float, least: int = 2) -> int:
-        """How many rounds fit this part's share of its file's time; fixed before measuring."""
-        allowed = min(self.share_s, self.deadline - time.monotonic())
-        return max(least, min(wanted, int(allowed / max(seconds_each, 1e-9))))
+    def rounds(
+        self, wanted: int, seconds_each: float, *, least: int = 2, weight: float = 1.0
+    ) -> int:
+        """How many rounds fit `weight` shares of what is left of the file's time.
+
+        Fixed before measuring: a number of rounds that depends on their outcome is a bias.
+        """
+        if self.tiny:
+            return least
+        allowed = min(self.share_s * weight, self.deadline - time.monotonic())
+        return max(least, min(wanted, int(allowed / seconds_each)))
 
 
 class Records:

@@ -109,11 +109,13 @@ def forward(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
 
 
-def require_equal(plain: nn.Module, other: nn.Module, tokens: torch.Tensor) -> None:
-    """Fails unless both give the same finite bits twice in a row: no figure without that."""
+def require_equal(
+    plain: nn.Module, other: nn.Module, tokens: torch.Tensor, attempts: int = 1
+) -> None:
+    """Fails unless both give the same finite bits, so many times: no figure without that."""
     expected = forward(plain, tokens)
     assert torch.isfinite(expected).all(), "the plain model's logits are not finite"
-    for attempt in (1, 2):
+    for attempt in range(1, attempts + 1):
         got = forward(other, tokens)
         assert torch.equal(expected, got), (
             f"forward {attempt} differs from the plain model's in "

@@ -20,7 +20,8 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT / "benchmarks"))
 
-from figures import Results, forward_table, rows  # noqa: E402  (the path comes first)
+from figures import Results, rows  # noqa: E402  (the path comes first)
+from tables import forward_table  # noqa: E402
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 _GIB = 2**30
@@ -38,7 +39,9 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
         if isinstance(document, dict) and "parts" in document:
             documents[document["subject"]] = document
     if not documents:
-        sys.exit(f"expected results as JSON in {folder}, found none; run `make bench` on a GPU first")
+        sys.exit(
+            f"expected results as JSON in {folder}, found none; run `make bench` on a GPU first"
+        )
     if any(document["schema"] != 1 for document in documents.values()):
         sys.exit(f"expected results of schema 1 in {folder}; run the benchmarks of this version")
     return documents
@@ -100,10 +103,8 @@ def replace_block(text: str, block: str, name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "folder", nargs="?", type=Path, default=_ROOT / "benchmarks" / "results"
-    )
+    parser = argparse.ArgumentParser(description="Makes the README's table.")
+    parser.add_argument("folder", nargs="?", type=Path, default=_ROOT / "benchmarks" / "results")
     parser.add_argument("--write", type=Path, metavar="FILE", help="file whose block is replaced")
     arguments = parser.parse_args()
     documents = load(arguments.folder)

@@ -1,0 +1,89 @@
+"""The results as tables: times of one forward side by side, and all of it for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from figures import GRANULARITIES, Document, Figures, Results, rows, tuple_of
+
+
+def forward_table(results: Results) -> list[list[str]]:
+    """Times of one forward in ms, a line per model and a column per shape; the header first."""
+    shapes = results.shapes()
+
+    def line(title: str, value_of: Callable[[str], float | None]) -> list[str] | None:
+        values = [value_of(shape) for shape in shapes]
+        if all(value is None for value in values):
+            return None
+        return [title, *("-" if value is None else f"{value:.1f}" for value in values)]
+
+    def any_of(shape: str, name: str) -> float | None:
+        for what in ("forward", "mode", "peer"):
+            if (part := results.one(what, shape=shape)) is not None:
+                return _median(part[name])
+        return None
+
+    def forward_of(granularity: str) -> Callable[[str], float | None]:
+        return lambda shape: _streamed_ms(
+            results.one("forward", granularity=granularity, shape=shape)
+        )
+
+    def mode_of(mode: str, streams: str) -> Callable[[str], float | None]:
+        return lambda shape: _streamed_ms(
+            results.one("mode", mode=mode, streams=streams, shape=shape)
+        )
+
+    def peer_of(peer: str) -> Callable[[str], float | None]:
+        return lambda shape: _streamed_ms(results.one("peer", peer=peer, shape=shape))
+
+    lines = [
+        line("link floor", lambda shape: any_of(shape, "floor_ms")),
+        line("resident", lambda shape: any_of(shape, "plain_ms")),
+        *(line(f"pipeline, units: {name}", forward_of(name)) for name in GRANULARITIES),
+        *(
+            line(f"mode {mode}, {streams}", mode_of(mode, streams))
+            for mode in ("pipeline", "events", "streams", "sync")
+            for streams in ("shared", "split")
+        ),
+        line("bare event pipeline in Python", peer_of("bare")),
+        line("accelerate `cpu_offload`", peer_of("accelerate")),
+    ]
+    return [
+        ["ms per forward", *(tuple_of(shape) for shape in shapes)],
+        *(entry for entry in lines if entry is not None),
+    ]
+
+
+def _median(value: float | dict[str, float]) -> float:
+    return value["median"] if isinstance(value, dict) else value
+
+
+def _streamed_ms(part: Figures | None) -> float | None:
+    return None if part is None else _median(part["streamed_ms"])
+
+
+def print_results(documents: dict[str, Document]) -> None:
+    """Prints the tables for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    results = Results(documents)
+    console = Console(width=120)
+    tiny = any(document["tiny"] for document in documents.values())
+    note = " (tiny models: the figures say nothing about speed)" if tiny else ""
+    header, *lines = forward_table(results)
+    if lines:
+        table = Table(title=f"One forward{note}", title_justify="left")
+        for index, name in enumerate(header):
+            table.add_column(name, justify="right" if index else "left")
+        for entry in lines:
+            table.add_row(*entry)
+        console.print(table)
+    table = Table(title=f"Figures{note}", title_justify="left", show_lines=True)
+    for name in ("figure", "must", "aim", "measured", "reached"):
+        table.add_column(name)
+    for row in rows(results):
+        table.add_row(row.figure, row.must, row.aim, row.measured, "-" if tiny else row.verdict)
+    console.print(table)
+    for name, status, reason in results.failures():
+        console.print(f"{status}: {name}: {reason}", markup=False)
