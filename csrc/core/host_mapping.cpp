@@ -101,6 +101,21 @@ int take_block(std::byte* begin, std::size_t size_bytes) {
   return 0;
 }
 
+/// Starts `count` threads, or as many as this process may have.
+template <typename Run>
+std::vector<std::thread> start_threads(std::size_t count, const Run& run) {
+  std::vector<std::thread> threads;
+  threads.reserve(count);
+  try {
+    while (threads.size() < count) {
+      threads.emplace_back(run);
+    }
+  } catch (const std::system_error&) {
+    return threads;  // slower, not broken: those there are do it all
+  }
+  return threads;
+}
+
 /// Calls `work(block_begin, block_size_bytes)`, which returns an errno or zero, for the parts of a
 /// range, with as many threads as pay off. No two parts share a huge page: two threads that fault
 /// in the same one would both clear it. Returns the first error.
@@ -125,15 +140,7 @@ int in_parallel(std::byte* begin, std::size_t size_bytes, const Work& work) {
   const std::size_t num_threads =
       std::min({size_bytes / kLeastBytesPerThread, kMaxThreads,
                 static_cast<std::size_t>(std::thread::hardware_concurrency())});
-  std::vector<std::thread> helpers;
-  helpers.reserve(num_threads);
-  try {
-    while (helpers.size() + 1 < num_threads) {
-      helpers.emplace_back(run);
-    }
-  } catch (const std::system_error&) {
-    // A process that may not start threads is slower, not broken: those there are do it all.
-  }
+  std::vector<std::thread> helpers = start_threads(std::max<std::size_t>(num_threads, 1) - 1, run);
   run();
   for (std::thread& helper : helpers) {
     helper.join();
