@@ -217,9 +217,16 @@ class Stage:
                 kept = handle.stats.bytes_resident + handle.stats.window_bytes
                 extra = torch.cuda.memory_allocated(DEVICE) - before - kept
             self._streamed = Streamed(model, handle, device, options, seconds, extra)
-            # One pass to learn the order (leaves: to be cut into leaves), one in the new order.
-            for shape in workload.shapes[:1] * 2:
-                forward(model, workload.tokens(shape))
+            # One pass to learn the order, one in it. Under no_grad: the pass that proves leaves
+            # does not see their reads in inference mode and would leave the sublayers as they are.
+            tokens = workload.tokens(workload.shapes[0])
+            with torch.no_grad():
+                for _ in range(2):
+                    model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+            if options.get("granularity") == "module":
+                linears = sum(isinstance(module, nn.Linear) for module in model.model.modules())
+                units = self._streamed.num_units
+                assert units == linears, f"expected {linears} leaves to stream, got {units} units"
         return self._streamed
 
     def clear_streamed(self) -> None:
