@@ -192,8 +192,15 @@ void Engine::refresh() {
 
 void Engine::close() {
   check_at_rest("remove()");
+  {
+    const py::gil_scoped_release no_gil;
+    pipeline_.reset();
+  }
+  // A handle that is kept must keep neither weights nor masters.
+  units_.clear();
+  parameters_.clear();
   const py::gil_scoped_release no_gil;
-  pipeline_.reset();
+  arena_.reset();
 }
 
 // --- one call ----------------------------------------------------------------------------------

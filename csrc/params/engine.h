@@ -91,7 +91,8 @@ class Engine : private Loader {
 
   /// Reads all masters anew at the next use. Throws: StateError during a forward.
   void refresh();
-  /// Drains the pipeline and gives back window and streams. Throws: StateError during a forward.
+  /// Drains the pipeline and gives back window, streams, arena and parameters; those that were not
+  /// moved out keep their masters alive. Throws: StateError during a forward.
   void close();
   bool is_closed() const { return pipeline_ == nullptr; }
 

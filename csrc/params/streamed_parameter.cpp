@@ -57,14 +57,16 @@ void StreamedParameter::bump_version() {
 void StreamedParameter::move_into(
     std::byte* master, std::shared_ptr<void> owner,
     const std::function<void(const void* source, std::size_t size_bytes)>& fill) {
-  owner_ = std::move(owner);
-  master_ = view_of(master, at::kCPU, owner_);
+  at::Tensor filled = view_of(master, at::kCPU, owner);
   if (parameter_.device().is_cpu()) {
     fill(parameter_.const_data_ptr(), size_bytes_);
   } else {
     const c10::NoGradGuard no_grad;
-    master_.copy_(parameter_);
+    filled.copy_(parameter_);
   }
+  // Only now: after a failure above there must be nothing to move out.
+  owner_ = std::move(owner);
+  master_ = std::move(filled);
   show_master();
 }
 
@@ -138,6 +140,7 @@ void StreamedParameter::adopt_replacement() {
   const bool fits = replacement.scalar_type() == dtype_ &&
                     replacement.sizes() == at::IntArrayRef(sizes_) &&
                     replacement.layout() == at::kStrided && !replacement.is_inference() &&
+                    !replacement.unsafeGetTensorImpl()->is_python_dispatch() &&  // DTensor, torchao
                     replacement.is_non_overlapping_and_dense();
   if (!fits) {
     const auto describe = [](const at::TensorOptions& options, at::IntArrayRef sizes) {

@@ -434,14 +434,15 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any], *, same_memory: b
         same_memory: Whether parameters must lie where they lay, as after a refusal, or may have
             come to lie elsewhere on the same device, as after `remove`.
     """
-    for name, module in model.named_modules():
-        was = before["vars"].pop(name)
+    modules = dict(model.named_modules())
+    assert list(modules) == list(before["vars"]), "modules have come or gone"
+    for name, module in modules.items():
+        was = before["vars"][name]
         now = vars(module)
         assert list(now) == list(was), f"{name}: attributes changed: {set(now) ^ set(was)}"
         for key, value in was.items():
             is_equal_list = isinstance(value, list) and now[key] == value  # export copies lists
             assert now[key] is value or is_equal_list, f"{name}.{key} is another object"
-    assert not before["vars"], f"modules are gone: {sorted(before['vars'])}"
     parameters = dict(model.named_parameters(remove_duplicate=False))
     assert list(parameters) == list(before["parameters"])
     for name, (was, where, address, values) in before["parameters"].items():

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_offload
 from tests.python import expect
@@ -431,6 +432,38 @@ def test_failure_while_wrapping_is_undone(
     with contextlib.suppress(KeyboardInterrupt):
         torch_offload.offload(model, device).remove()
         assert calls <= k, "the planted failure was swallowed"
+    expect.assert_unchanged(model, before, same_memory=False)
+
+
+class _FailAt(TorchDispatchMode):
+    """Raises at the k-th operator."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self._left = k
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._left -= 1
+        if self._left == -1:
+            raise KeyboardInterrupt("planted")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["from-host", "from-device"])
+def test_failure_at_any_operator_of_offload_is_undone(device: torch.device, is_there: bool) -> None:
+    model = tiny_stack(2)
+    if is_there:
+        model.to(device)
+    before = expect.snapshot(model)
+    for k in range(1000):
+        try:
+            with _FailAt(k):
+                handle = torch_offload.offload(model, device)
+            break
+        except KeyboardInterrupt:
+            expect.assert_unchanged(model, before, same_memory=False)
+    assert k > 0
+    handle.remove()
     expect.assert_unchanged(model, before, same_memory=False)
 
 

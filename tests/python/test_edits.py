@@ -143,11 +143,26 @@ def test_replaced_parameter_former_object_keeps_its_values(device: torch.device)
     assert model.blocks[1].attn.weight is new
 
 
+class _Wrapper(torch.Tensor):
+    """A wrapper subclass, as DTensor is: it has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> _Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0])
+        raise NotImplementedError(str(func))
+
+
 @pytest.mark.parametrize(
     "replacement",
     [
         pytest.param(lambda old: nn.Parameter(torch.zeros(3, 3)), id="shape"),
         pytest.param(lambda old: nn.Parameter(old.detach().double()), id="dtype"),
+        pytest.param(lambda old: nn.Parameter(_Wrapper(old.detach())), id="subclass"),
     ],
 )
 def test_replaced_parameter_of_another_kind_fails(
