@@ -34,7 +34,7 @@ test-cpp: build  ## run the C++ tests
 	cmake --preset dev -DPython_EXECUTABLE=$(PY) -DTORCH_OFFLOAD_TESTS=ON >build/configure.log 2>&1 || \
 	  { grep -A3 Error build/configure.log >&2 || cat build/configure.log >&2; exit 1; }
 	cmake --build build --parallel $(JOBS)
-	ctest --test-dir build --output-on-failure --no-tests=error --parallel $(JOBS) --quiet
+	ctest --test-dir build --output-on-failure --no-tests=error --parallel $(JOBS)
 
 .PHONY: test-python
 test-python: $(STAMPS)/test models build  ## run the Python tests
