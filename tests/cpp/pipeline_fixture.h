@@ -59,6 +59,14 @@ class InjectedFault : public std::runtime_error {
 class TestDevice : public HostDevice {
  public:
   using HostDevice::HostDevice;
+  /// What is still queued tells its steps to the members below: it must run before they go.
+  ~TestDevice() override {
+    if (!in_forked_child()) {
+      for (const StreamId stream : streams_) {
+        HostDevice::do_synchronize(stream);
+      }
+    }
+  }
 
   /// The `call`-th submission from now on throws, once; 0: none does.
   void fail_at(int call) { calls_until_fault_ = call; }
@@ -93,7 +101,8 @@ class TestDevice : public HostDevice {
  protected:
   StreamId do_create_stream(const StreamOptions& options) override {
     count_down();
-    return HostDevice::do_create_stream(options);
+    streams_.push_back(HostDevice::do_create_stream(options));
+    return streams_.back();
   }
   void do_set_current_stream(StreamId stream) override {
     count_down();
@@ -148,6 +157,7 @@ class TestDevice : public HostDevice {
   }
 
   int calls_until_fault_ = 0;
+  std::vector<StreamId> streams_;
   std::mutex mutex_;
   std::condition_variable one_more_step_;
   std::map<StreamId, EventId> blocked_on_;  // guarded by mutex_
