@@ -387,8 +387,6 @@ def test_every_requirement_has_its_version_in_the_one_place() -> None:
 
 def test_stub_matches_the_extension() -> None:
     pytest.importorskip("mypy")
-    # Without a stub stubtest would compare the module with itself.
-    assert (ROOT / "torch_offload/_C.pyi").is_file()
-    command = [sys.executable, "-m", "mypy.stubtest", "--ignore-disjoint-bases", "torch_offload._C"]
+    command = [sys.executable, str(ROOT / "tools/check_stub.py")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
