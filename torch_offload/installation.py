@@ -88,9 +88,7 @@ class _Installation:
         streamed = _streamed(specs, plan)
         moving = _parameter_ids(streamed)
         self._residents.move(
-            tensor
-            for tensor in (*model.parameters(), *model.buffers())
-            if id(tensor) not in moving
+            tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in moving
         )
         self._bytes_resident = self._residents.size_bytes
         for index, _ in streamed:
@@ -149,7 +147,7 @@ class _Installation:
         vars(model).pop(_AUTO_COMPILE, None)
         vars(model).pop(HANDLE_KEY, None)
         self._residents.undo()
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             for tensor_reference, device in self._former_devices:
                 tensor = tensor_reference()
                 if tensor is not None and tensor.device != device:
@@ -203,7 +201,7 @@ def _parameter_ids(streamed: Sequence[tuple[int, UnitSpec]]) -> set[int]:
 
 def _parameter_slots(
     spec: UnitSpec,
-) -> list[tuple[str, torch.Tensor, list[tuple[dict[str, torch.Tensor | None], str]]]]:
+) -> list[tuple[str, torch.Tensor, list[tuple[dict[str, nn.Parameter | None], str]]]]:
     """Where each parameter of a unit is looked up: every `_parameters` entry that holds it."""
     entries = [
         (module._parameters, key, parameter)

@@ -30,7 +30,7 @@ def align(model: nn.Module) -> nn.Module:
     one-token forward from weights at 8 or 24 modulo 64 differs from its aligned copy in the last
     bit, whoever computes it. Tied parameters stay tied. Blocks while copying.
     """
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         for tensor in _distinct((*model.parameters(), *model.buffers())):
             if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT_BYTES:
                 tensor.data = _aligned_copy(tensor.data)
@@ -56,6 +56,8 @@ class ResidentMove:
         self._former: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.size_bytes = 0
 
+    # Whatever mode the caller is in: a parameter with the data of an inference tensor becomes one.
+    @torch.inference_mode(False)
     def move(self, tensors: Iterable[torch.Tensor]) -> None:
         """Moves them. Blocks while copying. On an exception, call `undo`."""
         distinct = list(_distinct(tensors))

@@ -275,9 +275,8 @@ def _accelerate(model: Stack) -> None:
 
 
 def _diffusers(model: Stack) -> None:
-    from diffusers.hooks import HookRegistry
-
-    HookRegistry.check_if_exists_or_initialize(model.blocks[1])
+    hooks = pytest.importorskip("diffusers.hooks")
+    hooks.HookRegistry.check_if_exists_or_initialize(model.blocks[1])
 
 
 def _fsdp_marks(model: Stack) -> None:
@@ -635,7 +634,7 @@ def test_fully_shard_of_an_offloaded_model_fails_at_the_next_call() -> None:
 def test_wrapping_a_plain_model_stays_allowed() -> None:
     model, other = tiny_stack(), tiny_stack()
     with streamed(model, HOST):
-        nn.DataParallel(other)
+        nn.DataParallel(tiny_stack())
         torch.compile(other, backend="eager")
         assert torch.equal(nn.Sequential(other)(rows(HOST)), other(rows(HOST)))
 

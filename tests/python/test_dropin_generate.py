@@ -11,6 +11,9 @@ import torch
 from tests.python import expect
 from tests.python.dropin import assert_equal, plain_on, streamed, tiny_llama, tokens
 
+# A part of torch that transformers imports for static caches.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated:DeprecationWarning")
+
 _SETTINGS: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6}
 
 

@@ -196,7 +196,7 @@ _EXITS = {
         "gate = threading.Event(); inside = threading.Event()\n"
         "def hold(*_): inside.set(); gate.wait()\n"
         "model.blocks[2].mlp.up.register_forward_pre_hook(hold)\n"
-        "threading.Thread(target=lambda: model(x), daemon=True).start()\n"
+        "threading.Thread(target=lambda: model(x.clone()), daemon=True).start()\n"
         "assert inside.wait(60)"
     ),
     "handle-only": "del model",
