@@ -281,6 +281,9 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the host device"
 
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is for the copies
+
     console = Console(highlight=False)
     console.print(f"torch_offload on {where}, torch {torch.__version__}")
     runs = []
