@@ -93,3 +93,18 @@ def test_oracle_changed_sequence_is_only_bounded() -> None:
             model(x)
         assert [expected.is_exact for expected in calls.expected] == [True, False, True]
         expect.assert_streams_exactly(calls)
+
+
+def test_oracle_units_cut_anew_are_exact(device: torch.device) -> None:
+    model = tiny_stack()
+    plain = plain_on(model, device)
+    x = rows(device)
+    with streamed(model, device, granularity="module") as handle, torch.no_grad():
+        assert len(handle.units) == 8
+        assert torch.equal(model(x), plain(x))
+        assert [unit.name for unit in handle.units[:3]] == [
+            "blocks.0.attn",
+            "blocks.0.mlp.up",
+            "blocks.0.mlp.down",
+        ]
+        assert_streams_like_plain(model, plain, handle, lambda m: m(x), forwards=3)
