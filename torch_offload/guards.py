@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import compiler, nn
+from torch._C import _is_tracing
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.fx import _symbolic_trace
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -133,7 +134,7 @@ def _refuse_wrapping(outer: nn.Module, name: str, inner: nn.Module | None) -> No
         _refusal(call, _WRAPPERS[wrapper])()
 
 
-def refuse_tracing(module: nn.Module, expected_type: type[nn.Module]) -> None:
+def refuse_tracing(module: nn.Module | None, expected_type: type[nn.Module]) -> None:
     """Raises if a call of an offloaded module is being recorded rather than run. About 0.2 us.
 
     A recorded call would replay with whatever the weights' memory holds by then. To call an
@@ -143,13 +144,13 @@ def refuse_tracing(module: nn.Module, expected_type: type[nn.Module]) -> None:
         StateError: Under torch.compile, jit.trace, torch.export or fx, or if the module's class
             was changed since `offload`, as FSDP's ``fully_shard`` does.
     """
-    if get_eval_frame_callback() or torch.compiler._is_compiling_flag:
+    if get_eval_frame_callback() or compiler._is_compiling_flag:
         _refusal(
             "torch.compile or torch.export",
             "a recorded call would read weights from where they are no more (a function around "
             "the model may be compiled if it calls it through torch.compiler.disable)",
         )()
-    if torch._C._is_tracing() or _symbolic_trace._is_fx_tracing_flag:
+    if _is_tracing() or _symbolic_trace._is_fx_tracing_flag:
         _refusal("jit.trace or fx", "a recorded call would read weights where they are no more")()
     if type(module) is not expected_type:
         _refusal(
