@@ -49,7 +49,7 @@ sanitize: $(STAMPS)/build  ## run the C++ tests of core and host under the sanit
 
 .PHONY: lint
 lint: $(STAMPS)/lint $(STAMPS)/test build  ## check format, style and types
-	pre-commit run --all-files --show-diff-on-failure
+	pre-commit run --all-files
 
 .PHONY: format
 format: $(STAMPS)/lint  ## bring all files into the format that lint asks for

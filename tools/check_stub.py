@@ -10,12 +10,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# What pybind11 does to every class, and its enumerations are classes that look like Enum.
+# What pybind11 does to every class.
 HABITS = re.compile(
     r"is inconsistent, metaclass differs"
     r"|\.__init__ is inconsistent, stub does not have \*args parameter"
-    r"|\.__(index|int|members)__ is not present in stub"
-    r"|variable differs from runtime type torch_offload\._C\.UnitKind"
 )
 
 

@@ -14,6 +14,7 @@ module, and model, arena and window would outlive ``del`` until a collection.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def wrap_unit(module: nn.Module, engine: _C.Engine, unit: int) -> None:
     """Makes every call of `module` acquire the unit before and release it after."""
     reference = weakref.ref(module)
     module_type = type(module)
-    call_plain = module_type._call_impl
+    call_plain: Callable[..., Any] = module_type._call_impl
 
     def _call_impl(*args: Any, **kwargs: Any) -> Any:
         refuse_tracing(reference(), module_type)
@@ -55,7 +56,7 @@ def wrap_ancestor(
     """Makes every call of `module` count, so that the outermost one begins and ends a pass."""
     reference = weakref.ref(module)
     module_type = type(module)
-    call_plain = module_type._call_impl
+    call_plain: Callable[..., Any] = module_type._call_impl
 
     def _call_impl(*args: Any, **kwargs: Any) -> Any:
         refuse_tracing(reference(), module_type)
@@ -96,10 +97,11 @@ def probe() -> None:
     """
     called = []
     module = nn.Identity()
+    call_plain: Callable[..., Any] = nn.Identity._call_impl
 
     def _call_impl(*args: Any, **kwargs: Any) -> Any:
         called.append(True)
-        return type(module)._call_impl(module, *args, **kwargs)
+        return call_plain(module, *args, **kwargs)
 
     vars(module)[_ATTRIBUTE] = _call_impl
     module(torch.empty(0))

@@ -153,7 +153,7 @@ class Handle:
                 UnitInfo(
                     name=unit.name,
                     layer_index=unit.layer_index,
-                    kind="mha" if unit.kind == _C.UnitKind.mha else "ffn",
+                    kind=unit.kind,
                     size_bytes=unit.size_bytes,
                     place=place,
                     parameters=tuple(self._engine.parameter_names(index)),

@@ -29,8 +29,8 @@ class MismatchExplainer:
         names = self._at_rest_where(error.__traceback__)
         listed = ", ".join(repr(name) for name in names[:_LISTED]) or "..."
         error.args = (
-            f"{text}\ntorch_offload: a streamed weight was read outside the call of its unit, where "
-            "it is in host memory; keep what is read there on the device with "
+            f"{text}\ntorch_offload: a streamed weight was read outside the call of its unit, "
+            "where it is in host memory; keep what is read there on the device with "
             f"resident=[{listed}]",
             *error.args[1:],
         )

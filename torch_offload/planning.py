@@ -20,7 +20,7 @@ def planned_units(specs: Sequence[UnitSpec]) -> list[_C.Unit]:
             name=spec.name,
             size_bytes=sum(_C.aligned_size(parameter.nbytes) for _, parameter in spec.parameters),
             layer_index=spec.layer_index,
-            kind=getattr(_C.UnitKind, spec.kind),
+            kind=spec.kind,
         )
         for spec in specs
     ]

@@ -69,11 +69,12 @@ void bind_engine(py::module_& module) {
            py::arg("poison_on_release"), py::arg("parameters"), py::arg("plan"), py::arg("ranges"))
       .def("move_in", &Engine::move_in, py::arg("unit"))
       .def("move_out", &Engine::move_out)
-      .def("recut",
-           [](Engine& engine, Plan plan, const std::vector<RangePair>& ranges) {
-             return engine.recut(std::move(plan), ranges_from(ranges));
-           },
-           py::arg("plan"), py::arg("ranges"))
+      .def(
+          "recut",
+          [](Engine& engine, Plan plan, const std::vector<RangePair>& ranges) {
+            return engine.recut(std::move(plan), ranges_from(ranges));
+          },
+          py::arg("plan"), py::arg("ranges"))
       .def("enter", &Engine::enter, py::arg("token"))
       .def("acquire", &Engine::acquire, py::arg("token"), py::arg("unit"))
       .def("finish", &Engine::finish, py::arg("token"), py::arg("output"))
@@ -83,16 +84,16 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("is_closed", &Engine::is_closed)
       .def_property_readonly("in_pass",
                              [](const Engine& engine) { return engine.pipeline().in_pass(); })
-      .def_property_readonly("plan",
-                             [](const Engine& engine) { return engine.pipeline().plan(); })
-      .def_property_readonly("stats",
-                             [](const Engine& engine) { return engine.stats(); })
-      .def("unit_stats",
-           [](const Engine& engine, UnitIndex unit) { return engine.pipeline().unit_stats(unit); },
-           py::arg("unit"))
-      .def("is_whole",
-           [](const Engine& engine, UnitIndex unit) { return engine.pipeline().is_whole(unit); },
-           py::arg("unit"))
+      .def_property_readonly("plan", [](const Engine& engine) { return engine.pipeline().plan(); })
+      .def_property_readonly("stats", [](const Engine& engine) { return engine.stats(); })
+      .def(
+          "unit_stats",
+          [](const Engine& engine, UnitIndex unit) { return engine.pipeline().unit_stats(unit); },
+          py::arg("unit"))
+      .def(
+          "is_whole",
+          [](const Engine& engine, UnitIndex unit) { return engine.pipeline().is_whole(unit); },
+          py::arg("unit"))
       .def_property_readonly("window",
                              [](const Engine& engine) {
                                const AddressRange window = engine.pipeline().window();

@@ -1,28 +1,39 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bind.h"
-#include "core/mode.h"
+#include "core/error.h"
 #include "core/plan.h"
 
 namespace py = pybind11;
 
 namespace torch_offload {
 
-void bind_plan(py::module_& module) {
-  py::enum_<UnitKind>(module, "UnitKind", "Which half of a layer a unit is.")
-      .value("mha", UnitKind::kMha)
-      .value("ffn", UnitKind::kFfn);
+namespace {
 
+const char* name_of(UnitKind kind) { return kind == UnitKind::kMha ? "mha" : "ffn"; }
+
+UnitKind parse_unit_kind(const std::string& name) {
+  for (const UnitKind kind : {UnitKind::kMha, UnitKind::kFfn}) {
+    if (name == name_of(kind)) {
+      return kind;
+    }
+  }
+  throw ValueError("expected the kind of a unit to be 'mha' or 'ffn', got '" + name + "'");
+}
+
+}  // namespace
+
+void bind_plan(py::module_& module) {
   py::class_<Unit>(module, "Unit", "What moves as one: its flat size in bytes, layer and kind.")
       .def(py::init([](std::string name, std::size_t size_bytes, std::uint32_t layer_index,
-                       UnitKind kind) {
-             return Unit{std::move(name), size_bytes, layer_index, kind};
+                       const std::string& kind) {
+             return Unit{std::move(name), size_bytes, layer_index, parse_unit_kind(kind)};
            }),
            py::arg("name"), py::arg("size_bytes"), py::arg("layer_index"), py::arg("kind"))
       .def_readonly("name", &Unit::name)
       .def_readonly("size_bytes", &Unit::size_bytes)
       .def_readonly("layer_index", &Unit::layer_index)
-      .def_readonly("kind", &Unit::kind);
+      .def_property_readonly("kind", [](const Unit& unit) { return name_of(unit.kind); });
 
   py::class_<Plan>(module, "Plan", "Which units stay resident, and the place of each other one.")
       .def_readonly("units", &Plan::units)

@@ -93,11 +93,12 @@ void Device::copy(StreamId stream, const Copy& copy) {
   const AddressRange source = AddressRange::of(copy.source, copy.size_bytes);
   auto next = page_locked_.upper_bound(source.begin);
   if (next == page_locked_.begin() || std::prev(next)->second < source.end) {
-    throw ValueError("expected the source of a copy to be page-locked memory registered with this "
-                     "device, got " +
-                     std::to_string(copy.size_bytes) +
-                     " bytes that are not, or that cross from one registration into another; "
-                     "such a copy would block the host silently");
+    throw ValueError(
+        "expected the source of a copy to be page-locked memory registered with this "
+        "device, got " +
+        std::to_string(copy.size_bytes) +
+        " bytes that are not, or that cross from one registration into another; "
+        "such a copy would block the host silently");
   }
   do_copy(stream, copy);
   ++counters_.copies;

@@ -38,7 +38,7 @@ struct DeviceCounters {
   std::uint64_t records = 0;
   std::uint64_t waits = 0;
   std::uint64_t host_synchronizes = 0;  ///< The host waited because it was told to.
-  std::uint64_t caller_waits = 0;  ///< HostDevice: the caller's stream is the calling thread.
+  std::uint64_t caller_waits = 0;       ///< HostDevice: the caller's stream is the calling thread.
   std::uint64_t allocations = 0;
   std::uint64_t allocated_bytes = 0;   ///< Live now.
   std::uint64_t registrations = 0;     ///< Live now.
@@ -149,8 +149,8 @@ class Device {
 
   const std::int64_t process_;  // that made the device
   OpLog* log_ = nullptr;
-  std::vector<bool> recorded_;                    // by EventId
-  std::map<void*, std::size_t> allocations_;      // live device memory
+  std::vector<bool> recorded_;                            // by EventId
+  std::map<void*, std::size_t> allocations_;              // live device memory
   std::map<std::uintptr_t, std::uintptr_t> page_locked_;  // live registrations, begin -> end
 };
 

@@ -51,9 +51,9 @@ struct Op {
   StreamId stream = kNoStream;
   EventId event = kNoEvent;
   UnitIndex unit = kNoUnit;
-  std::uint64_t generation = 0;  ///< Which onload of the unit, counted from 1.
-  AddressRange memory;           ///< Written by a copy or fill, else read or written.
-  AddressRange source;           ///< Of a copy.
+  std::uint64_t generation = 0;   ///< Which onload of the unit, counted from 1.
+  AddressRange memory;            ///< Written by a copy or fill, else read or written.
+  AddressRange source;            ///< Of a copy.
   std::int64_t host_time_ns = 0;  ///< Monotonic clock of the host at submission.
 };
 

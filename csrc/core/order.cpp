@@ -38,7 +38,7 @@ const std::vector<UnitIndex>* Order::sequence_starting_with(UnitIndex first) con
 }
 
 const std::vector<UnitIndex>* Order::sequence_after(const std::vector<UnitIndex>& sequence,
-                                                   bool is_repeat) const {
+                                                    bool is_repeat) const {
   if (sequence.empty() || is_repeat) {
     return &sequence;
   }
@@ -68,8 +68,8 @@ bool Order::advance(UnitIndex unit) {
   // Resynchronize: the nearest later place of this unit, else the nearest earlier one, else the
   // static order, which holds every unit.
   for (const std::vector<UnitIndex>* sequence : {expected_, &std::as_const(static_order_)}) {
-    const auto from = sequence->begin() + static_cast<std::ptrdiff_t>(
-                                              std::min(position_, sequence->size()));
+    const auto from =
+        sequence->begin() + static_cast<std::ptrdiff_t>(std::min(position_, sequence->size()));
     auto found = std::find(from, sequence->end(), unit);
     if (found == sequence->end()) {
       const auto before = std::find(std::make_reverse_iterator(from), sequence->rend(), unit);

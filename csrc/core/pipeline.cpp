@@ -80,8 +80,8 @@ Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOpti
   // The allocator may have handed out memory that kernels of the current stream still use.
   device_.synchronize(device_.current_stream());
   for (UnitIndex unit = 0; unit < states_.size(); ++unit) {
-    if (!plan_.is_resident(unit)) {
-      states_[unit].memory = window_.memory() + plan_.places[unit]->begin;
+    if (const std::optional<ByteRange>& place = plan_.places[unit]) {
+      states_[unit].memory = window_.memory() + place->begin;
       states_[unit].ready = device_.create_event();
       states_[unit].free = device_.create_event();
     }
@@ -142,8 +142,9 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
   UnitState& state = states_.at(unit);
   // The owner first: only its thread may look at anything else.
   if (owner_.load() != std::this_thread::get_id() || state.memory == nullptr) {
-    throw StateError("expected acquire of a streamed unit inside a pass of this thread, got unit '" +
-                     plan_.units[unit].name + "'");
+    throw StateError(
+        "expected acquire of a streamed unit inside a pass of this thread, got unit '" +
+        plan_.units[unit].name + "'");
   }
   if (!order_.advance(unit)) {
     forget_expectations();
@@ -299,7 +300,8 @@ void Pipeline::onload(UnitIndex unit) {
     throw;
   }
   for (std::size_t i = 0; i < kNumKinds; ++i) {
-    const bool is_ordered_already = policy_.host_synchronizes || copy_streams_[i] == state.loaded_on;
+    const bool is_ordered_already =
+        policy_.host_synchronizes || copy_streams_[i] == state.loaded_on;
     state.pending[i] = is_ordered_already ? kNoEvent : state.ready;
   }
   state.whole = state.fresh = true;

@@ -113,12 +113,12 @@ class Pipeline {
   };
 
   struct UnitState {
-    std::byte* memory = nullptr;  // the place; nullptr for a resident unit
-    EventId ready = kNoEvent;     // recorded behind each onload
-    EventId free = kNoEvent;      // recorded behind each use
-    bool whole = false;    // the place holds the master's bytes, or will behind `ready`
-    bool awaited = false;  // whole and expected to be used: no prefetch may overwrite it
-    bool fresh = false;    // whole and not used since
+    std::byte* memory = nullptr;     // the place; nullptr for a resident unit
+    EventId ready = kNoEvent;        // recorded behind each onload
+    EventId free = kNoEvent;         // recorded behind each use
+    bool whole = false;              // the place holds the master's bytes, or will behind `ready`
+    bool awaited = false;            // whole and expected to be used: no prefetch may overwrite it
+    bool fresh = false;              // whole and not used since
     std::uint32_t acquired = 0;      // uses under way (a module may call itself)
     StreamId used_on = kNoStream;    // stream of the use under way, or of the last one
     StreamId left = kNoStream;       // `split`: the stream to go back to
@@ -156,13 +156,13 @@ class Pipeline {
   std::vector<UnitState> states_;
   std::vector<UnitStats> unit_stats_;
   Stats stats_;
-  std::array<StreamId, kNumKinds> copy_streams_{kNoStream, kNoStream};  // equal in `shared`
+  std::array<StreamId, kNumKinds> copy_streams_{kNoStream, kNoStream};     // equal in `shared`
   std::array<StreamId, kNumKinds> compute_streams_{kNoStream, kNoStream};  // `split` only
   EventId handover_ = kNoEvent;  // recorded on the stream left, waited for by the one entered
   UnitIndex current_ = kNoUnit;  // the unit acquired last; copies run ahead of it
   std::uint64_t pass_ = 0;
-  std::uint32_t nesting_ = 0;                // wrapped calls under way; guarded by owner_
-  std::atomic<std::thread::id> owner_{};     // thread whose pass is running, or none
+  std::uint32_t nesting_ = 0;             // wrapped calls under way; guarded by owner_
+  std::atomic<std::thread::id> owner_{};  // thread whose pass is running, or none
 };
 
 }  // namespace torch_offload

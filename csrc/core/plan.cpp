@@ -162,9 +162,9 @@ std::size_t default_depth_bytes(const std::vector<Unit>& units) {
 void check_units(const std::vector<Unit>& units) {
   for (const Unit& unit : units) {
     if (unit.size_bytes == 0 || unit.size_bytes % kAlignmentBytes != 0) {
-      throw ValueError("expected the size of unit '" + unit.name + "' to be a positive multiple of " +
-                       std::to_string(kAlignmentBytes) + " bytes, got " +
-                       std::to_string(unit.size_bytes) + "; use aligned_size()");
+      throw ValueError("expected the size of unit '" + unit.name +
+                       "' to be a positive multiple of " + std::to_string(kAlignmentBytes) +
+                       " bytes, got " + std::to_string(unit.size_bytes) + "; use aligned_size()");
     }
   }
 }
@@ -191,8 +191,7 @@ Plan plan_from(const std::vector<Unit>& units, const Ring& ring, std::size_t dep
   return plan;
 }
 
-Plan plan_in_window(const PlanRequest& request, std::size_t depth_bytes) {
-  const std::size_t window = *request.window_bytes;
+Plan plan_in_window(const PlanRequest& request, std::size_t window, std::size_t depth_bytes) {
   std::vector<bool> resident(request.units.size(), false);
   if (request.budget_bytes) {
     const std::size_t room = *request.budget_bytes - std::min(*request.budget_bytes, window);
@@ -231,7 +230,7 @@ Plan make_plan(const PlanRequest& request) {
   std::size_t depth_bytes = request.depth_bytes.value_or(default_depth_bytes(units));
   const std::vector<bool> none(units.size(), false);
   if (request.window_bytes) {
-    return plan_in_window(request, depth_bytes);
+    return plan_in_window(request, *request.window_bytes, depth_bytes);
   }
   if (!request.budget_bytes) {
     return plan_from(units, smallest_ring(units, none, depth_bytes), depth_bytes);

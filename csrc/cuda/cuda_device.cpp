@@ -109,7 +109,8 @@ CudaDevice::CudaDevice(int device_index)
 
 CudaDevice::~CudaDevice() {
   if (in_forked_child()) {
-    static_cast<void>(state_.release());  // leaked on purpose: destroying it would call CUDA
+    // On purpose: destroying it would call CUDA.
+    [[maybe_unused]] const State* leaked = state_.release();
   }
 }
 

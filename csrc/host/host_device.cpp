@@ -101,9 +101,9 @@ HostDevice::~HostDevice() {
   if (in_forked_child()) {
     // The threads are the parent's, and their locks may be held for ever here: leak on purpose.
     for (auto& worker : workers_) {
-      static_cast<void>(worker.release());
+      [[maybe_unused]] const Worker* leaked = worker.release();
     }
-    static_cast<void>(events_.release());
+    [[maybe_unused]] const Events* leaked = events_.release();
   }
 }
 
@@ -152,14 +152,11 @@ void HostDevice::do_wait(StreamId id, EventId event) {
   if (stream(id).worker == nullptr && !events_->is_done(marker)) {
     ++counters_.caller_waits;
   }
-  run(id, [events = events_.get(), marker = std::move(marker)] {
-    events->block_until_done(marker);
-  });
+  run(id,
+      [events = events_.get(), marker = std::move(marker)] { events->block_until_done(marker); });
 }
 
-bool HostDevice::do_is_done(EventId event) {
-  return events_->is_done(events_->last_record(event));
-}
+bool HostDevice::do_is_done(EventId event) { return events_->is_done(events_->last_record(event)); }
 
 void HostDevice::do_synchronize(StreamId id) {
   if (Worker* worker = stream(id).worker) {

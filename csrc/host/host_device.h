@@ -70,7 +70,8 @@ class HostDevice : public Device {
   ComputeStreams compute_streams_;
   std::deque<Stream> streams_;  // a deque: stream_name() hands out references
   std::unique_ptr<Events> events_;
-  std::vector<std::unique_ptr<Worker>> workers_;  // after events_: they use it until they are joined
+  std::vector<std::unique_ptr<Worker>>
+      workers_;  // after events_: they use it until they are joined
   StreamId current_stream_ = kCallerStream;
 };
 

@@ -36,8 +36,7 @@ class Stopwatch {
 
 /// Bytes of each parameter's master; none for those that stay on the device.
 std::vector<std::size_t> master_sizes(const std::vector<StreamedParameter>& parameters,
-                                      const Plan& plan,
-                                      const std::vector<ParameterRange>& ranges) {
+                                      const Plan& plan, const std::vector<ParameterRange>& ranges) {
   std::vector<std::size_t> sizes(parameters.size(), 0);
   for (UnitIndex unit = 0; unit < ranges.size(); ++unit) {
     for (std::size_t i = ranges[unit].begin; i < ranges[unit].end; ++i) {
@@ -72,8 +71,8 @@ Engine::Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
   const std::vector<std::size_t> sizes = master_sizes(parameters_, plan, ranges);
   const py::gil_scoped_release no_gil;
   arena_ = std::make_shared<PinnedArena>(device_, sizes);
-  pipeline_ = std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan),
-                                         options);
+  pipeline_ =
+      std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan), options);
 }
 
 std::vector<Engine::UnitParameters> Engine::cut(const Plan& plan,
@@ -174,8 +173,8 @@ std::size_t Engine::recut(Plan plan, std::vector<ParameterRange> ranges) {
   }
   units_ = std::move(units);
   const py::gil_scoped_release no_gil;
-  pipeline_ = std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan),
-                                         options);
+  pipeline_ =
+      std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan), options);
   return bytes_moved;
 }
 
@@ -290,8 +289,8 @@ StreamId Engine::load(UnitIndex unit, std::byte* place, StreamId copy_stream,
     entry.segments = arena_->segments(entry.range.begin, entry.range.end);
   }
   for (const CopySegment& segment : entry.segments) {
-    device_->copy(copy_stream, {place + segment.offset, segment.source, segment.size_bytes,
-                                unit, generation});
+    device_->copy(copy_stream,
+                  {place + segment.offset, segment.source, segment.size_bytes, unit, generation});
   }
   for (StreamedParameter& parameter : parameters_of(entry)) {
     parameter.note_copied();
@@ -342,9 +341,13 @@ void Engine::release(CallToken& token) {
     std::rethrow_exception(failure);
   }
   if (!edited.empty() && token.completed) {
-    throw StateError("expected a forward that leaves its streamed weights alone, got one that "
-                     "changes '" + edited + "'; the change is lost and the weight is as before: "
-                     "keep it on the device with resident=['" + edited + "']");
+    throw StateError(
+        "expected a forward that leaves its streamed weights alone, got one that "
+        "changes '" +
+        edited +
+        "'; the change is lost and the weight is as before: "
+        "keep it on the device with resident=['" +
+        edited + "']");
   }
 }
 

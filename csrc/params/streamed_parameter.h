@@ -95,8 +95,8 @@ class StreamedParameter {
   at::Tensor parameter_;  // the user's object
   at::Tensor master_;
   at::Tensor place_;
-  std::shared_ptr<void> owner_;   // of the master's memory
-  const void* shown_ = nullptr;   // the data that we let the parameter show last
+  std::shared_ptr<void> owner_;  // of the master's memory
+  const void* shown_ = nullptr;  // the data that we let the parameter show last
   std::vector<std::int64_t> sizes_;
   std::vector<std::int64_t> strides_;
   at::ScalarType dtype_;

@@ -133,6 +133,33 @@ def test_minilm_finds_what_is_alike(minilm: RealModel, device: torch.device) -> 
     assert cat @ kitten > 0.3 > cat @ rates
 
 
+@pytest.mark.parametrize("name", ["minilm", "gemma"])
+def test_leaves_streamed_are_bit_equal(
+    request: pytest.FixtureRequest, device: torch.device, name: str
+) -> None:
+    loaded = request.getfixturevalue(name)
+    tokens = torch.arange(100, 108, device=device)[None]
+    with torch.inference_mode():
+        expected = loaded.model(tokens)[0]
+        with torch_offload.offload(loaded.model, device, granularity="module") as handle:
+            assert torch.equal(loaded.model(tokens)[0], expected)
+            sublayers = {unit.name for unit in handle.units}
+            assert torch.equal(loaded.model(tokens)[0], expected)
+            before = handle.stats
+            for _ in range(FORWARDS):
+                assert torch.equal(loaded.model(tokens)[0], expected)
+            after = handle.stats
+            streamed = [unit for unit in handle.units if unit.place is not None]
+            expect.assert_at_rest(handle)
+    assert {unit.name for unit in streamed}.isdisjoint(sublayers), "the units were not cut anew"
+    assert after.onloads - before.onloads == FORWARDS * len(streamed)
+    assert after.bytes_onloaded - before.bytes_onloaded == FORWARDS * sum(
+        unit.size_bytes for unit in streamed
+    )
+    assert after.misses == before.misses
+    assert torch.equal(loaded.model(tokens)[0], expected)
+
+
 @pytest.mark.parametrize("mode", ["sync", "pipeline"])
 def test_remove_after_forwards_gives_the_plain_model_back(
     minilm: RealModel, device: torch.device, mode: str

@@ -366,7 +366,7 @@ class TestSelection:
         ("units", "message"),
         [
             (["blocks.7"], "matches nothing"),
-            (["bloks.1.mlp"], "did you mean 'blocks.1.mlp'"),
+            (["blockz.1.mlp"], "did you mean 'blocks.1.mlp'"),
             (["*.ffn"], "matches nothing"),
             ([""], "overlap|matches nothing"),
             (["mlp"], r"matches 4 names .* pattern '\*\.mlp'"),
