@@ -70,11 +70,12 @@ class Engine : private Loader {
   std::vector<std::string> move_out();
 
   /// Cuts the units anew and starts with an empty window of the same size. Parameters that are in
-  /// no streamed unit any more move to the device for good; returns how many bytes that were.
+  /// no streamed unit any more move to the device, others from there into their masters; returns
+  /// how many bytes more are on the device now.
   ///
-  /// Blocking: drains what is in flight.
+  /// Blocking: drains what is in flight, and copies what moves.
   /// Throws:   StateError during a forward; ValueError as the constructor.
-  std::size_t recut(Plan plan, std::vector<ParameterRange> ranges);
+  std::int64_t recut(Plan plan, std::vector<ParameterRange> ranges);
 
   /// Begins a wrapped call that uses no unit: the model's own or an ancestor's.
   void enter(CallToken& token);
@@ -134,6 +135,7 @@ class Engine : private Loader {
                 std::uint64_t generation) override;
   std::vector<UnitParameters> cut(const Plan& plan, std::vector<ParameterRange> ranges) const;
   ParametersView parameters_of(const UnitParameters& entry);
+  void move_parameter_in(std::size_t index);
   void warn_of_backward(const UnitParameters& entry);
   void adopt_edits(UnitIndex unit);
   void end_pass();
