@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 # isort: off
-# First torch, whose libraries the extension links against; then whether the extension fits it.
-import torch_offload._build_check
+# It imports torch, whose libraries the extension links against, and says if the two do not fit.
+import torch_offload._build_check  # noqa: F401
 
 # isort: on
 from torch_offload._C import StateError

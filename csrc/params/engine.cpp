@@ -129,7 +129,8 @@ void Engine::move_parameter_in(std::size_t index) {
   StreamedParameter& parameter = parameters_[index];
   if (!parameter.parameter().device().is_cpu()) {
     const py::gil_scoped_release no_gil;
-    arena_->prepare(index);  // a copy from the device runs at the link's rate into locked pages only
+    arena_->prepare(
+        index);  // a copy from the device runs at the link's rate into locked pages only
   }
   parameter.move_into(arena_->piece_memory(index), arena_,
                       [&](const void* source, std::size_t size_bytes) {
