@@ -175,14 +175,23 @@ class _Installation:
         return ranges
 
     def _cut_anew(self, model: nn.Module, specs: list[UnitSpec]) -> None:
-        """Goes on with other units, in the same window. Blocks until nothing is in flight."""
+        """Goes on with other units, in the same window. Blocks until nothing is in flight.
+
+        Where the device has no room for what becomes resident, a warning says so and the units
+        stay as they are.
+        """
         plan = _C.make_plan(
-            planned_units(specs),
-            self._config.depth_bytes,
-            self._budget,
-            self._engine.plan.window_bytes,
+            planned_units(specs), self._config.depth_bytes, self._budget, self._engine.window_bytes
         )
-        self._bytes_resident += self._engine.recut(plan, self._ranges(specs))
+        try:
+            self._bytes_resident += self._engine.recut(plan, self._ranges(specs))
+        except torch.OutOfMemoryError:
+            warnings.warn(
+                "torch_offload: the units stay sublayers, as the device has no room for the small "
+                "weights that would stay there beside leaves; lower gpu_budget or free memory",
+                stacklevel=2,
+            )
+            return
         self._unwrap()
         self.wrap(model, specs, plan)
 

@@ -84,8 +84,11 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("is_closed", &Engine::is_closed)
       .def_property_readonly("in_pass",
                              [](const Engine& engine) { return engine.pipeline().in_pass(); })
-      .def_property_readonly("plan", [](const Engine& engine) { return engine.pipeline().plan(); })
-      .def_property_readonly("stats", [](const Engine& engine) { return engine.stats(); })
+      .def_property_readonly("plan", &Engine::plan)
+      .def_property_readonly("stats",
+                             [](const Engine& engine) { return engine.pipeline().stats(); })
+      .def_property_readonly("window_bytes",
+                             [](const Engine& engine) { return engine.pipeline().window_bytes(); })
       .def(
           "unit_stats",
           [](const Engine& engine, UnitIndex unit) { return engine.pipeline().unit_stats(unit); },

@@ -46,15 +46,13 @@ std::vector<std::size_t> master_sizes(const std::vector<StreamedParameter>& para
   return sizes;
 }
 
-Stats sum_of(Stats sum, const Stats& other) {
-  sum.forwards += other.forwards;
-  sum.onloads += other.onloads;
-  sum.prefetched += other.prefetched;
-  sum.misses += other.misses;
-  sum.hits += other.hits;
-  sum.extra_places += other.extra_places;
-  sum.bytes_onloaded += other.bytes_onloaded;
-  return sum;
+/// The first parameter of each unit: what one copy carries must lie in one registration.
+std::vector<PieceIndex> first_parameters(const std::vector<ParameterRange>& ranges) {
+  std::vector<PieceIndex> begins;
+  for (const ParameterRange& range : ranges) {
+    begins.push_back(range.begin);
+  }
+  return begins;
 }
 
 }  // namespace
@@ -70,7 +68,8 @@ Engine::Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
   units_ = cut(plan, ranges);
   const std::vector<std::size_t> sizes = master_sizes(parameters_, plan, ranges);
   const py::gil_scoped_release no_gil;
-  arena_ = std::make_shared<PinnedArena>(device_, sizes);
+  arena_ = std::make_shared<PinnedArena>(device_, sizes, PinnedArena::kMaxChunkBytes,
+                                         first_parameters(ranges));
   pipeline_ =
       std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan), options);
 }
@@ -104,9 +103,18 @@ Engine::ParametersView Engine::parameters_of(const UnitParameters& entry) {
   return {parameters_.data() + entry.range.begin, parameters_.data() + entry.range.end};
 }
 
-Engine::~Engine() {
+Engine::~Engine() { let_go(); }
+
+/// Drains first; then the parameters, which keep the arena alive; then the arena itself.
+void Engine::let_go() {
+  {
+    const py::gil_scoped_release no_gil;
+    pipeline_.reset();
+  }
+  units_.clear();
+  parameters_.clear();
   const py::gil_scoped_release no_gil;
-  pipeline_.reset();  // drains: before parameters, arena and device go
+  arena_.reset();
 }
 
 const Pipeline& Engine::pipeline() const {
@@ -114,6 +122,16 @@ const Pipeline& Engine::pipeline() const {
     throw StateError("expected a live handle, got one after remove(); call offload() again");
   }
   return *pipeline_;
+}
+
+Plan Engine::plan() const {
+  if (!pipeline().is_mine()) {
+    throw StateError(
+        "expected the plan to be read between forwards, or by the thread that runs one, got it "
+        "from "
+        "another thread; ask again afterwards");
+  }
+  return pipeline_->plan();
 }
 
 void Engine::check_at_rest(const char* call) const {
@@ -152,45 +170,51 @@ std::vector<std::string> Engine::move_out() {
   check_at_rest("remove()");
   std::vector<std::string> moved_elsewhere;
   for (StreamedParameter& parameter : parameters_) {
-    if (parameter.is_moved_in() && !parameter.move_out(parameter.former_device())) {
+    if (!parameter.is_moved()) {
+      continue;
+    }
+    at::Tensor plain;
+    try {
+      plain = parameter.plain_copy(parameter.former_device());
+    } catch (const c10::OutOfMemoryError&) {
+      plain = parameter.plain_copy(at::kCPU);
       moved_elsewhere.push_back(parameter.name());
     }
+    parameter.move_out(plain);
   }
   return moved_elsewhere;
 }
 
 std::int64_t Engine::recut(Plan plan, std::vector<ParameterRange> ranges) {
   check_at_rest("recut()");
-  const PipelineOptions options = pipeline().options();
   std::vector<UnitParameters> units = cut(plan, ranges);
   const std::vector<std::size_t> sizes = master_sizes(parameters_, plan, ranges);
+  // Whatever may fail comes first, and is undone by itself.
+  std::vector<at::Tensor> plain(parameters_.size());
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     check_internal(sizes[i] <= arena_->piece_bytes(i), "a parameter to stream without a master");
+    if (sizes[i] == 0 && parameters_[i].is_moved_in()) {
+      plain[i] = parameters_[i].plain_copy(torch_device_);
+    }
   }
-  former_stats_ = stats();
   {
     const py::gil_scoped_release no_gil;
-    pipeline_.reset();
+    pipeline_->replan(std::move(plan));
   }
+  units_ = std::move(units);
   std::int64_t bytes_moved = 0;
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     const auto size_bytes = static_cast<std::int64_t>(parameters_[i].size_bytes());
-    if (sizes[i] == 0 && parameters_[i].is_moved_in()) {
-      parameters_[i].move_out(torch_device_);
+    if (plain[i].defined()) {
+      parameters_[i].move_out(plain[i]);
       bytes_moved += size_bytes;
     } else if (sizes[i] != 0 && !parameters_[i].is_moved_in()) {
       move_parameter_in(i);  // an earlier cut let it stay on the device
       bytes_moved -= size_bytes;
     }
   }
-  units_ = std::move(units);
-  const py::gil_scoped_release no_gil;
-  pipeline_ =
-      std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan), options);
   return bytes_moved;
 }
-
-Stats Engine::stats() const { return sum_of(former_stats_, pipeline().stats()); }
 
 void Engine::refresh() {
   check_at_rest("refresh()");
@@ -203,15 +227,7 @@ void Engine::refresh() {
 
 void Engine::close() {
   check_at_rest("remove()");
-  {
-    const py::gil_scoped_release no_gil;
-    pipeline_.reset();
-  }
-  // A handle that is kept must keep neither weights nor masters.
-  units_.clear();
-  parameters_.clear();
-  const py::gil_scoped_release no_gil;
-  arena_.reset();
+  let_go();  // a handle that is kept must keep neither weights nor masters
 }
 
 // --- one call ----------------------------------------------------------------------------------
@@ -282,7 +298,10 @@ void Engine::adopt_edits(UnitIndex unit) {
   for (StreamedParameter& parameter : parameters_of(entry)) {
     StreamedParameter::Edit edit = parameter.edit_since_copy();
     if (edit == StreamedParameter::Edit::kReplaced) {
-      pipeline_->synchronize_onload(unit);  // a copy may still read the master that is rewritten
+      {
+        const py::gil_scoped_release no_gil;
+        pipeline_->synchronize_onload(unit);  // a copy may still read the master that is rewritten
+      }
       parameter.adopt_replacement();
     }
     is_stale = is_stale || edit != StreamedParameter::Edit::kNone ||
@@ -326,8 +345,9 @@ void Engine::release(CallToken& token) {
     const UnitIndex unit = std::exchange(token.unit_, kNoUnit);
     UnitParameters& entry = units_[unit];
     if (--entry.uses == 0) {
-      // The parameters first: whatever fails later, the model is at rest.
-      const bool bumps = at::GradMode::is_enabled();
+      // The parameters first: whatever fails later, the model is at rest. A graph may hold this
+      // use even if grad mode is off by now: the unit may have switched it on for itself.
+      const bool bumps = !c10::InferenceMode::is_enabled();
       for (StreamedParameter& parameter : parameters_of(entry)) {
         if (edited.empty() && parameter.was_changed_in_forward()) {
           edited = parameter.name();
@@ -380,7 +400,8 @@ void Engine::end_pass() {
 
 // --- outputs -----------------------------------------------------------------------------------
 
-py::object Engine::finish(CallToken& token, py::object output) const {
+py::object Engine::finish(CallToken& token, py::object output) {
+  const Stopwatch stopwatch(cpu_ns_);
   if (token.unit_ != kNoUnit) {
     output = outside_window(output);
   }
@@ -394,9 +415,7 @@ py::object Engine::outside_window(const py::handle& output) const {
   if (THPVariable_Check(output.ptr())) {
     const at::Tensor& tensor = THPVariable_Unpack(output.ptr());
     if (tensor.has_storage()) {
-      const auto address = reinterpret_cast<std::uintptr_t>(tensor.storage().data());
-      const AddressRange window = pipeline_->window();
-      if (window.begin <= address && address < window.end) {
+      if (pipeline_->owns(tensor.storage().data())) {
         return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor.clone()));
       }
     }

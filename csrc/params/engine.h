@@ -49,7 +49,9 @@ struct ParameterRange {
 ///
 /// Lifetime:  holds the arena and the parameters; the model's wrappers hold the engine; nothing
 ///            here holds a module. `close` or the destructor drains the copies.
-/// Threads:   every call needs the GIL on entry and lets it go around what may touch the driver. A
+/// Threads:   every call needs the GIL on entry. Around what the pipeline and the arena submit,
+/// wait
+///            for, lock and unlock it is let go; copies made by torch's own operators hold it. A
 ///            second thread in the middle of a forward gets a StateError.
 class Engine : private Loader {
  public:
@@ -74,18 +76,19 @@ class Engine : private Loader {
   /// how many bytes more are on the device now.
   ///
   /// Blocking: drains what is in flight, and copies what moves.
-  /// Throws:   StateError during a forward; ValueError as the constructor.
+  /// Throws:   StateError during a forward; ValueError as the constructor, or for a larger window;
+  ///           c10::OutOfMemoryError. Units and parameters are then as before.
   std::int64_t recut(Plan plan, std::vector<ParameterRange> ranges);
 
   /// Begins a wrapped call that uses no unit: the model's own or an ancestor's.
   void enter(CallToken& token);
   /// Begins a wrapped call of a unit: its parameters show their places until release.
   /// Warns once if a backward could follow: it will raise.
-  /// Blocking: never, but for the first use of a parameter that was edited by replacing it.
+  /// Blocking: as the mode says (Policy), and at the first use of a parameter that was replaced.
   /// Throws:   StateError on a second thread, or if a parameter was replaced by another kind.
   void acquire(CallToken& token, UnitIndex unit);
   /// Marks the call as completed and returns its output, tensors that lie in the window cloned.
-  pybind11::object finish(CallToken& token, pybind11::object output) const;
+  pybind11::object finish(CallToken& token, pybind11::object output);
   /// Ends what `token` began, which may be nothing.
   /// Throws: StateError if the forward has changed its own weights.
   void release(CallToken& token);
@@ -99,8 +102,8 @@ class Engine : private Loader {
 
   /// Throws: StateError after close().
   const Pipeline& pipeline() const;
-  /// Of all pipelines since the engine was made: recut() starts a new one.
-  Stats stats() const;
+  /// A copy of the plan. Throws: StateError while another thread's pass may be changing it.
+  Plan plan() const;
   std::uint64_t host_bytes() const { return device_->counters().registered_bytes; }
   /// Time spent in acquire, release, enter and finish so far, in seconds.
   double cpu_seconds() const { return static_cast<double>(cpu_ns_) * 1e-9; }
@@ -135,6 +138,7 @@ class Engine : private Loader {
                 std::uint64_t generation) override;
   std::vector<UnitParameters> cut(const Plan& plan, std::vector<ParameterRange> ranges) const;
   ParametersView parameters_of(const UnitParameters& entry);
+  void let_go();
   void move_parameter_in(std::size_t index);
   void warn_of_backward(const UnitParameters& entry);
   void adopt_edits(UnitIndex unit);
@@ -148,7 +152,6 @@ class Engine : private Loader {
   std::vector<UnitParameters> units_;
   std::shared_ptr<PinnedArena> arena_;  // one piece per parameter, empty for a resident one
   std::unique_ptr<Pipeline> pipeline_;
-  Stats former_stats_;  // of pipelines before the last recut
   std::uint64_t cpu_ns_ = 0;
   bool has_warned_of_backward_ = false;
 };

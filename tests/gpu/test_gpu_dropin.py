@@ -113,7 +113,8 @@ def test_weight_read_outside_its_call_is_named_with_the_cure(device: torch.devic
         expect.assert_streams_exactly(calls)
 
 
-_CURED = [case for case in CASES if case.name in ("gemma3n", "gpt_neox_japanese")]
+# gpt_neox_japanese hands its weight out of the unit's call, where it is cloned: nothing is missed.
+_CURED = [case for case in CASES if case.name == "gemma3n"]
 
 
 @pytest.mark.parametrize("case", _CURED, ids=lambda case: case.name)

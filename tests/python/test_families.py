@@ -153,7 +153,7 @@ def assert_values_at_rest(handle: torch_offload.Handle, before: Mapping[str, Any
     for unit in handle.units:
         for name in unit.parameters if unit.place else ():
             parameter = model.get_parameter(name)
-            assert torch.equal(parameter.cpu(), before["parameters"][name][3]), name
+            assert torch.equal(parameter.cpu(), before["parameters"][name][3].cpu()), name
             storage = parameter.untyped_storage()
             assert storage.nbytes() == parameter.nbytes, f"{name} has no storage of its own"
             spans.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
