@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # isort: off
 # First torch, whose libraries the extension links against; then whether the extension fits it.
-import torch_offload._build_check
+import torch_offload._build_check  # noqa: F401  (it checks at import)
 
 # isort: on
 from torch_offload._C import StateError
