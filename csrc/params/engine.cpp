@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <chrono>
+#include <cstdio>
 #include <exception>
 #include <utility>
 
@@ -232,16 +233,42 @@ void Engine::close() {
 
 // --- one call ----------------------------------------------------------------------------------
 
-void Engine::enter(CallToken& token) {
-  const Stopwatch stopwatch(cpu_ns_);
-  pipeline();
-  pipeline_->enter();
-  token.entered_ = true;
+py::object Engine::call(UnitIndex unit, const py::handle& call_plain, const py::handle& module,
+                        const py::tuple& args, const py::dict& kwargs) {
+  std::vector<PyObject*> arguments{nullptr, module.ptr()};  // the first is for vectorcall's own use
+  arguments.insert(arguments.end(), PySequence_Fast_ITEMS(args.ptr()),
+                   PySequence_Fast_ITEMS(args.ptr()) + args.size());
+  CallToken token;
+  py::object output;
+  try {
+    acquire(token, unit);
+    output = py::reinterpret_steal<py::object>(PyObject_VectorcallDict(
+        call_plain.ptr(), arguments.data() + 1,
+        (arguments.size() - 1) | PY_VECTORCALL_ARGUMENTS_OFFSET, kwargs.ptr()));
+    if (!output) {
+      throw py::error_already_set();
+    }
+    if (unit != kNoUnit) {
+      const Stopwatch stopwatch(cpu_ns_);
+      output = outside_window(output);
+    }
+    token.completed = true;
+  } catch (...) {
+    release_after_failure(token);
+    throw;
+  }
+  release(token);
+  return output;
 }
 
 void Engine::acquire(CallToken& token, UnitIndex unit) {
-  enter(token);  // first of all: it refuses a second thread before anything is read
   const Stopwatch stopwatch(cpu_ns_);
+  pipeline();
+  pipeline_->enter();  // first of all: it refuses a second thread before anything is read
+  token.entered = true;
+  if (unit == kNoUnit) {
+    return;
+  }
   UnitParameters& entry = units_.at(unit);
   if (entry.uses == 0) {
     warn_of_backward(entry);
@@ -252,7 +279,7 @@ void Engine::acquire(CallToken& token, UnitIndex unit) {
     const py::gil_scoped_release no_gil;
     place = pipeline_->acquire(unit);
   }
-  token.unit_ = unit;
+  token.unit = unit;
   if (entry.uses++ == 0) {
     auto offset = entry.offsets.begin();
     for (StreamedParameter& parameter : parameters_of(entry)) {
@@ -263,7 +290,7 @@ void Engine::acquire(CallToken& token, UnitIndex unit) {
   if (at::autocast::is_autocast_cache_enabled()) {
     // The cache would keep a cast copy of every streamed weight: the model fills the device, and
     // edits of the masters go unseen.
-    token.autocast_cache_ = true;
+    token.restores_autocast_cache = true;
     at::autocast::set_autocast_cache_enabled(false);
   }
 }
@@ -332,17 +359,16 @@ StreamId Engine::load(UnitIndex unit, std::byte* place, StreamId copy_stream,
 }
 
 void Engine::release(CallToken& token) {
-  if (!std::exchange(token.entered_, false)) {
+  if (!std::exchange(token.entered, false)) {
     return;
   }
   const Stopwatch stopwatch(cpu_ns_);
   std::exception_ptr failure;
   std::string edited;
-  if (token.autocast_cache_) {
-    at::autocast::set_autocast_cache_enabled(*token.autocast_cache_);
+  if (token.restores_autocast_cache) {
+    at::autocast::set_autocast_cache_enabled(true);
   }
-  if (token.unit_ != kNoUnit) {
-    const UnitIndex unit = std::exchange(token.unit_, kNoUnit);
+  if (const UnitIndex unit = token.unit; unit != kNoUnit) {
     UnitParameters& entry = units_[unit];
     if (--entry.uses == 0) {
       // The parameters first: whatever fails later, the model is at rest. A graph may hold this
@@ -383,6 +409,17 @@ void Engine::release(CallToken& token) {
   }
 }
 
+/// The error that the call has raised is the one to be told; this one must not take its place.
+void Engine::release_after_failure(CallToken& token) noexcept {
+  try {
+    release(token);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr,
+                 "torch_offload: after a call that failed, its release failed as well: %s\n",
+                 error.what());
+  }
+}
+
 /// What is still whole may be used in the next pass without a copy: takes the samples that tell
 /// then whether its masters are still the same.
 void Engine::end_pass() {
@@ -399,15 +436,6 @@ void Engine::end_pass() {
 }
 
 // --- outputs -----------------------------------------------------------------------------------
-
-py::object Engine::finish(CallToken& token, py::object output) {
-  const Stopwatch stopwatch(cpu_ns_);
-  if (token.unit_ != kNoUnit) {
-    output = outside_window(output);
-  }
-  token.completed = true;
-  return output;
-}
 
 /// The same output, tensors whose storage lies in the window replaced by clones: the next unit
 /// would overwrite them. Looks into tuples, lists and dicts.
