@@ -12,7 +12,7 @@ from torch import nn
 from torch_offload import _C
 from torch_offload.calls import unwrap, wrap_ancestor, wrap_unit
 from torch_offload.config import Config
-from torch_offload.guards import guard, probes_on, unguard
+from torch_offload.guards import Probes, guard, unguard
 from torch_offload.handle import HANDLE_KEY, Handle
 from torch_offload.leaves import LeafCut
 from torch_offload.mismatch import MismatchExplainer
@@ -112,11 +112,11 @@ class _Installation:
     def guard(self, model: nn.Module, specs: Sequence[UnitSpec], plan: _C.Plan) -> None:
         """Guards every module with streamed weights below it."""
         moving = _parameter_ids(_streamed(specs, plan))
-        probes = probes_on(self._device, {parameter.dtype for parameter in model.parameters()})
+        probes = Probes(self._device)
         for module in model.modules():
             if any(id(parameter) in moving for parameter in module.parameters()):
                 self._guarded.append(weakref.ref(module))
-                guard(module, probes)
+                guard(module, probes.of(module))
         if hasattr(model, _AUTO_COMPILE):
             vars(model)[_AUTO_COMPILE] = _never
 

@@ -137,7 +137,7 @@ StreamedParameter::Edit StreamedParameter::edit_since_copy() const {
 
 void StreamedParameter::adopt_replacement() {
   const at::Tensor replacement = found_parameter();
-  const bool fits = replacement.scalar_type() == dtype_ &&
+  const bool fits = replacement.scalar_type() == dtype_ && !replacement.is_meta() &&
                     replacement.sizes() == at::IntArrayRef(sizes_) &&
                     replacement.layout() == at::kStrided && !replacement.is_inference() &&
                     !replacement.unsafeGetTensorImpl()->is_python_dispatch() &&  // DTensor, torchao
@@ -148,7 +148,7 @@ void StreamedParameter::adopt_replacement() {
       for (const std::int64_t size : sizes) {
         text += std::to_string(size) + ",";
       }
-      return text + ")";
+      return text + ")" + (options.device().is_meta() ? " on meta" : "");
     };
     throw StateError("expected parameter '" + name_ + "' to be replaced by a dense " +
                      describe(master_.options(), sizes_) + " as before, got " +
