@@ -67,7 +67,7 @@ def wrap_ancestor(
             engine.enter(token)
             return engine.finish(token, call_plain(reference(), *args, **kwargs))
         except RuntimeError as error:
-            explainer.explain(error)
+            explainer.explain(error, args, kwargs)
             raise
         finally:
             engine.release(token)

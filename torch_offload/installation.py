@@ -98,7 +98,8 @@ class _Installation:
         """Wraps the call of each streamed unit and of all that is above one."""
         streamed = _streamed(specs, plan)
         explainer = MismatchExplainer(
-            (parameter for _, spec in streamed for parameter in spec.parameters),
+            self._device,
+            ((*named, spec.module) for _, spec in streamed for named in spec.parameters),
             self._leaf_cut.distrust if self._leaf_cut else lambda names: None,
         )
         for index, spec in streamed:

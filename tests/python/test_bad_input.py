@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -189,6 +190,14 @@ def _call_impl(model: Stack) -> None:
     model.blocks[1]._call_impl = lambda *args: None  # type: ignore[method-assign]
 
 
+class _Cache(UserDict[str, Any]):
+    """A mapping that brings weights when they are asked for, as compressed-tensors has."""
+
+
+def _parameters_elsewhere(model: Stack) -> None:
+    model.blocks[1].attn._parameters = _Cache(model.blocks[1].attn._parameters)
+
+
 def _torch_compile(model: Stack) -> None:
     model.blocks[1] = torch.compile(model.blocks[1], backend="eager")  # type: ignore[assignment]
 
@@ -211,6 +220,7 @@ def _scripted(model: Stack) -> None:
         (_deepspeed, "DeepSpeed"),
         (_compiled, r"module\.compile\(\)"),
         (_call_impl, "'_call_impl'"),
+        (_parameters_elsewhere, r"'blocks\.1\.attn' of it holds them in a _Cache"),
         (_torch_compile, "OptimizedModule"),
         (_data_parallel, "DataParallel"),
         (_scripted, "ScriptModule"),

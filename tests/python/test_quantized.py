@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 import torch_offload
 from tests.python.dropin import (
+    Stack,
     assert_streams_like_plain,
     plain_on,
     refused,
@@ -73,27 +75,100 @@ def test_quantized_model_of_transformers_fails_by_name(method: str) -> None:
 
 
 class QuantLinear(nn.Module):
-    """As GPTQ and AWQ have: packed integers in buffers."""
+    """As GPTQ and AWQ have: packed integers in buffers, eight of four bits in one."""
 
-    def __init__(self, width: int, *, in_buffers: bool) -> None:
+    def __init__(self, plain: nn.Linear, *, in_buffers: bool) -> None:
         super().__init__()
-        packed = torch.zeros(width, width, dtype=torch.int32)
+        ones = torch.ones(plain.in_features // 8, plain.out_features, dtype=torch.int32)
         if in_buffers:
-            self.register_buffer("qweight", packed)
+            self.register_buffer("qweight", ones)
         else:
-            self.qweight = packed
-        self.scales = nn.Parameter(torch.ones(width))
+            self.qweight = ones
+        self.register_buffer("scales", torch.ones(1, plain.out_features))
+        self.bias = plain.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.scales + self.qweight.sum()
+        return x.sum(-1, keepdim=True) * self.scales[0] + self.qweight.sum(0)
+
+
+def _pack(model: nn.Module, *, in_buffers: bool) -> None:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, QuantLinear(child, in_buffers=in_buffers))
 
 
 @pytest.mark.parametrize("in_buffers", [True, False])
-def test_packed_weights_outside_parameters_fail_by_name(in_buffers: bool) -> None:
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("vocabulary", [64, 4096])  # a table outweighs what is packed
+def test_packed_weights_outside_parameters_fail_by_name(
+    in_buffers: bool, bias: bool, vocabulary: int
+) -> None:
+    model = tiny_llama(vocab_size=vocabulary, attention_bias=bias, tie_word_embeddings=True)
+    _pack(model.model, in_buffers=in_buffers)
+    with refused(model, ValueError, r"packed integers.*QuantLinear; GPTQ and AWQ"):
+        torch_offload.offload(model, HOST)
+
+
+def _bitsandbytes_8(model: Stack) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = model.blocks[1].attn.weight.detach()
+    model.blocks[1].attn = bnb.nn.Linear8bitLt(16, 16, has_fp16_weights=False)
+    model.blocks[1].attn.weight = bnb.nn.Int8Params(weight, False, has_fp16_weights=False)
+
+
+def _bitsandbytes_4(model: Stack) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = model.blocks[1].attn.weight.detach()
+    model.blocks[1].attn = bnb.nn.Linear4bit(16, 16)
+    model.blocks[1].attn.weight = bnb.nn.Params4bit(weight, False)
+
+
+def _torchao(model: Stack) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+
+def _quanto(model: Stack) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
+
+
+def _compressed_tensors(model: Stack) -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    scheme = quantization.preset_name_to_scheme("W8A16", ["Linear"])
+    config = quantization.QuantizationConfig(config_groups={"all": scheme})
+    quantization.apply_quantization_config(model, config)
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries that this environment may lack
+@pytest.mark.parametrize(
+    ("quantize", "match"),
+    [
+        (_bitsandbytes_8, r"class Int8Params \(bitsandbytes"),
+        (_bitsandbytes_4, r"class Params4bit \(bitsandbytes"),
+        (_torchao, r"of class \w+ \(torchao"),
+        (_quanto, r"of class \w+ \(optimum\.quanto"),
+        (_compressed_tensors, r"quantized by compressed-tensors"),
+    ],
+)
+def test_weights_quantized_by_a_library_fail_by_name(
+    quantize: Callable[[Stack], None], match: str
+) -> None:
     model = tiny_stack()
-    for block in model.blocks:
-        block.attn = QuantLinear(64, in_buffers=in_buffers)
-    with refused(model, ValueError, r"packed integers.*QuantLinear"):
+    quantize(model)
+    before = [dict(vars(one)) for one in model.modules()]
+    with pytest.raises(ValueError, match=match):
+        torch_offload.offload(model, HOST)
+    assert [dict(vars(one)) for one in model.modules()] == before
+
+
+def test_scheme_of_compressed_tensors_fails_by_name() -> None:
+    scheme = type("QuantizationScheme", (), {"__module__": "compressed_tensors.quantization"})
+    model = tiny_stack()
+    model.blocks[1].attn.quantization_scheme = scheme()
+    with refused(model, ValueError, r"'blocks\.1\.attn' of it is quantized by compressed-tensors"):
         torch_offload.offload(model, HOST)
 
 
