@@ -170,10 +170,11 @@ def _quantization_method(module: nn.Module) -> str | None:
         return "compressed-tensors"
     quantizer = getattr(module, "hf_quantizer", None)
     config = getattr(quantizer, "quantization_config", None)
-    if quantizer is None:
-        return None
     method = getattr(config, "quant_method", None)
-    return str(getattr(method, "value", method) or type(quantizer).__name__)
+    name = str(getattr(method, "value", method) or type(quantizer).__name__)
+    # A loader that has dequantized the weights leaves its name behind, and plain parameters.
+    is_plain = quantizer is None or name == "gguf" or getattr(config, "dequantize", False)
+    return None if is_plain else name
 
 
 def _packed(module: nn.Module) -> int:

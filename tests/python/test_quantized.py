@@ -20,6 +20,7 @@ from tests.python.dropin import (
     streamed,
     tiny_llama,
     tiny_stack,
+    tokens,
 )
 
 HOST = torch.device("cpu")
@@ -72,6 +73,17 @@ def test_quantized_model_of_transformers_fails_by_name(method: str) -> None:
     model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method=method))
     with refused(model, ValueError, f"quantized by {method}"):
         torch_offload.offload(model, HOST)
+
+
+@pytest.mark.parametrize("left", [{"quant_method": "gguf"}, {"dequantize": True}], ids=str)
+def test_model_that_its_loader_has_dequantized_streams(left: dict[str, Any]) -> None:
+    model = tiny_llama()
+    plain = plain_on(model, HOST)
+    config = {"quant_method": "mxfp4", "dequantize": False} | left
+    model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(**config))
+    ids = tokens(HOST)
+    with streamed(model, HOST) as handle:
+        assert_streams_like_plain(model, plain, handle, lambda m: m(ids).logits)
 
 
 class QuantLinear(nn.Module):
