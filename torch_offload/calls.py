@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from torch_offload import _C
+from torch_offload.idle import IdleUnits
 from torch_offload.leaves import LeafCut
 from torch_offload.mismatch import MismatchExplainer
 from torch_offload.recording import refuse_tracing, refuse_unchecked_gradients
@@ -54,8 +55,17 @@ def wrap_ancestor(
     engine: _C.Engine,
     explainer: MismatchExplainer,
     leaf_cut: LeafCut | None,
+    idle_units: IdleUnits | None = None,
 ) -> None:
-    """Makes every call of `module` count, so that the outermost one begins and ends a pass."""
+    """Makes every call of `module` count, so that the outermost one begins and ends a pass.
+
+    Args:
+        module: Something with units below it.
+        engine: Of the model.
+        explainer: Told of errors.
+        leaf_cut: With ``granularity="module"``, what observes passes until leaves are cut.
+        idle_units: For the whole model, what looks at the first forward afterwards.
+    """
     reference = weakref.ref(module)
     module_type = type(module)
     call_plain: Callable[..., Any] = module_type._call_impl
@@ -65,12 +75,15 @@ def wrap_ancestor(
         token = _C.CallToken()
         try:
             engine.enter(token)
-            return engine.finish(token, call_plain(reference(), *args, **kwargs))
+            output = engine.finish(token, call_plain(reference(), *args, **kwargs))
         except RuntimeError as error:
             explainer.explain(error, args, kwargs)
             raise
         finally:
             engine.release(token)
+        if idle_units is not None:
+            idle_units.tell(engine, stacklevel=3 if leaf_cut is None else 4)
+        return output
 
     def _call_impl_observed(*args: Any, **kwargs: Any) -> Any:
         if leaf_cut is None or leaf_cut.is_settled:
