@@ -118,6 +118,24 @@ def test_autocast_exception_restores_the_cache(device: torch.device) -> None:
         assert torch.is_autocast_cache_enabled()
 
 
+def test_forward_called_directly_equals_plain(device: torch.device) -> None:
+    model, llama = tiny_stack(), tiny_llama()
+    plain, plain_llama = plain_on(model, device), plain_on(llama, device)
+    x, ids = rows(device), tokens(device)
+    with streamed(llama, device) as handle:
+        # Llama's own forward calls the wrapped `model.model`: the pass begins there.
+        assert_streams_like_plain(llama, plain_llama, handle, lambda m: m.forward(ids).logits)
+        assert handle.stats.misses == 1
+    with streamed(model, device) as handle:
+        # Here every block is a pass of its own, and who follows whom is learned.
+        run = lambda m: m.forward(x)  # noqa: E731  (the two runs are one)
+        assert_streams_like_plain(model, plain, handle, run, forwards=3)
+        before = handle.stats
+        assert_streams_like_plain(model, plain, handle, run, forwards=3)
+        assert handle.stats.misses == before.misses
+        assert handle.stats.onloads - before.onloads == 3 * len(handle.units)
+
+
 def test_submodule_alone_equals_plain(device: torch.device) -> None:
     model = tiny_llama()
     plain = plain_on(model, device)

@@ -104,6 +104,40 @@ def test_two_models_in_turn_and_interleaved_equal_plain(device: torch.device) ->
         expect.assert_at_rest(other)
 
 
+def test_two_models_in_two_threads_at_once_equal_plain(device: torch.device) -> None:
+    models = [tiny_stack(3), tiny_stack(5)]
+    plains = [plain_on(model, device) for model in models]
+    x = rows(device)
+    both_are_inside = threading.Barrier(2, timeout=60)
+    results: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    def meet(*args: Any) -> None:
+        both_are_inside.wait()  # each in the middle of a unit
+
+    @torch.no_grad()
+    def work(index: int) -> None:
+        for _ in range(20):
+            results[index].append(models[index](x.clone()))
+
+    with streamed(models[0], device) as handle, streamed(models[1], device) as other:
+        for model in models:
+            model.blocks[1].mlp.down.register_forward_pre_hook(meet)
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for one in (handle, other):
+            expect.assert_at_rest(one)
+            assert one.stats.forwards == 20
+            assert one.stats.misses == 1
+    with torch.no_grad():
+        for index, plain in enumerate(plains):
+            must = plain(x)
+            assert len(results[index]) == 20
+            assert all(torch.equal(one, must) for one in results[index])
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_child_forward_raises_and_exit_is_clean(device: torch.device) -> None:
