@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <chrono>
+#include <cstdio>
 #include <exception>
 #include <utility>
 
@@ -106,6 +107,11 @@ Engine::ParametersView Engine::parameters_of(const UnitParameters& entry) {
 
 Engine::~Engine() {
   const py::gil_scoped_release no_gil;
+  try {
+    detach_log();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "torch_offload: the log has no times: %s\n", error.what());
+  }
   pipeline_.reset();  // drains: before parameters, arena and device go
 }
 
@@ -167,6 +173,10 @@ std::int64_t Engine::recut(Plan plan, std::vector<ParameterRange> ranges) {
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     check_internal(sizes[i] <= arena_->piece_bytes(i), "a parameter to stream without a master");
   }
+  {
+    const py::gil_scoped_release no_gil;
+    detach_log();  // it tells of units that are no more
+  }
   former_stats_ = stats();
   {
     const py::gil_scoped_release no_gil;
@@ -201,10 +211,36 @@ void Engine::refresh() {
   }
 }
 
+void Engine::attach_log(std::shared_ptr<OpLog> log, bool with_times) {
+  check_at_rest("attach_log()");
+  if (log != nullptr) {
+    std::vector<std::string> names;
+    for (const Unit& unit : pipeline().plan().units) {
+      names.push_back(unit.name);
+    }
+    log->set_unit_names(std::move(names));
+  }
+  const py::gil_scoped_release no_gil;
+  detach_log();
+  if (log != nullptr) {
+    device_->attach_log(log.get(), with_times);
+    log_ = std::move(log);
+  }
+}
+
+void Engine::detach_log() {
+  // Kept until the device has let go of it, whether that fails or not.
+  const std::shared_ptr<OpLog> log = std::exchange(log_, nullptr);
+  if (log != nullptr) {
+    device_->attach_log(nullptr);
+  }
+}
+
 void Engine::close() {
   check_at_rest("remove()");
   {
     const py::gil_scoped_release no_gil;
+    detach_log();
     pipeline_.reset();
   }
   // A handle that is kept must keep neither weights nor masters.
