@@ -163,6 +163,7 @@ class Trace:
         unit_labels: Short ones.
         unit_kinds: ``"mha"`` or ``"ffn"``, where known.
         end_ns: When all was over; the origin is 0.
+        origin_ns: The origin, in the clock of the log.
     """
 
     title: str
@@ -173,6 +174,7 @@ class Trace:
     unit_labels: tuple[str, ...]
     unit_kinds: tuple[str, ...]
     end_ns: int
+    origin_ns: int = 0
 
     def of_kind(self, *kinds: BarKind) -> list[Bar]:
         """The bars of these kinds."""
@@ -202,7 +204,9 @@ class Trace:
             if begin_ns <= arrow.from_ns <= end_ns and begin_ns <= arrow.to_ns <= end_ns
         )
         last_ns = min(self.end_ns, end_ns) - begin_ns
-        return replace(self, bars=bars, arrows=arrows, end_ns=last_ns)
+        return replace(
+            self, bars=bars, arrows=arrows, end_ns=last_ns, origin_ns=self.origin_ns + begin_ns
+        )
 
 
 def trace_of(log: LogLike, *, title: str = "", units: Sequence[UnitLike] = ()) -> Trace:
@@ -245,6 +249,7 @@ def trace_of(log: LogLike, *, title: str = "", units: Sequence[UnitLike] = ()) -
         unit_labels=tuple(labels),
         unit_kinds=tuple(unit.kind for unit in units),
         end_ns=end_ns - origin_ns,
+        origin_ns=origin_ns,
     )
 
 

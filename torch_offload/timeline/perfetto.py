@@ -161,6 +161,7 @@ def _rest_of(trace: Trace) -> dict[str, Any]:
         "unit_labels": list(trace.unit_labels),
         "unit_kinds": list(trace.unit_kinds),
         "end_ns": trace.end_ns,
+        "origin_ns": trace.origin_ns,
     }
 
 
@@ -182,6 +183,7 @@ def _trace_from(events: Sequence[Event], process: int, rest: dict[str, Any]) -> 
         unit_labels=tuple(map(_text, rest["unit_labels"])),
         unit_kinds=tuple(_one_of(kind, ("mha", "ffn")) for kind in rest["unit_kinds"]),
         end_ns=_time(rest["end_ns"]),
+        origin_ns=_time(rest["origin_ns"]),
     )
 
 
