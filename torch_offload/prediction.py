@@ -106,7 +106,20 @@ def predict(scenario: Scenario) -> Prediction:
     )
 
 
-def run_scenario(scenario: Scenario, plan: _C.Plan, passes: int = _PASSES) -> Run:
+def predicted_ms(scenario: Scenario) -> tuple[float, int]:
+    """Only how long a forward takes, and what window and resident units take on the device.
+
+    Raises:
+        ValueError: As `predict`.
+    """
+    plan = _C.make_plan(scenario.units, scenario.depth_bytes, scenario.budget_bytes)
+    run = run_scenario(scenario, plan, log=False)
+    return run.pass_ms(_PASSES - 1), plan.window_bytes + plan.resident_bytes
+
+
+def run_scenario(
+    scenario: Scenario, plan: _C.Plan, passes: int = _PASSES, *, log: bool = True
+) -> Run:
     """Simulates a plan that is made already."""
     copy_ns = None if scenario.copy_ns is None else list(scenario.copy_ns)
     costs = _C.SimCosts(
@@ -120,6 +133,7 @@ def run_scenario(scenario: Scenario, plan: _C.Plan, passes: int = _PASSES) -> Ru
         mode=scenario.mode,
         streams=streams_for(scenario.mode, scenario.streams),
         passes=[_sequence(scenario)] * passes,
+        log=log,
     )
 
 
