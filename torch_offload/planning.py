@@ -68,7 +68,7 @@ def budget_for_units(
                 f"expected gpu_budget of at most {format_size(total)}, the memory of {device}, "
                 f"got {format_size(budget)}"
             )
-    outside = _bytes_outside(model, specs)
+    outside = bytes_outside(model, specs)
     units = planned_units(specs)
     if config.granularity == "module":
         # The first pass streams sublayers, one at a time if need be.
@@ -85,7 +85,7 @@ def budget_for_units(
     return budget - outside
 
 
-def _bytes_outside(model: nn.Module, specs: Sequence[UnitSpec]) -> int:
+def bytes_outside(model: nn.Module, specs: Sequence[UnitSpec]) -> int:
     """Bytes of weights and buffers that no unit holds: they stay on the device whatever happens."""
     in_units = {id(parameter) for spec in specs for _, parameter in spec.parameters}
     storages = {

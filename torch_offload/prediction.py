@@ -74,6 +74,31 @@ class Prediction:
         """Weights on the device: window, resident units, and what no unit holds."""
         return self.plan.window_bytes + self.plan.resident_bytes + self.scenario.outside_bytes
 
+    def to_json(self) -> dict[str, Any]:
+        """What one wants to compare, as plain data."""
+        scenario, plan = self.scenario, self.plan
+        return {
+            "mode": scenario.mode,
+            "streams": scenario.streams,
+            "forward_ms": self.forward_ms,
+            "cold_ms": self.cold_ms,
+            "compute_ms": self.compute_ms,
+            "link_ms": self.streamed_bytes / scenario.link_bytes_per_second * 1e3,
+            "link_bytes_per_second": scenario.link_bytes_per_second,
+            "streamed_bytes": self.streamed_bytes,
+            "device_bytes": self.device_bytes,
+            "window_bytes": plan.window_bytes,
+            "resident_bytes": plan.resident_bytes,
+            "depth_bytes": plan.depth_bytes,
+            "host_bytes": self.host_bytes,
+            "bound": {
+                "by": self.bound.by,
+                "busy_share": self.bound.busy_share,
+                "stall_share": self.bound.stall_share,
+                "sentence": self.bound.sentence,
+            },
+        }
+
     @property
     def host_bytes(self) -> int:
         """Page-locked memory of the masters."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
+
+from rich.console import RenderableType
+from rich.table import Table
 
 from torch_offload import _C
 from torch_offload.prediction import Prediction, Scenario, predict
@@ -39,6 +42,30 @@ class Sweep:
 
     axis: Axis
     points: tuple[Point, ...]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The same as plain data."""
+        return [
+            {"label": point.label, "position": point.position, **point.prediction.to_json()}
+            for point in self.points
+        ]
+
+    def __rich__(self) -> RenderableType:
+        """For a terminal."""
+        table = Table(title=f"sweep over {self.axis}", title_justify="left")
+        table.add_column(self.axis)
+        for heading in ("a forward", "device memory", "streamed", "bound by"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for point in self.points:
+            found = point.prediction
+            table.add_row(
+                point.label,
+                f"{found.forward_ms:,.2f} ms",
+                format_size(found.device_bytes),
+                format_size(found.streamed_bytes),
+                found.bound.by,
+            )
+        return table
 
 
 def scenarios_along(axis: Axis, base: Scenario) -> list[tuple[str, float, Scenario]]:
