@@ -66,7 +66,7 @@ def budget_for_units(
                 f"expected gpu_budget of at most {format_size(total)}, the memory of {device}, "
                 f"got {format_size(budget)}"
             )
-    outside = bytes_outside(model, specs)
+    outside = _bytes_outside(model, specs)
     units = planned_units(specs)
     if config.granularity == "module":
         # The first pass streams sublayers, one at a time if need be.
@@ -84,16 +84,12 @@ def budget_for_units(
     return budget - outside
 
 
-<<<<<<< HEAD
-def bytes_outside(model: nn.Module, specs: Sequence[UnitSpec]) -> int:
-=======
 def _leaves(model: nn.Module, specs: Sequence[UnitSpec]) -> list[_C.Unit]:
     """The units as they are once every leaf is proven."""
     return planned_units(leaf_units(model, specs, {name for name, _ in model.named_modules()}))
 
 
 def _bytes_outside(model: nn.Module, specs: Sequence[UnitSpec]) -> int:
->>>>>>> sim
     """Bytes of weights and buffers that no unit holds: they stay on the device whatever happens."""
     in_units = {id(parameter) for spec in specs for _, parameter in spec.parameters}
     storages = {

@@ -1,7 +1,7 @@
 """The command line: `torch-offload`, or `python -m torch_offload`.
 
-Exit status: 0 all is well; 1 it ran, and the answer is bad (outputs differ, something is off); 2 the
-input was wrong; 3 what it needs is not here (a GPU, a package, a script of the repository).
+Exit status: 0 all is well; 1 it ran, and the answer is bad (outputs differ, something is off); 2
+the input was wrong; 3 what it needs is not here (a GPU, a package, a script of the repository).
 """
 
 from __future__ import annotations
