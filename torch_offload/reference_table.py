@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from torch_offload.reference import PRINTED, Figures, LayerTimes, Published, published
-from torch_offload.simulate import MODES, figures_of
+from torch_offload.simulate import MODES, figures_of, run_layers
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ReferenceTable:
         streams: Layout of our modes other than `sync`.
         published: Recomputed by formula.
         ours: Simulated, by mode.
+        free_events_ms: A layer under events where nothing holds the host.
     """
 
     times: LayerTimes
@@ -33,6 +35,7 @@ class ReferenceTable:
     streams: str
     published: Published
     ours: Mapping[str, Figures]
+    free_events_ms: float
 
     @property
     def is_the_reference(self) -> bool:
@@ -73,8 +76,8 @@ class ReferenceTable:
         return [
             f"Published sync counts the next layer's first copy ({first_ms:g} ms) with each layer"
             + (", printed as 205.42 ms" if printed else "")
-            + f". So {_seconds(printed_ms)} for all layers counts it twice each time; a run takes"
-            f" {self.layers} x {ours['sync'].layer_ms:.2f} ms = {_seconds(ran_ms)}.",
+            + f". So {_seconds(printed_ms)} for all layers counts every next copy twice; a run "
+            f"takes {self.layers} x {ours['sync'].layer_ms:.2f} ms = {_seconds(ran_ms)}.",
             f"Tokens an hour are 3600 times those of {_seconds(theirs.events.total_ms)} and "
             f"{_seconds(printed_ms)}"
             + (
@@ -96,6 +99,10 @@ class ReferenceTable:
             f"hidden as well: {pipeline.layer_ms:.2f} against {events.layer_ms:.2f} ms a layer. "
             f"All layers are {self.layers} x {pipeline.layer_ms:.2f} ms and, from a cold start, "
             f"{pipeline.total_ms - steady_ms:.2f} ms more.",
+            "Under events the copies of a layer start when that layer is submitted. These figures "
+            "submit a layer when the one before is done, as the reference times it; a host that "
+            f"nothing holds submits all at once, and then a layer takes {self.free_events_ms:.2f} "
+            "ms here too.",
         ]
 
     def __rich__(self) -> RenderableType:
@@ -105,13 +112,13 @@ class ReferenceTable:
             f"(attention) and {self.times.ffn_h2d_ms:g} + {self.times.ffn_compute_ms:g} ms (FFN), "
             f"batch {self.batch}"
         )
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("", no_wrap=True)
-        for heading in ("published\nevents", "published\nsync", *(f"ours\n{m}" for m in self.ours)):
+        for heading in ("events\nthere", "sync\nthere", *(f"{mode}\nours" for mode in self.ours)):
             table.add_column(heading, justify="right", no_wrap=True)
         columns = [self.published.events, self.published.sync, *self.ours.values()]
-        for name, note, text in _ROWS:
-            table.add_row(f"{name} \\[{note}]" if note else name, *map(text, columns))
+        for name, marks, text in _ROWS:
+            table.add_row(f"{name} {marks}".rstrip(), *map(text, columns))
         notes = Table.grid(padding=(0, 1))
         for number, said in enumerate(self.notes(), start=1):
             notes.add_row(Text(f"[{number}]"), Text(said))
@@ -129,6 +136,7 @@ def reference_table(
     for name, value in (("layers", layers), ("batch", batch)):
         if not 1 <= value <= 1_000_000:
             raise ValueError(f"expected {name} between 1 and 1,000,000, got {value}")
+    free = run_layers(times, layers, mode="events", streams=streams, passes=2)
     return ReferenceTable(
         times=times,
         layers=layers,
@@ -136,6 +144,7 @@ def reference_table(
         streams=streams,
         published=published(times, layers, batch),
         ours={mode: figures_of(times, layers, batch, mode, streams) for mode in MODES},
+        free_events_ms=free.pass_ms(1) / layers,
     )
 
 
@@ -143,18 +152,22 @@ def _seconds(ms: float) -> str:
     return f"{ms / 1e3:.2f} s"
 
 
+def _milliseconds(ms: float) -> str:
+    return f"{ms:,.3f}" if ms < 1 else f"{ms:,.2f}"
+
+
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}"
 
 
-_ROWS: tuple[tuple[str, int, Callable[[Figures], str]], ...] = (
-    ("a layer", 7, lambda figures: f"{figures.layer_ms:.2f} ms"),
-    ("all layers", 1, lambda figures: _seconds(figures.total_ms)),
-    ("tokens/s", 0, lambda figures: f"{figures.tokens_per_second:.1f}"),
-    ("tokens/h", 2, lambda figures: f"{figures.tokens_per_hour:,.0f}"),
-    ("CPU a layer", 4, lambda figures: f"{figures.cpu_ms:.3f} ms"),
-    ("CPU blocked", 0, lambda figures: _percent(figures.blocked_share)),
-    ("copies hidden", 5, lambda figures: _percent(figures.hidden_share)),
-    ("streams at once", 6, lambda figures: str(figures.streams_at_once)),
-    ("GPU use", 3, lambda figures: _percent(figures.gpu_share)),
+_ROWS: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
+    ("a layer, ms", "\\[1,7,8]", lambda figures: _milliseconds(figures.layer_ms)),
+    ("all layers, s", "\\[1]", lambda figures: f"{figures.total_ms / 1e3:.2f}"),
+    ("tokens a second", "", lambda figures: f"{figures.tokens_per_second:,.1f}"),
+    ("tokens an hour", "\\[2]", lambda figures: f"{figures.tokens_per_hour:,.0f}"),
+    ("CPU a layer, ms", "\\[4]", lambda figures: _milliseconds(figures.cpu_ms)),
+    ("CPU blocked, %", "", lambda figures: _percent(figures.blocked_share)),
+    ("copies hidden, %", "\\[5]", lambda figures: _percent(figures.hidden_share)),
+    ("streams at once", "\\[6]", lambda figures: str(figures.streams_at_once)),
+    ("GPU use, %", "\\[3]", lambda figures: _percent(figures.gpu_share)),
 )

@@ -67,29 +67,37 @@ def run_plan(
     streams: str = "shared",
     passes: Sequence[Sequence[int]],
     log: bool = True,
+    waits_for_passes: bool = False,
 ) -> Run:
     """Runs a plan. Blocks for about a microsecond per call of the pipeline.
+
+    With `waits_for_passes` the caller waits for the end of each pass before the next.
 
     Raises:
         ValueError: For a mode, a layout or costs that cannot be.
     """
-    result = _C.simulate(plan, mode, streams, costs, passes, log)
+    result = _C.simulate(plan, mode, streams, costs, passes, log, waits_for_passes)
     return Run(plan, mode, streams, result)
 
 
-def reference_plan(times: LayerTimes, layers: int) -> _C.Plan:
-    """Attention and FFN of so many layers, every unit streamed, the default depth."""
+def reference_plan(times: LayerTimes, layers: int, ahead: float | None = None) -> _C.Plan:
+    """Attention and FFN of so many layers, every unit streamed.
+
+    Args:
+        times: Durations of the four steps.
+        layers: How many.
+        ahead: How many layers copies may run ahead; None for the default, which is one.
+    """
     sizes = {
         kind: _C.aligned_size(max(1, round(ms * _BYTES_PER_MS)))
         for kind, ms in (("mha", times.mha_h2d_ms), ("ffn", times.ffn_h2d_ms))
     }
-    return _C.make_plan(
-        [
-            _C.Unit(f"layers.{layer}.{module}", sizes[kind], layer, kind)
-            for layer in range(layers)
-            for module, kind in (("self_attn", "mha"), ("mlp", "ffn"))
-        ]
-    )
+    units = [
+        _C.Unit(f"layers.{layer}.{module}", sizes[kind], layer, kind)
+        for layer in range(layers)
+        for module, kind in (("self_attn", "mha"), ("mlp", "ffn"))
+    ]
+    return _C.make_plan(units, None if ahead is None else int(ahead * sum(sizes.values())))
 
 
 def run_layers(
@@ -99,8 +107,10 @@ def run_layers(
     mode: str,
     streams: str = "shared",
     passes: int = 1,
+    ahead: float | None = None,
     calls: CallCosts | None = None,
     num_copy_engines: int = 1,
+    layer_by_layer: bool = False,
 ) -> Run:
     """Runs so many equal layers.
 
@@ -110,10 +120,12 @@ def run_layers(
         mode: One of `MODES`.
         streams: ``"shared"`` or ``"split"``.
         passes: Forwards, one right after the other.
+        ahead: How many layers copies may run ahead; None for the default.
         calls: What each call costs the host; None for nothing.
         num_copy_engines: How many copies can run at once.
+        layer_by_layer: Make each layer a forward of its own, whose end the caller waits for.
     """
-    plan = reference_plan(times, layers)
+    plan = reference_plan(times, layers, ahead)
     calls = calls or CallCosts(0, 0, 0, 0)
     costs = _C.SimCosts(
         copy_bytes_per_second=None,
@@ -128,7 +140,15 @@ def run_layers(
         num_copy_engines=num_copy_engines,
     )
     order = list(range(2 * layers))
-    return run_plan(plan, costs, mode=mode, streams=streams, passes=[order] * passes)
+    alone = [[2 * layer, 2 * layer + 1] for layer in range(layers)]
+    return run_plan(
+        plan,
+        costs,
+        mode=mode,
+        streams=streams,
+        passes=(alone if layer_by_layer else [order]) * passes,
+        waits_for_passes=layer_by_layer,
+    )
 
 
 def figures_of(
@@ -138,16 +158,19 @@ def figures_of(
 
     Durations are simulated with a host whose calls cost nothing, so that they depend on the four
     inputs alone; the host's time comes from a second run in which each call costs what the
-    reference's does.
+    reference's does. `events` starts the copies of a layer when that layer is submitted, and a host
+    that nothing holds submits it at once: the reference times layers one by one, so this does too.
     """
     layout = streams_for(mode, streams)
-    run = run_layers(times, layers, mode=mode, streams=layout, passes=2)
-    steady = run.attribution(1)
+    by_layer = mode == "events"
+    run = run_layers(times, layers, mode=mode, streams=layout, passes=2, layer_by_layer=by_layer)
+    num_passes = layers if by_layer else 1  # of all layers once
+    steady = run.attribution(num_passes)
     costed = run_layers(times, layers, mode=mode, streams=layout, calls=CallCosts())
     host_ns = costed.result.host_end_ns[0] - costed.result.pass_begin_ns[0]
-    total_ms = run.pass_ms(0)
+    total_ms = sum(run.pass_ms(index) for index in range(num_passes))
     return Figures(
-        layer_ms=run.pass_ms(1) / layers,
+        layer_ms=run.pass_ms(num_passes) * num_passes / layers,
         total_ms=total_ms,
         cpu_ms=host_ns / layers / _NS_PER_MS,
         blocked_share=costed.result.host_blocked_ns / host_ns,

@@ -11,7 +11,6 @@ from torch_offload.cli import compare, doctor, scripts, simulate, timeline
 app = typer.Typer(
     name="torch-offload",
     help="Streams the weights of a transformer from host memory while the GPU computes.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -28,7 +27,8 @@ def _root(
         from torch_offload._version import __version__
 
         typer.echo(__version__)
-        raise typer.Exit(0)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 scripts.register(app)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ from torch_offload.cli.durations import FfnCompute, FfnH2d, MhaCompute, MhaH2d, 
 from torch_offload.cli.output import check_writable, split_list
 
 if TYPE_CHECKING:
+    from torch_offload.reference import LayerTimes
     from torch_offload.trace import Trace
 
 
@@ -31,6 +32,12 @@ def timeline(
     layers: Annotated[int, typer.Option(help="How many layers.")] = 2,
     passes: Annotated[int, typer.Option(help="How many forwards, one after the other.")] = 1,
     streams: Annotated[str, typer.Option(help="Stream layout: shared or split.")] = "shared",
+    ahead: Annotated[
+        float | None, typer.Option(help="How many layers copies run ahead (1).")
+    ] = None,
+    layer_by_layer: Annotated[
+        bool, typer.Option(help="Under events, wait for each layer before the next one.")
+    ] = False,
     copy_engines: Annotated[int, typer.Option(help="How many copies can run at once.")] = 1,
     mha_h2d: MhaH2d = None,
     mha_compute: MhaCompute = None,
@@ -64,15 +71,15 @@ def timeline(
         if not traces:
             raise ValueError(f"expected at least one run in {trace[0]}, got an empty file")
     else:
+        options = {
+            "layers": layers,
+            "passes": passes,
+            "ahead": ahead,
+            "num_copy_engines": copy_engines,
+        }
         times = layer_times(mha_h2d, mha_compute, ffn_h2d, ffn_compute)
-        traces = _simulated(
-            times,
-            [mode] if compare is None else _modes(compare),
-            layers,
-            passes,
-            streams,
-            copy_engines,
-        )
+        modes = [mode] if compare is None else _modes(compare)
+        traces = _simulated(times, modes, streams, layer_by_layer, options)
     traces = _cut(traces, from_ms, to_ms)
     if out is None:
         console = Console()
@@ -89,26 +96,30 @@ def _modes(compare: str) -> list[str]:
 
 
 def _simulated(
-    times: object, modes: list[str], layers: int, passes: int, streams: str, copy_engines: int
+    times: LayerTimes,
+    modes: list[str],
+    streams: str,
+    layer_by_layer: bool,
+    options: dict[str, Any],
 ) -> list[Trace]:
-    from torch_offload.reference import CallCosts, LayerTimes
+    from torch_offload.reference import CallCosts
     from torch_offload.simulate import run_layers, streams_for
 
-    assert isinstance(times, LayerTimes)
-    for name, value, most in (("layers", layers, 2000), ("passes", passes, 100)):
-        if not 1 <= value <= most:
-            raise ValueError(f"expected --{name} between 1 and {most}, got {value}")
+    for name, most in (("layers", 2000), ("passes", 100), ("num_copy_engines", 100)):
+        if not 1 <= options[name] <= most:
+            option = name.removeprefix("num_").replace("_", "-")
+            raise ValueError(f"expected --{option} between 1 and {most}, got {options[name]}")
+    if options["ahead"] is not None and not 0 <= options["ahead"] <= 1e6:
+        raise ValueError(f"expected --ahead between 0 and 1e6 layers, got {options['ahead']}")
     traces = []
     for mode in modes:
-        layout = streams if len(modes) == 1 else streams_for(mode, streams)
         run = run_layers(
             times,
-            layers,
             mode=mode,
-            streams=layout,
-            passes=passes,
+            streams=streams if len(modes) == 1 else streams_for(mode, streams),
             calls=CallCosts(),
-            num_copy_engines=copy_engines,
+            layer_by_layer=layer_by_layer and mode == "events",
+            **options,
         )
         traces.append(run.trace())
     return traces

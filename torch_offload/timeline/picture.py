@@ -183,7 +183,7 @@ class _Panel:
     def _write_on(self, bar: Bar, look: Look, width_in: float) -> None:
         for text in _texts_on(bar):
             if _width_in(text, _SMALL) + 0.06 < width_in:
-                label = self._axes.text(
+                self._axes.text(
                     bar.begin_ns + bar.duration_ns / 2,
                     -bar.row - 0.02,
                     text,
@@ -191,10 +191,10 @@ class _Panel:
                     va="center",
                     fontsize=_SMALL,
                     color=look.ink,
-                    zorder=5,
+                    # On its own ground: hatches and arrows may pass behind it.
+                    bbox={"facecolor": look.face, "edgecolor": "none", "pad": 0.8},
+                    zorder=7,
                 )
-                if look.hatch:
-                    label.set_bbox({"facecolor": look.face, "edgecolor": "none", "pad": 1.0})
                 return
 
     def _say_where_the_cpu_is_free(self) -> None:
