@@ -19,7 +19,7 @@ _FONT = 9
 _SMALL = 8
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
 _TITLES = {
-    "depth": "how far copies run ahead",
+    "depth": "how far copies run ahead, nothing resident",
     "budget": "device memory for weights",
     "layout": "mode and stream layout",
 }
