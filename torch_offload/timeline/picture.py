@@ -15,6 +15,8 @@ from torch_offload.trace import CPU_ROW, Bar, Trace
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
 # GitHub shows a README's pictures about 830 pixels wide: drawn as wide as that at 100 dpi, stored
 # with twice as many, so that a point here is a point there.
@@ -23,7 +25,9 @@ _DPI = 200
 _POINTS_PER_IN = 72
 _ROW_IN = 0.36
 _PANEL_HEAD_IN = 0.36
-_FOOT_IN = 1.0
+_AXIS_IN = 0.42
+_LEGEND_ROW_IN = 0.17
+_LEGEND_COLUMNS = 4
 _TOP_IN = 0.0
 _FONT = 9
 _SMALL = 8
@@ -50,7 +54,9 @@ def picture_of(traces: Sequence[Trace]) -> Figure:
     span_ns = max(trace.end_ns for trace in traces)
     scale = scale_of(span_ns)
     heights = [_PANEL_HEAD_IN + _ROW_IN * len(trace.rows) for trace in traces]
-    height_in = _TOP_IN + sum(heights) + _FOOT_IN
+    handles = _legend_of(traces)
+    legend_in = _LEGEND_ROW_IN * (1 + -(-len(handles) // _LEGEND_COLUMNS))
+    height_in = _TOP_IN + sum(heights) + _AXIS_IN + legend_in
     figure = Figure(figsize=(_WIDTH_IN, height_in), dpi=_DPI)
     names = [row.name for trace in traces for row in trace.rows]
     left_in = 0.15 + max(_width_in(name, _FONT) for name in names)
@@ -70,7 +76,16 @@ def picture_of(traces: Sequence[Trace]) -> Figure:
         panel.draw()
         panel.draw_time_axis(scale, is_last=index == len(traces) - 1)
         top_in -= panel_in
-    _draw_legend(figure, traces)
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        ncols=min(_LEGEND_COLUMNS, len(handles)),
+        fontsize=_SMALL,
+        frameon=False,
+        handlelength=1.4,
+        columnspacing=1.4,
+        bbox_to_anchor=(0.5, 0.0),
+    )
     return figure
 
 
@@ -249,7 +264,7 @@ def _texts_on(bar: Bar) -> tuple[str, ...]:
     return (bar.label, f"{stem[:1]}{layer}") if stem else (bar.label,)
 
 
-def _draw_legend(figure: Figure, traces: Sequence[Trace]) -> None:
+def _legend_of(traces: Sequence[Trace]) -> list[Patch | Line2D]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -288,13 +303,4 @@ def _draw_legend(figure: Figure, traces: Sequence[Trace]) -> None:
                 label="event: recorded, waited for",
             )
         )
-    figure.legend(
-        handles=handles,
-        loc="lower center",
-        ncols=min(4, len(handles)),
-        fontsize=_SMALL,
-        frameon=False,
-        handlelength=1.4,
-        columnspacing=1.4,
-        bbox_to_anchor=(0.5, 0.0),
-    )
+    return handles
