@@ -34,12 +34,17 @@ def bench_forward_deep(
     plain = stage.plain(deep)
     streamed = stage.streamed(deep)
     require_equal(plain, streamed.model, tokens)
-    floor_ms = reference.floor_ms(streamed.streamed_bytes)
-    round_s = 3 * (reference.plain_ms(deep, shape) * 2 + floor_ms) * 1e-3
+    expected_floor_ms = reference.floor_ms(streamed.streamed_bytes)
+    round_s = 3 * (reference.plain_ms(deep, shape) * 2 + 2 * expected_floor_ms) * 1e-3
     plain_run, streamed_run = bound(plain, tokens), bound(streamed.model, tokens)
     with Counting(streamed) as counting:
         times = alternate(
-            benchmark, plain_run, streamed_run, forwards=2, rounds=part.rounds(3, round_s)
+            benchmark,
+            plain_run,
+            streamed_run,
+            forwards=2,
+            rounds=part.rounds(3, round_s),
+            link=lambda: reference.link.copy(streamed.streamed_bytes),
         )
     costs = {}
     for name, run in (("plain", plain_run), ("streamed", streamed_run)):
@@ -48,14 +53,15 @@ def bench_forward_deep(
         synchronize()
     calls = runtime_calls(plain_run, 1), runtime_calls(streamed_run, 1)
     resident, ours = spread(times.plain_ms), spread(times.streamed_ms)
-    roofline_ms = max(floor_ms, resident["median"])
+    link = spread(times.link_ms)
+    roofline_ms = max(link["median"], resident["median"])
     part.figures.update(
         what="deep",
         shape=shape_id(shape),
         shape_index=shape_index,
         **streamed.describe(),
         link_bytes_per_s=reference.link_bytes_per_s,
-        floor_ms=floor_ms,
+        floor_ms=link,
         plain_ms=resident,
         streamed_ms=ours,
         roofline_ms=roofline_ms,

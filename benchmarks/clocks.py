@@ -97,6 +97,7 @@ class Alternation:
 
     plain_ms: list[float]
     streamed_ms: list[float]
+    link_ms: list[float]
 
 
 def alternate(
@@ -107,6 +108,7 @@ def alternate(
     forwards: int,
     rounds: int,
     lead_in: bool = True,
+    link: Run | None = None,
 ) -> Alternation:
     """Times `forwards` calls of each model per round, the two taking turns round by round.
 
@@ -114,13 +116,17 @@ def alternate(
     of the timed calls goes one that is not timed and not waited for: copies run ahead of the
     kernels, so the first forward after a pause starts with its first units in place, and only
     between the ends of two forwards do copies and kernels add up to whole forwards. What never
-    runs ahead of a forward needs no such `lead_in`.
+    runs ahead of a forward needs no such `lead_in`. `link` takes its turn as well: what the wire
+    alone takes for the bytes of a forward, on hosts whose memory others use at the same time.
     """
     plain_ms: list[float] = []
+    link_ms: list[float] = []
 
     def plain_round_then_lead_in() -> None:
         if plain is not None:
             plain_ms.extend(device_ms(plain, forwards=forwards, rounds=1))
+        if link is not None:
+            link_ms.extend(device_ms(link, forwards=1, rounds=1))
         synchronize()
         if lead_in:
             streamed()
@@ -130,7 +136,8 @@ def alternate(
             streamed()
 
     benchmark.pedantic(timed, setup=plain_round_then_lead_in, rounds=rounds)
-    return Alternation(plain_ms, [s / forwards * 1e3 for s in round_seconds(benchmark)])
+    streamed_ms = [s / forwards * 1e3 for s in round_seconds(benchmark)]
+    return Alternation(plain_ms, streamed_ms, link_ms)
 
 
 @dataclass(frozen=True)
@@ -167,10 +174,23 @@ def round_seconds(benchmark: Any) -> list[float]:
     return list(benchmark.stats.stats.data)
 
 
-def link_rate(size_bytes: int, copies: int = 7) -> dict[str, float]:
-    """Bytes per second of copies of `size_bytes` from page-locked memory to the device."""
-    source = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=ON_GPU)
-    source.fill_(1)
-    target = torch.empty(size_bytes, dtype=torch.uint8, device=DEVICE)
-    seconds = device_ms(lambda: target.copy_(source, non_blocking=True), forwards=2, rounds=copies)
-    return spread([size_bytes / (ms * 1e-3) for ms in seconds])
+class Link:
+    """The wire alone: copies from PyTorch's own page-locked memory, nothing else running."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._source = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=ON_GPU)
+        self._source.fill_(1)
+        self._target = torch.empty(size_bytes, dtype=torch.uint8, device=DEVICE)
+
+    def copy(self, size_bytes: int) -> None:
+        """Submits copies of so many bytes in all, over and over the same memory."""
+        while size_bytes > 0:
+            part = min(size_bytes, self._source.numel())
+            self._target[:part].copy_(self._source[:part], non_blocking=True)
+            size_bytes -= part
+
+    def rate(self, rounds: int = 7) -> dict[str, float]:
+        """Bytes per second of copies as large as this memory."""
+        size_bytes = self._source.numel()
+        times = device_ms(lambda: self.copy(size_bytes), forwards=2, rounds=rounds)
+        return spread([size_bytes / (ms * 1e-3) for ms in times])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clocks import DEVICE, ON_GPU, device_ms, link_rate
+from clocks import DEVICE, ON_GPU, Link, device_ms
 from records import Part, Records
 from tables import print_results
 from yardstick import (
@@ -115,7 +115,9 @@ class Reference:
         self._stage = stage
         self._plain_ms: dict[tuple[str, Shape], float] = {}
         sizes = (2**20,) if tiny else (2**28, 2**30)
-        self.link_rates = {size: link_rate(size) for size in sizes}
+        links = {size: Link(size) for size in sizes}
+        self.link_rates = {size: link.rate() for size, link in links.items()}
+        self.link = links[max(sizes)]
         self.link_bytes_per_s = max(rate["median"] for rate in self.link_rates.values())
 
     def floor_ms(self, size_bytes: int) -> float:

@@ -21,30 +21,26 @@ import torch
 from torch import nn
 
 from torch_offload import _C
-from torch_offload.guards import refuse_tracing
 from torch_offload.leaves import LeafCut
 from torch_offload.mismatch import MismatchExplainer
+from torch_offload.tracing import refuse_tracing, refuse_unchecked_gradients
 
 _ATTRIBUTE = "_call_impl"
 
 
-def wrap_unit(module: nn.Module, engine: _C.Engine, unit: int) -> None:
-    """Makes every call of `module` acquire the unit before and release it after."""
-    reference = weakref.ref(module)
-    module_type = type(module)
+def wrap_unit(unit_module: nn.Module, engine: _C.Engine, unit: int) -> None:
+    """Makes every call of a module acquire the unit before and release it after."""
+    reference = weakref.ref(unit_module)
+    module_type = type(unit_module)
     call_plain: Callable[..., Any] = module_type._call_impl
 
     def _call_impl(*args: Any, **kwargs: Any) -> Any:
-        refuse_tracing(reference(), module_type)
-        token = _C.CallToken()
-        # An interrupt may strike between any two steps: the token knows what was acquired by then.
-        try:
-            engine.acquire(token, unit)
-            return engine.finish(token, call_plain(reference(), *args, **kwargs))
-        finally:
-            engine.release(token)
+        module = reference()
+        refuse_tracing(module, module_type)
+        refuse_unchecked_gradients(module, args, kwargs)
+        return engine.call_unit(unit, call_plain, module, args, kwargs)
 
-    vars(module)[_ATTRIBUTE] = _call_impl
+    vars(unit_module)[_ATTRIBUTE] = _call_impl
 
 
 def wrap_ancestor(
@@ -59,16 +55,13 @@ def wrap_ancestor(
     call_plain: Callable[..., Any] = module_type._call_impl
 
     def _call_impl(*args: Any, **kwargs: Any) -> Any:
-        refuse_tracing(reference(), module_type)
-        token = _C.CallToken()
+        module = reference()
+        refuse_tracing(module, module_type)
         try:
-            engine.enter(token)
-            return engine.finish(token, call_plain(reference(), *args, **kwargs))
+            return engine.call_ancestor(call_plain, module, args, kwargs)
         except RuntimeError as error:
-            explainer.explain(error)
+            explainer.explain(error, args, kwargs)
             raise
-        finally:
-            engine.release(token)
 
     def _call_impl_observed(*args: Any, **kwargs: Any) -> Any:
         if leaf_cut is None or leaf_cut.is_settled:

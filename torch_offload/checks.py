@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
@@ -11,6 +9,7 @@ from torch_offload._C import StateError
 from torch_offload.calls import is_wrapped
 from torch_offload.guards import is_guarded
 from torch_offload.handle import handle_of
+from torch_offload.structure import is_table
 
 # Attributes that other tools leave on the modules they hook, with the way out.
 _FOREIGN_HOOKS = {
@@ -35,6 +34,8 @@ _WRAPPERS = {
     "OptimizedModule": "the module before torch.compile()",
     "ScriptModule": "the module before jit.script() or jit.trace()",
 }
+# Beyond this share, packed integers are the weights; below it, masks and tables of indices.
+_MOST_PACKED_SHARE = 0.25
 _PACKED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
@@ -93,6 +94,14 @@ def _check_module(name: str, module: nn.Module) -> None:
             f"expected a plain model, got one where {where} was compiled by module.compile(); "
             "offload the model before, or build it anew"
         )
+    parameters: object = module._parameters
+    if not isinstance(parameters, dict):
+        kind = type(parameters)
+        raise StateError(
+            f"expected modules that hold their parameters in a dict, got one where {where} holds "
+            f"them in a {kind.__name__} ({kind.__module__}), which moves the same weights; take "
+            "that tool away first"
+        )
     if is_wrapped(module):
         raise StateError(
             f"expected a plain model, got one where another tool has replaced '_call_impl' of "
@@ -140,41 +149,43 @@ def _check_quantization(model: nn.Module) -> None:
                 f"{method}: parts of such weights lie in buffers and attributes that would not be "
                 "streamed; load it without quantization, or dequantized"
             )
-    packed = {
-        name: sum(map(_size_bytes, _packed(module))) for name, module in model.named_modules()
-    }
+    packed = {name: size for name, module in model.named_modules() if (size := _packed(module))}
+    tables = {id(p) for module in model.modules() if is_table(module) for p in module.parameters()}
+    weight_bytes = sum(p.nbytes for p in model.parameters() if id(p) not in tables)
     packed_bytes = sum(packed.values())
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    if packed_bytes > weight_bytes:
+    if packed_bytes > _MOST_PACKED_SHARE * (packed_bytes + weight_bytes):
         largest = max(packed, key=lambda name: packed[name])
         kind = type(model.get_submodule(largest)).__name__
         raise ValueError(
             f"expected weights in parameters, got {packed_bytes} bytes of packed integers in "
-            f"buffers and attributes, as of '{largest}' ({kind}), against {weight_bytes} bytes of "
-            "parameters: they would stay on the device; load the model unquantized"
+            f"buffers and attributes, as of '{largest}' ({kind}; GPTQ and AWQ have such), against "
+            f"{weight_bytes} bytes of parameters outside tables: they would stay on the device; "
+            "load the model unquantized"
         )
 
 
 def _quantization_method(module: nn.Module) -> str | None:
+    scheme = type(vars(module).get("quantization_scheme"))
+    if scheme.__module__.startswith("compressed_tensors."):
+        return "compressed-tensors"
     quantizer = getattr(module, "hf_quantizer", None)
     config = getattr(quantizer, "quantization_config", None)
-    if quantizer is None:
-        return None
     method = getattr(config, "quant_method", None)
-    return str(getattr(method, "value", method) or type(quantizer).__name__)
+    name = str(getattr(method, "value", method) or type(quantizer).__name__)
+    # A loader that has dequantized the weights leaves its name behind, and plain parameters.
+    is_plain = quantizer is None or name == "gguf" or getattr(config, "dequantize", False)
+    return None if is_plain else name
 
 
-def _packed(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Tensors of a module beside its parameters that look like packed weights."""
-    for tensor in (*module._buffers.values(), *vars(module).values()):
-        if (
-            isinstance(tensor, torch.Tensor)
-            and not isinstance(tensor, nn.Parameter)
-            and tensor.dtype in _PACKED_DTYPES
-            and tensor.dim() >= 2
-        ):
-            yield tensor
-
-
-def _size_bytes(tensor: torch.Tensor) -> int:
-    return tensor.nbytes
+def _packed(module: nn.Module) -> int:
+    """Bytes of what looks like packed weights beside a module's parameters, if it is most of it."""
+    packed = sum(
+        tensor.nbytes
+        for tensor in (*module._buffers.values(), *vars(module).values())
+        if isinstance(tensor, torch.Tensor)
+        and not isinstance(tensor, nn.Parameter)
+        and tensor.dtype in _PACKED_DTYPES
+        and tensor.dim() >= 2
+    )
+    own = sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+    return packed if packed > own else 0

@@ -32,7 +32,8 @@ class Config:
             ``"module"`` (leaves, for the smallest window).
         streams: ``"shared"`` (one copy stream, kernels stay on the caller's stream) or ``"split"``
             (a copy and a compute stream for each half of a layer).
-        depth: How many bytes copies may run ahead: ``2**30``, ``"2GiB"``, or None for one layer.
+        depth: How many bytes copies may run ahead: ``2**30``, ``"2GiB"``, or None for the
+            largest layer, or 2.5 times the largest unit where that is less.
             The next unit is always copied ahead, so ``0`` is allowed.
         gpu_budget: What the weights may take on the device, resident ones and window together:
             ``"10GiB"`` keeps as many whole units resident as fit. None streams every unit.

@@ -5,23 +5,27 @@ Every module with streamed weights below it is guarded, not the root alone: ``mo
 method of the class; `unguard` takes it away again.
 
 What has no method of the module to shadow is refused where it must pass by: wrappers of whole
-models when they register the model as their child, and tracers at the next call (`refuse_tracing`).
+models when they register the model as their child, torch.distributed's when they look up what was
+applied before, and what records a call at the next call (see tracing.py).
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import compiler, nn
-from torch._C import _is_tracing
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch.fx import _symbolic_trace
+from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from torch_offload._C import StateError
+
+try:
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+except ImportError:  # a torch without them: `fully_shard` is then refused at the next call
+    REGISTRY_KEY = STATE_KEY = "__torch_offload_no_composition__"
 
 _CURE = "call handle.remove() (torch_offload.handle_of(model).remove()) first"
 # By name, so that nothing of torch.distributed is imported for them.
@@ -43,7 +47,9 @@ GUARDED = (
 )
 
 
-def _refusal(call: str, reason: str) -> Callable[..., NoReturn]:
+def refusal(call: str, reason: str) -> Callable[..., NoReturn]:
+    """Returns a function that raises: what was expected, what came, what to do."""
+
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise StateError(
             f"expected a plain model for {call}, got one whose weights are streamed: {reason}; "
@@ -53,6 +59,24 @@ def _refusal(call: str, reason: str) -> Callable[..., NoReturn]:
     return refuse
 
 
+class _NoComposition(dict[Any, Any]):
+    """Where torch.distributed notes which of its APIs were applied to a module: here, none can be.
+
+    Note [Refusing FSDP before it has changed anything]: ``FullyShardedDataParallel`` registers the
+    module as its child only when the parameters are gone already, and ``fully_shard`` never does.
+    But the first thing that either does is to look up these notes in every module.
+    """
+
+    def __contains__(self, key: object) -> bool:
+        # The same question is asked by whoever collects a state dict, and that changes nothing.
+        if sys._getframe(2).f_code.co_name != "_get_fsdp_states_with_modules":
+            refusal(
+                "FSDP, fully_shard and other APIs of torch.distributed that are applied to modules",
+                _WRAPPERS["FullyShardedDataParallel"],
+            )()
+        return False
+
+
 def _guarded_apply(
     reference: weakref.ref[nn.Module], probes: Sequence[torch.Tensor]
 ) -> Callable[..., nn.Module | None]:
@@ -60,7 +84,7 @@ def _guarded_apply(
 
     ``pipeline()``, Trainer and every script call ``.to(device)`` on a model that is there already.
     """
-    refuse = _refusal(
+    refuse = refusal(
         "a conversion such as .to(), .cuda() or .half()", "they have no single place to convert"
     )
 
@@ -75,28 +99,60 @@ def _guarded_apply(
     return _apply
 
 
-def probes_on(device: torch.device, dtypes: set[torch.dtype]) -> list[torch.Tensor]:
-    """Returns what a conversion is tried on: one element of each dtype, where the model runs."""
-    return [torch.empty(1, dtype=dtype, device=device) for dtype in sorted(dtypes, key=str)]
+class Probes:
+    """What a conversion is tried on: a tiny tensor of each kind that a module holds.
+
+    A kind is a dtype and, as ``.to(memory_format=...)`` asks for it, an order of strides.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._by_kind: dict[tuple[torch.dtype, int, bool], torch.Tensor] = {}
+
+    def of(self, module: nn.Module) -> list[torch.Tensor]:
+        """Returns one probe for each kind of parameter and buffer in a module, where it runs."""
+        kinds = {_kind(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        for kind in kinds - self._by_kind.keys():
+            self._by_kind[kind] = self._make(*kind)
+        return [self._by_kind[kind] for kind in sorted(kinds, key=str)]
+
+    def _make(self, dtype: torch.dtype, dim: int, is_channels_last: bool) -> torch.Tensor:
+        probe = torch.empty((2,) * dim, dtype=dtype, device=self._device)
+        return probe.to(memory_format=_CHANNELS_LAST[dim]) if is_channels_last else probe
+
+
+# The dimensions that have formats of memory, and the one that is not the default.
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _kind(tensor: torch.Tensor) -> tuple[torch.dtype, int, bool]:
+    if tensor.dim() not in _CHANNELS_LAST:
+        return tensor.dtype, 0, False
+    is_default = tensor.is_contiguous() or not tensor.is_contiguous(
+        memory_format=_CHANNELS_LAST[tensor.dim()]
+    )
+    return tensor.dtype, tensor.dim(), not is_default
 
 
 def guard(module: nn.Module, probes: Sequence[torch.Tensor]) -> None:
     """Installs the guards on one module with streamed weights below it."""
     _watch_registrations()
+    vars(module).setdefault(REGISTRY_KEY, _NoComposition())
+    vars(module).setdefault(STATE_KEY, _NoComposition())
     vars(module).update(
         {
-            "__deepcopy__": _refusal("deepcopy", "a copy would run the original's units"),
-            "__reduce_ex__": _refusal(
+            "__deepcopy__": refusal("deepcopy", "a copy would run the original's units"),
+            "__reduce_ex__": refusal(
                 "pickling or torch.save(model)",
                 "save model.state_dict() or model.save_pretrained(), which work as they are (a "
                 "file that was opened for this save has been emptied by now)",
             ),
-            "__prepare_scriptable__": _refusal("torch.jit.script", "its calls would not be seen"),
+            "__prepare_scriptable__": refusal("torch.jit.script", "its calls would not be seen"),
             "_apply": _guarded_apply(weakref.ref(module), probes),
-            "_replicate_for_data_parallel": _refusal("DataParallel", _WRAPPERS["DataParallel"]),
-            "compile": _refusal("module.compile()", _WRAPPERS["OptimizedModule"]),
-            "share_memory": _refusal("share_memory()", "masters are page-locked memory"),
-            "to_empty": _refusal("to_empty()", "it would lose the masters"),
+            "_replicate_for_data_parallel": refusal("DataParallel", _WRAPPERS["DataParallel"]),
+            "compile": refusal("module.compile()", _WRAPPERS["OptimizedModule"]),
+            "share_memory": refusal("share_memory()", "masters are page-locked memory"),
+            "to_empty": refusal("to_empty()", "it would lose the masters"),
         }
     )
 
@@ -105,6 +161,9 @@ def unguard(module: nn.Module) -> None:
     """Takes the guards of one module away."""
     for name in GUARDED:
         vars(module).pop(name, None)
+    for name in (REGISTRY_KEY, STATE_KEY):
+        if isinstance(vars(module).get(name), _NoComposition):
+            del vars(module)[name]
 
 
 def is_guarded(module: nn.Module) -> bool:
@@ -131,29 +190,4 @@ def _refuse_wrapping(outer: nn.Module, name: str, inner: nn.Module | None) -> No
     wrapper = type(outer).__name__
     if inner is not None and wrapper in _WRAPPERS and any(map(is_guarded, inner.modules())):
         call = "torch.compile" if wrapper == "OptimizedModule" else wrapper
-        _refusal(call, _WRAPPERS[wrapper])()
-
-
-def refuse_tracing(module: nn.Module | None, expected_type: type[nn.Module]) -> None:
-    """Raises if a call of an offloaded module is being recorded rather than run. About 0.2 us.
-
-    A recorded call would replay with whatever the weights' memory holds by then. To call an
-    offloaded model from compiled code, call it through ``torch.compiler.disable``.
-
-    Raises:
-        StateError: Under torch.compile, jit.trace, torch.export or fx, or if the module's class
-            was changed since `offload`, as FSDP's ``fully_shard`` does.
-    """
-    if get_eval_frame_callback() or compiler._is_compiling_flag:
-        _refusal(
-            "torch.compile or torch.export",
-            "a recorded call would read weights from where they are no more (a function around "
-            "the model may be compiled if it calls it through torch.compiler.disable)",
-        )()
-    if _is_tracing() or _symbolic_trace._is_fx_tracing_flag:
-        _refusal("jit.trace or fx", "a recorded call would read weights where they are no more")()
-    if type(module) is not expected_type:
-        _refusal(
-            f"changing its class from {expected_type.__name__} to {type(module).__name__}",
-            "FSDP's fully_shard does this, and moves the same weights itself",
-        )()
+        refusal(call, _WRAPPERS[wrapper])()

@@ -138,7 +138,7 @@ class Handle:
             misses=stats.misses,
             bytes_onloaded=stats.bytes_onloaded,
             bytes_resident=self._bytes_resident(),
-            window_bytes=self._engine.plan.window_bytes,
+            window_bytes=self._engine.window_bytes,
             host_bytes=self._engine.host_bytes,
             cpu_seconds=self._engine.cpu_seconds,
             hits=stats.hits,
@@ -332,7 +332,7 @@ class Handle:
         return (
             f"<torch_offload.Handle of {name} on {self.device}: mode={self.config.mode!r}, "
             f"{len(streamed)} units of {format_size(sum(u.size_bytes for u in streamed))} streamed "
-            f"through {format_size(self._engine.plan.window_bytes)}, "
+            f"through {format_size(self._engine.window_bytes)}, "
             f"{format_size(self._bytes_resident())} resident>"
         )
 

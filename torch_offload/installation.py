@@ -12,7 +12,7 @@ from torch import nn
 from torch_offload import _C
 from torch_offload.calls import unwrap, wrap_ancestor, wrap_unit
 from torch_offload.config import Config
-from torch_offload.guards import guard, probes_on, unguard
+from torch_offload.guards import Probes, guard, unguard
 from torch_offload.handle import HANDLE_KEY, Handle
 from torch_offload.leaves import LeafCut
 from torch_offload.mismatch import MismatchExplainer
@@ -98,7 +98,8 @@ class _Installation:
         """Wraps the call of each streamed unit and of all that is above one."""
         streamed = _streamed(specs, plan)
         explainer = MismatchExplainer(
-            (parameter for _, spec in streamed for parameter in spec.parameters),
+            self._device,
+            ((*named, spec.module) for _, spec in streamed for named in spec.parameters),
             self._leaf_cut.distrust if self._leaf_cut else lambda names: None,
         )
         for index, spec in streamed:
@@ -112,11 +113,11 @@ class _Installation:
     def guard(self, model: nn.Module, specs: Sequence[UnitSpec], plan: _C.Plan) -> None:
         """Guards every module with streamed weights below it."""
         moving = _parameter_ids(_streamed(specs, plan))
-        probes = probes_on(self._device, {parameter.dtype for parameter in model.parameters()})
+        probes = Probes(self._device)
         for module in model.modules():
             if any(id(parameter) in moving for parameter in module.parameters()):
                 self._guarded.append(weakref.ref(module))
-                guard(module, probes)
+                guard(module, probes.of(module))
         if hasattr(model, _AUTO_COMPILE):
             vars(model)[_AUTO_COMPILE] = _never
 
@@ -175,14 +176,23 @@ class _Installation:
         return ranges
 
     def _cut_anew(self, model: nn.Module, specs: list[UnitSpec]) -> None:
-        """Goes on with other units, in the same window. Blocks until nothing is in flight."""
+        """Goes on with other units, in the same window. Blocks until nothing is in flight.
+
+        Where the device has no room for what becomes resident, a warning says so and the units
+        stay as they are.
+        """
         plan = _C.make_plan(
-            planned_units(specs),
-            self._config.depth_bytes,
-            self._budget,
-            self._engine.plan.window_bytes,
+            planned_units(specs), self._config.depth_bytes, self._budget, self._engine.window_bytes
         )
-        self._bytes_resident += self._engine.recut(plan, self._ranges(specs))
+        try:
+            self._bytes_resident += self._engine.recut(plan, self._ranges(specs))
+        except torch.OutOfMemoryError:
+            warnings.warn(
+                "torch_offload: the units stay sublayers, as the device has no room for the small "
+                "weights that would stay there beside leaves; lower gpu_budget or free memory",
+                stacklevel=2,
+            )
+            return
         self._unwrap()
         self.wrap(model, specs, plan)
 

@@ -51,7 +51,8 @@ def offload(
         mode: ``"pipeline"`` (default), ``"events"``, ``"streams"`` or ``"sync"``; see `Config`.
         granularity: ``"sublayer"`` (default), ``"layer"`` or ``"module"``.
         streams: ``"shared"`` (default) or ``"split"``.
-        depth: Bytes that copies may run ahead: a number, ``"2GiB"``, or None for one layer.
+        depth: Bytes that copies may run ahead: a number, ``"2GiB"``, or None for the largest
+            layer, or 2.5 times the largest unit where that is less.
         gpu_budget: Bytes that weights may take on the device, resident ones and window together;
             None streams every unit through the default window.
         units: Names, patterns or modules to stream, for models that no rule fits.

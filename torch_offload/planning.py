@@ -42,7 +42,9 @@ def plan_units(
     if config.granularity != "module":
         return _C.make_plan(units, config.depth_bytes, budget)
     window = max(
-        _C.make_plan(_leaves(model, specs), config.depth_bytes, budget).window_bytes,
+        _C.make_plan(
+            planned_units(_leaf_specs(model, specs)), config.depth_bytes, budget
+        ).window_bytes,
         max(unit.size_bytes for unit in units),
     )
     return _C.make_plan(units, config.depth_bytes, window_bytes=window)
@@ -66,13 +68,15 @@ def budget_for_units(
                 f"expected gpu_budget of at most {format_size(total)}, the memory of {device}, "
                 f"got {format_size(budget)}"
             )
-    outside = _bytes_outside(model, specs)
     units = planned_units(specs)
     if config.granularity == "module":
-        # The first pass streams sublayers, one at a time if need be.
+        # The first pass streams sublayers, one at a time if need be; what joins no leaf stays then.
+        leaves = _leaf_specs(model, specs)
         largest = max(unit.size_bytes for unit in units)
-        least = outside + max(largest, _C.least_budget_bytes(_leaves(model, specs)))
+        outside = _bytes_outside(model, leaves)
+        least = outside + max(largest, _C.least_budget_bytes(planned_units(leaves)))
     else:
+        outside = _bytes_outside(model, specs)
         least = outside + _C.least_budget_bytes(units)
     if budget < least:
         raise ValueError(
@@ -84,9 +88,9 @@ def budget_for_units(
     return budget - outside
 
 
-def _leaves(model: nn.Module, specs: Sequence[UnitSpec]) -> list[_C.Unit]:
+def _leaf_specs(model: nn.Module, specs: Sequence[UnitSpec]) -> list[UnitSpec]:
     """The units as they are once every leaf is proven."""
-    return planned_units(leaf_units(model, specs, {name for name, _ in model.named_modules()}))
+    return leaf_units(model, specs, {name for name, _ in model.named_modules()})
 
 
 def _bytes_outside(model: nn.Module, specs: Sequence[UnitSpec]) -> int:

@@ -37,9 +37,6 @@ void bind_engine(py::module_& module) {
       .def_readonly("onloads", &UnitStats::onloads)
       .def_readonly("misses", &UnitStats::misses);
 
-  py::class_<CallToken>(module, "CallToken", "What one wrapped call has acquired.")
-      .def(py::init<>());
-
   using ParameterTuple =
       std::tuple<std::string, at::Tensor, std::vector<std::pair<py::dict, py::str>>>;
   py::class_<Engine, std::shared_ptr<Engine>>(
@@ -75,18 +72,26 @@ void bind_engine(py::module_& module) {
             return engine.recut(std::move(plan), ranges_from(ranges));
           },
           py::arg("plan"), py::arg("ranges"))
-      .def("enter", &Engine::enter, py::arg("token"))
-      .def("acquire", &Engine::acquire, py::arg("token"), py::arg("unit"))
-      .def("finish", &Engine::finish, py::arg("token"), py::arg("output"))
-      .def("release", &Engine::release, py::arg("token"))
+      .def("call_unit", &Engine::call, py::arg("unit"), py::arg("call_plain"), py::arg("module"),
+           py::arg("args"), py::arg("kwargs"))
+      .def(
+          "call_ancestor",
+          [](Engine& engine, const py::handle& call_plain, const py::handle& module,
+             const py::tuple& args, const py::dict& kwargs) {
+            return engine.call(kNoUnit, call_plain, module, args, kwargs);
+          },
+          py::arg("call_plain"), py::arg("module"), py::arg("args"), py::arg("kwargs"))
       .def("refresh", &Engine::refresh)
       .def("attach_log", &Engine::attach_log, py::arg("log"), py::arg("times") = false)
       .def("close", &Engine::close)
       .def_property_readonly("is_closed", &Engine::is_closed)
       .def_property_readonly("in_pass",
                              [](const Engine& engine) { return engine.pipeline().in_pass(); })
-      .def_property_readonly("plan", [](const Engine& engine) { return engine.pipeline().plan(); })
-      .def_property_readonly("stats", [](const Engine& engine) { return engine.stats(); })
+      .def_property_readonly("plan", &Engine::plan)
+      .def_property_readonly("stats",
+                             [](const Engine& engine) { return engine.pipeline().stats(); })
+      .def_property_readonly("window_bytes",
+                             [](const Engine& engine) { return engine.pipeline().window_bytes(); })
       .def(
           "unit_stats",
           [](const Engine& engine, UnitIndex unit) { return engine.pipeline().unit_stats(unit); },

@@ -24,6 +24,8 @@ class Loader {
   ///            unit's ready event there.
   /// Blocking:  never blocks the host.
   /// Lifetime:  the master must stay alive until the work is done.
+  /// Throws:    with nothing left under way but on `copy_stream`, which the pipeline then waits
+  /// for.
   virtual StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                         std::uint64_t generation) = 0;
 };

@@ -1,7 +1,9 @@
 #include "core/pinned_arena.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <exception>
+#include <numeric>
 #include <string>
 #include <utility>
 
@@ -12,15 +14,30 @@
 namespace torch_offload {
 
 PinnedArena::Layout PinnedArena::lay_out(const std::vector<std::size_t>& piece_sizes,
-                                         std::size_t max_chunk_bytes) {
+                                         std::size_t max_chunk_bytes,
+                                         const std::vector<PieceIndex>& run_begins) {
   const std::size_t page = HostMapping::page_bytes();
   if (max_chunk_bytes == 0 || max_chunk_bytes % page != 0) {
     throw ValueError("expected chunks of a multiple of the page size, " + std::to_string(page) +
                      " bytes, got " + std::to_string(max_chunk_bytes));
   }
+  // Bytes of the run that begins with a piece, for those that begin one.
+  std::vector<std::size_t> run_bytes(piece_sizes.size(), 0);
+  for (std::size_t run = 0; run < run_begins.size(); ++run) {
+    const PieceIndex begin = run_begins[run];
+    const PieceIndex end = run + 1 < run_begins.size() ? run_begins[run + 1] : piece_sizes.size();
+    if (begin >= end || end > piece_sizes.size()) {
+      throw IndexError("expected runs of pieces one behind the other, got one from piece " +
+                       std::to_string(begin) + " to " + std::to_string(end));
+    }
+    run_bytes[begin] =
+        std::accumulate(piece_sizes.begin() + static_cast<std::ptrdiff_t>(begin),
+                        piece_sizes.begin() + static_cast<std::ptrdiff_t>(end), std::size_t{0});
+  }
   Layout layout;
   layout.pieces.reserve(piece_sizes.size());
-  std::size_t end = 0;  // of the pieces so far
+  std::size_t limit = max_chunk_bytes;  // of the open chunk
+  std::size_t end = 0;                  // of the pieces so far
   const auto close_chunk = [&layout, &end] {
     if (!layout.chunks.empty()) {
       end = HostMapping::whole_pages(end);
@@ -33,9 +50,14 @@ PinnedArena::Layout PinnedArena::lay_out(const std::vector<std::size_t>& piece_s
       throw ValueError("expected piece " + std::to_string(index) + " to take a multiple of " +
                        std::to_string(kAlignmentBytes) + " bytes, got " + std::to_string(size));
     }
-    // A chunk that one large piece has filled takes no other, as it is beyond the limit already.
-    const bool fits =
-        !layout.chunks.empty() && end - layout.chunks.back().begin + size <= max_chunk_bytes;
+    const std::size_t used = layout.chunks.empty() ? 0 : end - layout.chunks.back().begin;
+    // A chunk that a large piece or run has filled takes no other: it is beyond the limit already.
+    bool fits = !layout.chunks.empty() && used + size <= limit;
+    if (run_bytes[index] > 0) {
+      const bool stays_whole = run_bytes[index] <= kMaxRunChunks * max_chunk_bytes;
+      limit = stays_whole ? std::max(max_chunk_bytes, run_bytes[index]) : max_chunk_bytes;
+      fits = fits && used + (stays_whole ? run_bytes[index] : size) <= max_chunk_bytes;
+    }
     if (size > 0 && !fits) {
       close_chunk();
       layout.chunks.push_back({end, 0, index, false});
@@ -52,8 +74,10 @@ PinnedArena::Layout PinnedArena::lay_out(const std::vector<std::size_t>& piece_s
 }
 
 PinnedArena::PinnedArena(std::shared_ptr<Device> device,
-                         const std::vector<std::size_t>& piece_sizes, std::size_t max_chunk_bytes)
-    : PinnedArena(lay_out(piece_sizes, max_chunk_bytes), max_chunk_bytes, std::move(device)) {}
+                         const std::vector<std::size_t>& piece_sizes, std::size_t max_chunk_bytes,
+                         const std::vector<PieceIndex>& run_begins)
+    : PinnedArena(lay_out(piece_sizes, max_chunk_bytes, run_begins), max_chunk_bytes,
+                  std::move(device)) {}
 
 PinnedArena::PinnedArena(Layout layout, std::size_t max_chunk_bytes, std::shared_ptr<Device> device)
     : device_(std::move(device)),

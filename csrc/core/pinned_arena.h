@@ -22,10 +22,10 @@ struct CopySegment {
 
 /// The masters of all streamed parameters: host memory of exact size, page-locked chunk by chunk.
 ///
-/// Each parameter is a *piece*. A *chunk* is a run of whole pieces of at most `max_chunk_bytes`,
-/// begins on a page, and is registered with the device on its own, so less than a page per chunk is
-/// lost. A larger piece is a chunk by itself, registered in one call: the device refuses a copy
-/// that crosses from one registration into another, and the user's own copies of a weight at rest
+/// Each parameter is a *piece*. A *chunk* is some whole pieces of at most `max_chunk_bytes`, begins
+/// on a page, and is registered with the device on its own, so less than a page per chunk is lost.
+/// A larger piece is a chunk by itself, registered in one call: the device refuses a copy that
+/// crosses from one registration into another, and the user's own copies of a weight at rest
 /// (`weight.to("cuda")`) are such copies.
 ///
 /// Use: `fill` the pieces in their order, call `seal_up_to` behind each, and free the originals as
@@ -42,13 +42,20 @@ struct CopySegment {
 class PinnedArena {
  public:
   static constexpr std::size_t kMaxChunkBytes = std::size_t{1} << 30;
+  /// So many times the limit may a run take and still lie in one chunk.
+  static constexpr std::size_t kMaxRunChunks = 2;
 
   /// Reserves addresses for pieces of these sizes; takes no memory yet, registers nothing.
   ///
-  /// Throws: ValueError if a size is no multiple of kAlignmentBytes (zero is one), MemoryError if
-  ///         the addresses cannot be had.
+  /// `run_begins` names the first pieces of *runs*, which are copied together: each up to the next,
+  /// the last to the end. One copy carries a run, unless it takes more than kMaxRunChunks times
+  /// `max_chunk_bytes`.
+  ///
+  /// Throws: ValueError if a size is no multiple of kAlignmentBytes (zero is one), IndexError if
+  ///         the runs are not in order, MemoryError if the addresses cannot be had.
   PinnedArena(std::shared_ptr<Device> device, const std::vector<std::size_t>& piece_sizes,
-              std::size_t max_chunk_bytes = kMaxChunkBytes);
+              std::size_t max_chunk_bytes = kMaxChunkBytes,
+              const std::vector<PieceIndex>& run_begins = {});
   PinnedArena(const PinnedArena&) = delete;
   PinnedArena& operator=(const PinnedArena&) = delete;
   /// Never throws: what fails is told on stderr.
@@ -114,7 +121,8 @@ class PinnedArena {
     std::size_t size_bytes = 0;
   };
 
-  static Layout lay_out(const std::vector<std::size_t>& piece_sizes, std::size_t max_chunk_bytes);
+  static Layout lay_out(const std::vector<std::size_t>& piece_sizes, std::size_t max_chunk_bytes,
+                        const std::vector<PieceIndex>& run_begins);
   PinnedArena(Layout layout, std::size_t max_chunk_bytes, std::shared_ptr<Device> device);
 
   const Piece& at(PieceIndex piece) const;

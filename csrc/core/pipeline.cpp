@@ -36,10 +36,13 @@ constexpr std::uint8_t kPoison = 0xFF;  // NaN in every floating-point type
 
 Pipeline::DeviceMemory::DeviceMemory(Device& device, std::size_t size_bytes)
     : device_(device),
-      memory_(size_bytes == 0 ? nullptr : static_cast<std::byte*>(device.allocate(size_bytes))) {}
+      memory_(size_bytes == 0 ? nullptr : static_cast<std::byte*>(device.allocate(size_bytes))),
+      size_bytes_(size_bytes) {}
 
 Pipeline::DeviceMemory::DeviceMemory(DeviceMemory&& other) noexcept
-    : device_(other.device_), memory_(std::exchange(other.memory_, nullptr)) {}
+    : device_(other.device_),
+      memory_(std::exchange(other.memory_, nullptr)),
+      size_bytes_(std::exchange(other.size_bytes_, 0)) {}
 
 Pipeline::DeviceMemory::~DeviceMemory() {
   if (memory_ == nullptr || device_.in_forked_child()) {
@@ -58,9 +61,8 @@ Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOpti
       plan_(std::move(plan)),
       options_(options),
       policy_(policy_of(options.mode)),
-      order_(streamed_units(plan_)),
+      order_(std::make_unique<Order>(streamed_units(plan_))),
       window_(device, plan_.window_bytes),
-      states_(plan_.units.size()),
       unit_stats_(plan_.units.size()) {
   const bool split = options_.layout == StreamLayout::kSplit;
   if (split && !policy_.has_copy_stream) {
@@ -79,13 +81,51 @@ Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOpti
   handover_ = device_.create_event();
   // The allocator may have handed out memory that kernels of the current stream still use.
   device_.synchronize(device_.current_stream());
-  for (UnitIndex unit = 0; unit < states_.size(); ++unit) {
-    if (const std::optional<ByteRange>& place = plan_.places[unit]) {
-      states_[unit].memory = window_.memory() + place->begin;
-      states_[unit].ready = device_.create_event();
-      states_[unit].free = device_.create_event();
+  states_ = states_of(plan_);
+}
+
+std::vector<Pipeline::UnitState> Pipeline::states_of(const Plan& plan) {
+  std::vector<EventId> unused;  // events of the plan before
+  for (const UnitState& state : states_) {
+    if (state.ready != kNoEvent) {
+      unused.insert(unused.end(), {state.ready, state.free});
     }
   }
+  const auto next_event = [&] {
+    if (unused.empty()) {
+      return device_.create_event();
+    }
+    const EventId event = unused.back();
+    unused.pop_back();
+    return event;
+  };
+  std::vector<UnitState> states(plan.units.size());
+  for (UnitIndex unit = 0; unit < states.size(); ++unit) {
+    if (const std::optional<ByteRange>& place = plan.places[unit]) {
+      states[unit].memory = window_.memory() + place->begin;
+      states[unit].ready = next_event();
+      states[unit].free = next_event();
+    }
+  }
+  return states;
+}
+
+void Pipeline::replan(Plan plan) {
+  if (in_pass()) {
+    throw StateError("expected replan between forwards, got it while one is running");
+  }
+  if (plan.window_bytes > window_bytes()) {
+    throw ValueError("expected a plan for a window of at most " + std::to_string(window_bytes()) +
+                     " bytes, which is there, got one for " + std::to_string(plan.window_bytes));
+  }
+  std::vector<UnitState> states = states_of(plan);
+  synchronize();
+  order_ = std::make_unique<Order>(streamed_units(plan));
+  plan_ = std::move(plan);
+  states_ = std::move(states);
+  unit_stats_.assign(plan_.units.size(), UnitStats{});
+  own_places_.clear();
+  current_ = kNoUnit;
 }
 
 Pipeline::~Pipeline() {
@@ -122,14 +162,14 @@ void Pipeline::enter() {
   }
   if (nesting_++ == 0) {
     ++pass_;
-    order_.begin_pass();
+    order_->begin_pass();
   }
 }
 
 void Pipeline::leave(bool completed) {
   check_internal(owner_.load() == std::this_thread::get_id(), "leave without enter");
   if (--nesting_ == 0) {
-    order_.end_pass(completed);
+    order_->end_pass(completed);
     forget_expectations();  // an early exit's are stale, and the next acquire has its own
     stats_.forwards += completed ? 1 : 0;
     owner_.store(std::thread::id());
@@ -146,7 +186,7 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
         "expected acquire of a streamed unit inside a pass of this thread, got unit '" +
         plan_.units[unit].name + "'");
   }
-  if (!order_.advance(unit)) {
+  if (!order_->advance(unit)) {
     forget_expectations();
   }
   if (state.acquired > 0) {  // called again inside its own call
@@ -234,6 +274,15 @@ void Pipeline::release(UnitIndex unit) {
     throw;
   }
   prefetch_ahead();
+}
+
+bool Pipeline::owns(const void* address) const {
+  const auto lies_in = [address](const DeviceMemory& memory) {
+    const AddressRange range = AddressRange::of(memory.memory(), memory.size_bytes());
+    const auto point = reinterpret_cast<std::uintptr_t>(address);
+    return range.begin <= point && point < range.end;
+  };
+  return lies_in(window_) || std::any_of(own_places_.begin(), own_places_.end(), lies_in);
 }
 
 Pipeline::UnitState& Pipeline::held_state(UnitIndex unit) {
@@ -324,7 +373,7 @@ void Pipeline::prefetch_ahead() {
   if (policy_.lookahead == Lookahead::kNone) {
     return;
   }
-  Order::Walk walk = order_.walk();
+  Order::Walk walk = order_->walk();
   std::size_t ahead_bytes = 0;
   for (std::size_t step = 0; step < states_.size(); ++step) {
     const UnitIndex unit = walk.next();

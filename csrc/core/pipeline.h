@@ -4,7 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <optional>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -39,8 +39,9 @@ struct UnitStats {
 ///
 /// Ordering:  see Note [Ready and free]: a kernel reads a place only behind its ready event, a
 ///            copy writes a range only behind the free events of all that used it.
-/// Blocking:  never blocks the host, except in the modes that say so (Policy), and in
-///            `synchronize`, `synchronize_onload` and the destructor.
+/// Blocking:  never blocks the host, except in the modes that say so (Policy), in `synchronize`,
+///            `synchronize_onload`, `replan`, constructor and destructor, and when a submission
+///            fails halfway: what it has left under way is waited for.
 /// Lifetime:  device and loader must outlive the pipeline. The destructor drains what is in flight
 ///            and frees the window.
 /// Threads:   one pass at a time; a second thread gets a StateError and changes nothing.
@@ -59,6 +60,15 @@ class Pipeline {
   void enter();
   /// Ends the pass with the outermost call; `completed` is false if an exception ended it.
   void leave(bool completed);
+
+  /// Starts anew with another plan in the same window: empty places, an order still to be learned,
+  /// counts per unit from zero.
+  ///
+  /// Blocking:  until nothing of ours is in flight any more.
+  /// Throws:    StateError during a pass; ValueError if the plan needs a larger window. The
+  /// pipeline
+  ///            is then as it was.
+  void replan(Plan plan);
 
   /// Makes the calling thread's stream wait for the unit's bytes, and lets copies run ahead.
   /// Returns where the bytes are; until the matching release they stay there.
@@ -93,7 +103,10 @@ class Pipeline {
   const PipelineOptions& options() const { return options_; }
   /// Copy streams first, then the compute streams of `split`.
   std::vector<StreamId> streams() const;
-  AddressRange window() const { return AddressRange::of(window_.memory(), plan_.window_bytes); }
+  std::size_t window_bytes() const { return window_.size_bytes(); }
+  AddressRange window() const { return AddressRange::of(window_.memory(), window_.size_bytes()); }
+  /// Whether the address lies in the window or in a place of a unit's own.
+  bool owns(const void* address) const;
 
  private:
   static constexpr std::size_t kNumKinds = 2;
@@ -106,10 +119,12 @@ class Pipeline {
     DeviceMemory& operator=(DeviceMemory&&) = delete;
     ~DeviceMemory();
     std::byte* memory() const { return memory_; }
+    std::size_t size_bytes() const { return size_bytes_; }
 
    private:
     Device& device_;
     std::byte* memory_ = nullptr;
+    std::size_t size_bytes_ = 0;
   };
 
   struct UnitState {
@@ -130,6 +145,7 @@ class Pipeline {
     std::array<EventId, kNumKinds> pending{kNoEvent, kNoEvent};
   };
 
+  std::vector<UnitState> states_of(const Plan& plan);
   std::size_t copy_stream_index(UnitIndex unit) const;
   StreamId copy_stream(UnitIndex unit);
   StreamId enter_compute_stream(UnitIndex unit);
@@ -150,10 +166,10 @@ class Pipeline {
   Plan plan_;
   PipelineOptions options_;
   Policy policy_;
-  Order order_;
+  std::unique_ptr<Order> order_;
   DeviceMemory window_;
   std::vector<DeviceMemory> own_places_;  // of units that are called inside one they overlap
-  std::vector<UnitState> states_;
+  std::vector<UnitState> states_;         // by unit of the plan
   std::vector<UnitStats> unit_stats_;
   Stats stats_;
   std::array<StreamId, kNumKinds> copy_streams_{kNoStream, kNoStream};     // equal in `shared`

@@ -13,8 +13,7 @@ namespace torch_offload {
 
 namespace {
 
-// Leaves need less than a layer ahead: 2.5 times the largest kept the link busy to within 1 % at
-// every measured shape, see docs/design.md, Note [How far ahead].
+// Leaves need less than a layer ahead: see docs/design.md, Note [How far ahead].
 constexpr double kLeafDepth = 2.5;
 
 // Candidate windows grow in steps of this part of the largest unit.

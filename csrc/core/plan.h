@@ -10,8 +10,8 @@ namespace torch_offload {
 
 struct PlanRequest {
   std::vector<Unit> units;  ///< In the order in which a forward is expected to call them.
-  /// How many bytes copies may run ahead of the unit in use. Default: one layer, the largest; for
-  /// leaves 2.5 times the largest leaf where that is less.
+  /// How many bytes copies may run ahead of the unit in use. Default: the largest layer, or 2.5
+  /// times the largest unit where that is less.
   std::optional<std::size_t> depth_bytes;
   /// What resident units and window may take together. Default: nothing resident, default window.
   std::optional<std::size_t> budget_bytes;

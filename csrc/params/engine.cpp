@@ -47,15 +47,13 @@ std::vector<std::size_t> master_sizes(const std::vector<StreamedParameter>& para
   return sizes;
 }
 
-Stats sum_of(Stats sum, const Stats& other) {
-  sum.forwards += other.forwards;
-  sum.onloads += other.onloads;
-  sum.prefetched += other.prefetched;
-  sum.misses += other.misses;
-  sum.hits += other.hits;
-  sum.extra_places += other.extra_places;
-  sum.bytes_onloaded += other.bytes_onloaded;
-  return sum;
+/// The first parameter of each unit: what one copy carries must lie in one registration.
+std::vector<PieceIndex> first_parameters(const std::vector<ParameterRange>& ranges) {
+  std::vector<PieceIndex> begins;
+  for (const ParameterRange& range : ranges) {
+    begins.push_back(range.begin);
+  }
+  return begins;
 }
 
 }  // namespace
@@ -71,7 +69,8 @@ Engine::Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
   units_ = cut(plan, ranges);
   const std::vector<std::size_t> sizes = master_sizes(parameters_, plan, ranges);
   const py::gil_scoped_release no_gil;
-  arena_ = std::make_shared<PinnedArena>(device_, sizes);
+  arena_ = std::make_shared<PinnedArena>(device_, sizes, PinnedArena::kMaxChunkBytes,
+                                         first_parameters(ranges));
   pipeline_ =
       std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan), options);
 }
@@ -105,14 +104,23 @@ Engine::ParametersView Engine::parameters_of(const UnitParameters& entry) {
   return {parameters_.data() + entry.range.begin, parameters_.data() + entry.range.end};
 }
 
-Engine::~Engine() {
-  const py::gil_scoped_release no_gil;
-  try {
-    detach_log();
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "torch_offload: the log has no times: %s\n", error.what());
+Engine::~Engine() { let_go(); }
+
+/// Drains first; then the parameters, which keep the arena alive; then the arena itself.
+void Engine::let_go() {
+  {
+    const py::gil_scoped_release no_gil;
+    try {
+      detach_log();
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "torch_offload: the log has no times: %s\n", error.what());
+    }
+    pipeline_.reset();
   }
-  pipeline_.reset();  // drains: before parameters, arena and device go
+  units_.clear();
+  parameters_.clear();
+  const py::gil_scoped_release no_gil;
+  arena_.reset();
 }
 
 const Pipeline& Engine::pipeline() const {
@@ -120,6 +128,16 @@ const Pipeline& Engine::pipeline() const {
     throw StateError("expected a live handle, got one after remove(); call offload() again");
   }
   return *pipeline_;
+}
+
+Plan Engine::plan() const {
+  if (!pipeline().is_mine()) {
+    throw StateError(
+        "expected the plan to be read between forwards, or by the thread that runs one, got it "
+        "from "
+        "another thread; ask again afterwards");
+  }
+  return pipeline_->plan();
 }
 
 void Engine::check_at_rest(const char* call) const {
@@ -158,49 +176,55 @@ std::vector<std::string> Engine::move_out() {
   check_at_rest("remove()");
   std::vector<std::string> moved_elsewhere;
   for (StreamedParameter& parameter : parameters_) {
-    if (parameter.is_moved_in() && !parameter.move_out(parameter.former_device())) {
+    if (!parameter.is_moved()) {
+      continue;
+    }
+    at::Tensor plain;
+    try {
+      plain = parameter.plain_copy(parameter.former_device());
+    } catch (const c10::OutOfMemoryError&) {
+      plain = parameter.plain_copy(at::kCPU);
       moved_elsewhere.push_back(parameter.name());
     }
+    parameter.move_out(plain);
   }
   return moved_elsewhere;
 }
 
 std::int64_t Engine::recut(Plan plan, std::vector<ParameterRange> ranges) {
   check_at_rest("recut()");
-  const PipelineOptions options = pipeline().options();
   std::vector<UnitParameters> units = cut(plan, ranges);
   const std::vector<std::size_t> sizes = master_sizes(parameters_, plan, ranges);
+  // Whatever may fail comes first, and is undone by itself.
+  std::vector<at::Tensor> plain(parameters_.size());
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     check_internal(sizes[i] <= arena_->piece_bytes(i), "a parameter to stream without a master");
+    if (sizes[i] == 0 && parameters_[i].is_moved_in()) {
+      plain[i] = parameters_[i].plain_copy(torch_device_);
+    }
   }
   {
     const py::gil_scoped_release no_gil;
     detach_log();  // it tells of units that are no more
   }
-  former_stats_ = stats();
   {
     const py::gil_scoped_release no_gil;
-    pipeline_.reset();
+    pipeline_->replan(std::move(plan));
   }
+  units_ = std::move(units);
   std::int64_t bytes_moved = 0;
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     const auto size_bytes = static_cast<std::int64_t>(parameters_[i].size_bytes());
-    if (sizes[i] == 0 && parameters_[i].is_moved_in()) {
-      parameters_[i].move_out(torch_device_);
+    if (plain[i].defined()) {
+      parameters_[i].move_out(plain[i]);
       bytes_moved += size_bytes;
     } else if (sizes[i] != 0 && !parameters_[i].is_moved_in()) {
       move_parameter_in(i);  // an earlier cut let it stay on the device
       bytes_moved -= size_bytes;
     }
   }
-  units_ = std::move(units);
-  const py::gil_scoped_release no_gil;
-  pipeline_ =
-      std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan), options);
   return bytes_moved;
 }
-
-Stats Engine::stats() const { return sum_of(former_stats_, pipeline().stats()); }
 
 void Engine::refresh() {
   check_at_rest("refresh()");
@@ -238,30 +262,47 @@ void Engine::detach_log() {
 
 void Engine::close() {
   check_at_rest("remove()");
-  {
-    const py::gil_scoped_release no_gil;
-    detach_log();
-    pipeline_.reset();
-  }
-  // A handle that is kept must keep neither weights nor masters.
-  units_.clear();
-  parameters_.clear();
-  const py::gil_scoped_release no_gil;
-  arena_.reset();
+  let_go();  // a handle that is kept must keep neither weights nor masters
 }
 
 // --- one call ----------------------------------------------------------------------------------
 
-void Engine::enter(CallToken& token) {
-  const Stopwatch stopwatch(cpu_ns_);
-  pipeline();
-  pipeline_->enter();
-  token.entered_ = true;
+py::object Engine::call(UnitIndex unit, const py::handle& call_plain, const py::handle& module,
+                        const py::tuple& args, const py::dict& kwargs) {
+  std::vector<PyObject*> arguments{nullptr, module.ptr()};  // the first is for vectorcall's own use
+  arguments.insert(arguments.end(), PySequence_Fast_ITEMS(args.ptr()),
+                   PySequence_Fast_ITEMS(args.ptr()) + args.size());
+  CallToken token;
+  py::object output;
+  try {
+    acquire(token, unit);
+    output = py::reinterpret_steal<py::object>(PyObject_VectorcallDict(
+        call_plain.ptr(), arguments.data() + 1,
+        (arguments.size() - 1) | PY_VECTORCALL_ARGUMENTS_OFFSET, kwargs.ptr()));
+    if (!output) {
+      throw py::error_already_set();
+    }
+    if (unit != kNoUnit) {
+      const Stopwatch stopwatch(cpu_ns_);
+      output = outside_window(output);
+    }
+    token.completed = true;
+  } catch (...) {
+    release_after_failure(token);
+    throw;
+  }
+  release(token);
+  return output;
 }
 
 void Engine::acquire(CallToken& token, UnitIndex unit) {
-  enter(token);  // first of all: it refuses a second thread before anything is read
   const Stopwatch stopwatch(cpu_ns_);
+  pipeline();
+  pipeline_->enter();  // first of all: it refuses a second thread before anything is read
+  token.entered = true;
+  if (unit == kNoUnit) {
+    return;
+  }
   UnitParameters& entry = units_.at(unit);
   if (entry.uses == 0) {
     warn_of_backward(entry);
@@ -272,7 +313,7 @@ void Engine::acquire(CallToken& token, UnitIndex unit) {
     const py::gil_scoped_release no_gil;
     place = pipeline_->acquire(unit);
   }
-  token.unit_ = unit;
+  token.unit = unit;
   if (entry.uses++ == 0) {
     auto offset = entry.offsets.begin();
     for (StreamedParameter& parameter : parameters_of(entry)) {
@@ -283,7 +324,7 @@ void Engine::acquire(CallToken& token, UnitIndex unit) {
   if (at::autocast::is_autocast_cache_enabled()) {
     // The cache would keep a cast copy of every streamed weight: the model fills the device, and
     // edits of the masters go unseen.
-    token.autocast_cache_ = true;
+    token.restores_autocast_cache = true;
     at::autocast::set_autocast_cache_enabled(false);
   }
 }
@@ -318,7 +359,10 @@ void Engine::adopt_edits(UnitIndex unit) {
   for (StreamedParameter& parameter : parameters_of(entry)) {
     StreamedParameter::Edit edit = parameter.edit_since_copy();
     if (edit == StreamedParameter::Edit::kReplaced) {
-      pipeline_->synchronize_onload(unit);  // a copy may still read the master that is rewritten
+      {
+        const py::gil_scoped_release no_gil;
+        pipeline_->synchronize_onload(unit);  // a copy may still read the master that is rewritten
+      }
       parameter.adopt_replacement();
     }
     is_stale = is_stale || edit != StreamedParameter::Edit::kNone ||
@@ -349,21 +393,21 @@ StreamId Engine::load(UnitIndex unit, std::byte* place, StreamId copy_stream,
 }
 
 void Engine::release(CallToken& token) {
-  if (!std::exchange(token.entered_, false)) {
+  if (!std::exchange(token.entered, false)) {
     return;
   }
   const Stopwatch stopwatch(cpu_ns_);
   std::exception_ptr failure;
   std::string edited;
-  if (token.autocast_cache_) {
-    at::autocast::set_autocast_cache_enabled(*token.autocast_cache_);
+  if (token.restores_autocast_cache) {
+    at::autocast::set_autocast_cache_enabled(true);
   }
-  if (token.unit_ != kNoUnit) {
-    const UnitIndex unit = std::exchange(token.unit_, kNoUnit);
+  if (const UnitIndex unit = token.unit; unit != kNoUnit) {
     UnitParameters& entry = units_[unit];
     if (--entry.uses == 0) {
-      // The parameters first: whatever fails later, the model is at rest.
-      const bool bumps = at::GradMode::is_enabled();
+      // The parameters first: whatever fails later, the model is at rest. A graph may hold this
+      // use even if grad mode is off by now: the unit may have switched it on for itself.
+      const bool bumps = !c10::InferenceMode::is_enabled();
       for (StreamedParameter& parameter : parameters_of(entry)) {
         if (edited.empty() && parameter.was_changed_in_forward()) {
           edited = parameter.name();
@@ -399,6 +443,17 @@ void Engine::release(CallToken& token) {
   }
 }
 
+/// The error that the call has raised is the one to be told; this one must not take its place.
+void Engine::release_after_failure(CallToken& token) noexcept {
+  try {
+    release(token);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr,
+                 "torch_offload: after a call that failed, its release failed as well: %s\n",
+                 error.what());
+  }
+}
+
 /// What is still whole may be used in the next pass without a copy: takes the samples that tell
 /// then whether its masters are still the same.
 void Engine::end_pass() {
@@ -416,23 +471,13 @@ void Engine::end_pass() {
 
 // --- outputs -----------------------------------------------------------------------------------
 
-py::object Engine::finish(CallToken& token, py::object output) const {
-  if (token.unit_ != kNoUnit) {
-    output = outside_window(output);
-  }
-  token.completed = true;
-  return output;
-}
-
 /// The same output, tensors whose storage lies in the window replaced by clones: the next unit
 /// would overwrite them. Looks into tuples, lists and dicts.
 py::object Engine::outside_window(const py::handle& output) const {
   if (THPVariable_Check(output.ptr())) {
     const at::Tensor& tensor = THPVariable_Unpack(output.ptr());
     if (tensor.has_storage()) {
-      const auto address = reinterpret_cast<std::uintptr_t>(tensor.storage().data());
-      const AddressRange window = pipeline_->window();
-      if (window.begin <= address && address < window.end) {
+      if (pipeline_->owns(tensor.storage().data())) {
         return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor.clone()));
       }
     }

@@ -22,20 +22,6 @@ struct ParameterSpec {
   std::vector<ParameterSlot> slots;
 };
 
-/// What one wrapped call has acquired, so that its `finally` gives back just that: an interrupt may
-/// strike between any two steps, and a call that was refused must not touch another's.
-class CallToken {
- public:
-  /// Whether the call has returned, rather than raised.
-  bool completed = false;
-
- private:
-  friend class Engine;
-  bool entered_ = false;
-  UnitIndex unit_ = kNoUnit;
-  std::optional<bool> autocast_cache_;  // as it was before
-};
-
 /// Consecutive parameters [begin, end) of the engine's list: what one unit holds.
 struct ParameterRange {
   std::size_t begin = 0;
@@ -49,7 +35,9 @@ struct ParameterRange {
 ///
 /// Lifetime:  holds the arena and the parameters; the model's wrappers hold the engine; nothing
 ///            here holds a module. `close` or the destructor drains the copies.
-/// Threads:   every call needs the GIL on entry and lets it go around what may touch the driver. A
+/// Threads:   every call needs the GIL on entry. Around what the pipeline and the arena submit,
+/// wait
+///            for, lock and unlock it is let go; copies made by torch's own operators hold it. A
 ///            second thread in the middle of a forward gets a StateError.
 class Engine : private Loader {
  public:
@@ -74,21 +62,23 @@ class Engine : private Loader {
   /// how many bytes more are on the device now.
   ///
   /// Blocking: drains what is in flight, and copies what moves.
-  /// Throws:   StateError during a forward; ValueError as the constructor.
+  /// Throws:   StateError during a forward; ValueError as the constructor, or for a larger window;
+  ///           c10::OutOfMemoryError. Units and parameters are then as before.
   std::int64_t recut(Plan plan, std::vector<ParameterRange> ranges);
 
-  /// Begins a wrapped call that uses no unit: the model's own or an ancestor's.
-  void enter(CallToken& token);
-  /// Begins a wrapped call of a unit: its parameters show their places until release.
+  /// Calls `call_plain(module, *args, **kwargs)`. Until it returns or raises, the parameters of the
+  /// unit show their places; kNoUnit: a call of the model's own or an ancestor's, which only
+  /// counts. Returns what it returned, tensors that lie in a place cloned.
+  ///
+  /// An interrupt cannot strike between its steps: Python delivers it within the call, or later.
+  ///
   /// Warns once if a backward could follow: it will raise.
-  /// Blocking: never, but for the first use of a parameter that was edited by replacing it.
-  /// Throws:   StateError on a second thread, or if a parameter was replaced by another kind.
-  void acquire(CallToken& token, UnitIndex unit);
-  /// Marks the call as completed and returns its output, tensors that lie in the window cloned.
-  pybind11::object finish(CallToken& token, pybind11::object output) const;
-  /// Ends what `token` began, which may be nothing.
-  /// Throws: StateError if the forward has changed its own weights.
-  void release(CallToken& token);
+  /// Blocking: as the mode says (Policy), and at the first use of a parameter that was replaced.
+  /// Throws:   what the call raised; StateError on a second thread, if a parameter was replaced by
+  ///           another kind, or if the call has changed its own weights.
+  pybind11::object call(UnitIndex unit, const pybind11::handle& call_plain,
+                        const pybind11::handle& module, const pybind11::tuple& args,
+                        const pybind11::dict& kwargs);
 
   /// Reads all masters anew at the next use. Throws: StateError during a forward.
   void refresh();
@@ -104,10 +94,10 @@ class Engine : private Loader {
 
   /// Throws: StateError after close().
   const Pipeline& pipeline() const;
-  /// Of all pipelines since the engine was made: recut() starts a new one.
-  Stats stats() const;
+  /// A copy of the plan. Throws: StateError while another thread's pass may be changing it.
+  Plan plan() const;
   std::uint64_t host_bytes() const { return device_->counters().registered_bytes; }
-  /// Time spent in acquire, release, enter and finish so far, in seconds.
+  /// Time spent in `call` so far, what it calls excluded, in seconds.
   double cpu_seconds() const { return static_cast<double>(cpu_ns_) * 1e-9; }
   std::vector<std::string> parameter_names(UnitIndex unit) const;
   /// Our streams by name, copy streams first. On the host device they are threads of ours that
@@ -115,6 +105,14 @@ class Engine : private Loader {
   std::vector<std::pair<std::string, c10::Stream>> streams();
 
  private:
+  /// What one call has acquired, so that just that is given back.
+  struct CallToken {
+    bool entered = false;
+    bool completed = false;  // the call has returned, rather than raised
+    UnitIndex unit = kNoUnit;
+    bool restores_autocast_cache = false;
+  };
+
   struct UnitParameters {
     ParameterRange range;
     std::vector<std::size_t> offsets;   // of each parameter in master and place
@@ -140,6 +138,10 @@ class Engine : private Loader {
                 std::uint64_t generation) override;
   std::vector<UnitParameters> cut(const Plan& plan, std::vector<ParameterRange> ranges) const;
   ParametersView parameters_of(const UnitParameters& entry);
+  void acquire(CallToken& token, UnitIndex unit);
+  void release(CallToken& token);
+  void release_after_failure(CallToken& token) noexcept;
+  void let_go();
   void move_parameter_in(std::size_t index);
   void warn_of_backward(const UnitParameters& entry);
   void adopt_edits(UnitIndex unit);
@@ -155,7 +157,6 @@ class Engine : private Loader {
   std::shared_ptr<PinnedArena> arena_;  // one piece per parameter, empty for a resident one
   std::unique_ptr<Pipeline> pipeline_;
   std::shared_ptr<OpLog> log_;  // attached to the device; or none
-  Stats former_stats_;          // of pipelines before the last recut
   std::uint64_t cpu_ns_ = 0;
   bool has_warned_of_backward_ = false;
 };

@@ -4,6 +4,7 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <cstring>
@@ -67,31 +68,24 @@ void StreamedParameter::move_into(
   // Only now: after a failure above there must be nothing to move out.
   owner_ = std::move(owner);
   master_ = std::move(filled);
+  was_moved_in_ = true;
   show_master();
 }
 
-bool StreamedParameter::move_out(const at::Device& device) {
+at::Tensor StreamedParameter::plain_copy(const at::Device& device) const {
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
-  bool fits = true;
-  const auto copy_on = [&](const at::Device& where) {
-    at::Tensor copy =
-        at::empty_strided(sizes_, strides_, at::TensorOptions().dtype(dtype_).device(where));
-    copy.copy_(master_);
-    return copy;
-  };
-  at::Tensor plain;
-  try {
-    plain = copy_on(device);
-  } catch (const c10::OutOfMemoryError&) {
-    fits = false;
-    plain = copy_on(at::kCPU);
-  }
+  at::Tensor copy =
+      at::empty_strided(sizes_, strides_, at::TensorOptions().dtype(dtype_).device(device));
+  copy.copy_(is_moved_in() ? master_ : parameter_.detach());
+  return copy;
+}
+
+void StreamedParameter::move_out(const at::Tensor& plain) {
   parameter_.set_data(plain);
   master_.reset();
   place_.reset();
   owner_.reset();
-  return fits;
 }
 
 void StreamedParameter::show_place(std::byte* place, const at::Device& device) {
@@ -104,7 +98,13 @@ void StreamedParameter::show_place(std::byte* place, const at::Device& device) {
 void StreamedParameter::show_master() { show(master_); }
 
 void StreamedParameter::show(const at::Tensor& data) {
-  parameter_.set_data(data);
+  if (torch::autograd::impl::try_get_grad_accumulator(parameter_) != nullptr) {
+    parameter_.set_data(data);  // a live graph's accumulator was made for the former data
+  } else {
+    // What set_data does otherwise, without a dispatched question whether the two are of a kind:
+    // both are dense strided tensors, see the constructor and adopt_replacement.
+    parameter_.unsafeGetTensorImpl()->shallow_copy_from(data.getIntrusivePtr());
+  }
   shown_ = data.const_data_ptr();
 }
 
@@ -137,7 +137,7 @@ StreamedParameter::Edit StreamedParameter::edit_since_copy() const {
 
 void StreamedParameter::adopt_replacement() {
   const at::Tensor replacement = found_parameter();
-  const bool fits = replacement.scalar_type() == dtype_ &&
+  const bool fits = replacement.scalar_type() == dtype_ && !replacement.is_meta() &&
                     replacement.sizes() == at::IntArrayRef(sizes_) &&
                     replacement.layout() == at::kStrided && !replacement.is_inference() &&
                     !replacement.unsafeGetTensorImpl()->is_python_dispatch() &&  // DTensor, torchao
@@ -148,7 +148,7 @@ void StreamedParameter::adopt_replacement() {
       for (const std::int64_t size : sizes) {
         text += std::to_string(size) + ",";
       }
-      return text + ")";
+      return text + ")" + (options.device().is_meta() ? " on meta" : "");
     };
     throw StateError("expected parameter '" + name_ + "' to be replaced by a dense " +
                      describe(master_.options(), sizes_) + " as before, got " +

@@ -44,10 +44,14 @@ class StreamedParameter {
                  const std::function<void(const void* source, std::size_t size_bytes)>& fill);
 
   bool is_moved_in() const { return master_.defined(); }
+  /// Whether it is where we have put it: in its master, or on the device after it was in one.
+  bool is_moved() const { return was_moved_in_; }
   const at::Device& former_device() const { return former_device_; }
-  /// Copies the bytes into ordinary memory on `device`, or on the CPU if they do not fit there, and
-  /// shows that. Returns whether they did fit.
-  bool move_out(const at::Device& device);
+  /// Copies the bytes into ordinary memory on `device`. Blocks while copying.
+  /// Throws: c10::OutOfMemoryError if they do not fit there.
+  at::Tensor plain_copy(const at::Device& device) const;
+  /// Shows such a copy from now on, and lets go of the master.
+  void move_out(const at::Tensor& plain);
 
   /// Shows the place at this address.
   void show_place(std::byte* place, const at::Device& device);
@@ -101,6 +105,7 @@ class StreamedParameter {
   std::vector<std::int64_t> strides_;
   at::ScalarType dtype_;
   at::Device former_device_;
+  bool was_moved_in_ = false;
   std::size_t size_bytes_ = 0;
   std::int64_t copied_version_ = -1;
   std::int64_t acquired_version_ = -1;

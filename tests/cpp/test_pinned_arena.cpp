@@ -132,6 +132,39 @@ TEST_F(PinnedArenaTest, SegmentsAreOnePerChunkAndSkipTheGapsBetweenChunks) {
   EXPECT_TRUE(arena.segments(7, 7).empty());
 }
 
+TEST_F(PinnedArenaTest, OneCopyCarriesARunUpToTwiceTheLimit) {
+  const std::vector<std::size_t> sizes{kPage, kPage, 3 * kPage, kPage, kPage, 256, 256};
+  // Of two pages, of four, and of a page and a bit.
+  PinnedArena arena(device_, sizes, 2 * kPage, {0, 2, 4});
+  EXPECT_EQ(arena.segments(0, 2).size(), 1U);
+  EXPECT_EQ(arena.segments(2, 4).size(), 1U);
+  EXPECT_EQ(arena.segments(4, 7).size(), 1U);
+  EXPECT_EQ(arena.num_chunks(), 3U);
+  arena.seal_up_to(6);
+  EXPECT_EQ(device_->registered.at(arena.piece_memory(2)), 4 * kPage);
+  // Without their names the same pieces take the chunks as they come.
+  const PinnedArena plain(device_, sizes, 2 * kPage);
+  EXPECT_EQ(plain.segments(2, 4).size(), 2U);
+}
+
+TEST_F(PinnedArenaTest, LargerRunIsSplitBetweenItsPieces) {
+  const PinnedArena arena(device_, {kPage, 2 * kPage, 2 * kPage, kPage, kPage}, 2 * kPage, {0, 1});
+  EXPECT_EQ(arena.segments(1, 5).size(), 3U);
+}
+
+TEST_F(PinnedArenaTest, SmallRunsShareAChunkAndEmptyOnesTakeNone) {
+  const PinnedArena arena(device_, {256, 256, 0, 0, 512}, 2 * kPage, {0, 2, 4});
+  EXPECT_EQ(arena.num_chunks(), 1U);
+  EXPECT_EQ(arena.segments(0, 5).size(), 1U);
+}
+
+TEST_F(PinnedArenaTest, RunsOutOfOrderThrow) {
+  using Runs = std::vector<PieceIndex>;
+  for (const Runs& runs : {Runs{1, 0}, Runs{0, 0}, Runs{0, 2}}) {
+    EXPECT_THROW(PinnedArena(device_, {256, 256}, 2 * kPage, runs), IndexError);
+  }
+}
+
 TEST_F(PinnedArenaTest, EmptyPiecesAndEmptyArena) {
   PinnedArena none(device_, {});
   EXPECT_EQ(none.size_bytes(), 0U);

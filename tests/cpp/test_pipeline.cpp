@@ -16,6 +16,7 @@ namespace torch_offload {
 namespace {
 
 using testing::Gate;
+using testing::InjectedFault;
 using testing::layers_of;
 using testing::plan_of;
 using testing::plan_with_places;
@@ -467,6 +468,76 @@ TEST(PipelineTest, PrefetchedUnitThatIsSkippedIsOverwrittenInOrder) {
     gate.open();
     rig.expect_at_rest_and_right();
   }
+}
+
+Plan with_window(Plan plan, std::size_t window_bytes) {
+  plan.window_bytes = window_bytes;
+  return plan;
+}
+
+TEST(PipelineTest, ReplanStartsAnewInTheSameWindowAndKeepsTheCounts) {
+  for (const StreamLayout layout : {StreamLayout::kShared, StreamLayout::kSplit}) {
+    const std::vector<Unit> units = layers_of(3, 1, 2);
+    const Plan first = plan_of(units);
+    Rig rig(first, {Mode::kPipeline, layout, false});
+    rig.pass(sequence_of(6));
+    rig.pass(sequence_of(6));
+    const Stats before = rig.pipeline->stats();
+    const AddressRange window = rig.pipeline->window();
+    const std::uint64_t allocations = rig.device.counters().allocations;
+    // Copies and readers of the old plan are still under way when it is asked for.
+    Plan other = plan_with_places(
+        units, {{0, 256}, {0, 512}, {512, 768}, {0, 512}, {512, 768}, {0, 512}}, 512);
+    rig.pipeline->replan(with_window(other, first.window_bytes));
+    for (UnitIndex unit = 0; unit < units.size(); ++unit) {
+      EXPECT_FALSE(rig.pipeline->is_whole(unit));
+      EXPECT_EQ(rig.pipeline->unit_stats(unit).onloads, 0U);
+    }
+    EXPECT_EQ(rig.pipeline->window().begin, window.begin);
+    EXPECT_EQ(rig.pipeline->window_bytes(), first.window_bytes);
+    EXPECT_EQ(rig.device.counters().allocations, allocations);
+    for (int pass = 0; pass < 3; ++pass) {
+      rig.pass({0, 1, 2, 3, 4, 5});
+    }
+    EXPECT_GE(rig.pipeline->stats().onloads, before.onloads + 15U);
+    EXPECT_EQ(rig.pipeline->stats().forwards, before.forwards + 3U);
+    EXPECT_EQ(rig.pipeline->stats().misses, before.misses + 1U);
+    rig.expect_at_rest_and_right();
+  }
+}
+
+TEST(PipelineTest, ReplanThatCannotBeLeavesThePipelineAsItWas) {
+  const Plan plan = plan_of(layers_of(3, 1, 2));
+  Rig rig(plan);
+  rig.pass(sequence_of(6));
+  EXPECT_THROW(rig.pipeline->replan(with_window(plan, plan.window_bytes + 256)), ValueError);
+  rig.pipeline->enter();
+  EXPECT_THROW(rig.pipeline->replan(plan), StateError);
+  rig.pipeline->leave(true);
+  std::vector<Unit> more = layers_of(4, 1, 2);
+  const Plan larger = plan_with_places(more, std::vector<ByteRange>(8, {0, 512}), 0);
+  rig.device.fail_at(2);  // of the events that two more units need
+  EXPECT_THROW(rig.pipeline->replan(with_window(larger, plan.window_bytes)), InjectedFault);
+  EXPECT_EQ(rig.pipeline->plan().units.size(), 6U);
+  rig.pass(sequence_of(6));
+  rig.expect_at_rest_and_right();
+}
+
+TEST(PipelineTest, OwnsWindowAndPlacesOfTheirOwn) {
+  Rig rig(plan_with_places(layers_of(1, 1, 1), {{0, 256}, {0, 256}}, 0));
+  const auto* window = reinterpret_cast<const std::byte*>(rig.pipeline->window().begin);
+  EXPECT_TRUE(rig.pipeline->owns(window));
+  EXPECT_TRUE(rig.pipeline->owns(window + 255));
+  EXPECT_FALSE(rig.pipeline->owns(window + 256));
+  EXPECT_FALSE(rig.pipeline->owns(&rig));
+  rig.pipeline->enter();
+  rig.pipeline->acquire(0);
+  const std::byte* own = rig.pipeline->acquire(1);  // inside the one that it overlaps
+  EXPECT_TRUE(rig.pipeline->owns(own));
+  EXPECT_TRUE(own < window || own >= window + 256);
+  rig.pipeline->release(1);
+  rig.pipeline->release(0);
+  rig.pipeline->leave(true);
 }
 
 TEST(PipelineTest, ForwardInAForkedChildIsRefusedAndItsDestructorsReturn) {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -113,6 +114,19 @@ def streamed(
         yield handle
         if not handle.is_removed:
             expect.assert_at_rest(handle)
+
+
+@contextmanager
+def refused(
+    model: nn.Module, kind: type[Exception], match: str, *, same_memory: bool = True
+) -> Iterator[None]:
+    """Asserts that `offload` refuses a plain model, which then is exactly what it was."""
+    before = expect.snapshot(model)
+    with pytest.raises(kind, match=match) as caught:
+        yield
+    assert caught.type in (kind, *kind.__subclasses__())
+    expect.assert_unchanged(model, before, same_memory=same_memory)
+    assert torch_offload.handle_of(model) is None
 
 
 def assert_equal(got: Any, must: Any) -> None:

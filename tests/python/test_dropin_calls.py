@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -66,52 +65,6 @@ def test_offload_inside_inference_mode_works_outside(device: torch.device) -> No
     with torch.inference_mode():
         handle.remove()
     assert not any(parameter.is_inference() for parameter in model.parameters())
-
-
-def test_grad_mode_forward_warns_once_and_backward_raises(device: torch.device) -> None:
-    model = tiny_stack()
-    plain = plain_on(model, device)
-    x = rows(device)
-    with streamed(model, device) as handle:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            with expect.watch(handle) as calls:
-                outputs = [model(x) for _ in range(3)]
-        assert [str(one.message).split(":")[0] for one in caught] == ["torch_offload"]
-        expect.assert_streams_exactly(calls, exact_passes=3)
-        must = plain(x)
-        for output in outputs:
-            assert torch.equal(output, must)
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                output.sum().backward()
-        # Our own change of the version is no edit: nothing is copied that would not be anyway.
-        with torch.no_grad(), expect.watch(handle) as calls:
-            model(x)
-        expect.assert_streams_exactly(calls, exact_passes=1)
-
-
-@pytest.mark.filterwarnings(_GRAD_WARNING)
-def test_backward_over_weights_that_lie_still_works(device: torch.device) -> None:
-    model = tiny_stack()
-    plain = plain_on(model, device)
-    x = rows(device)
-    with streamed(model, device, resident=["blocks.3"]):
-        hidden = model(x).detach()
-        model.blocks[3](hidden).sum().backward()
-        plain.blocks[3](hidden).sum().backward()
-        grad = model.blocks[3].mlp.up.weight.grad
-        assert grad is not None
-        assert torch.equal(grad, plain.blocks[3].mlp.up.weight.grad)
-
-
-@pytest.mark.filterwarnings(_GRAD_WARNING)
-def test_input_gradient_through_streamed_weights_raises(device: torch.device) -> None:
-    model = tiny_stack()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    x = rows(device).requires_grad_()
-    with streamed(model, device), pytest.raises(RuntimeError, match="inplace operation"):
-        model(x).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

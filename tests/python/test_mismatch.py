@@ -73,6 +73,70 @@ def test_mismatch_names_weights_and_cure(text: str) -> None:
         model(rows(HOST))
 
 
+class _ReadsByName(Stack):
+    """Reads a weight that it holds in a variable: as a module, or as a tensor."""
+
+    how = "module"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        if self.how == "module":
+            leaf = self.blocks[1].attn
+            raise RuntimeError(f"{_TEXTS[0]}: {leaf}")
+        bias = self.blocks[2].mlp.down.bias
+        raise RuntimeError(f"{_TEXTS[0]}: {bias.shape}")
+
+
+@pytest.mark.parametrize(
+    ("how", "names"),
+    [
+        ("module", ["blocks.1.attn.weight", "blocks.1.attn.bias"]),
+        ("tensor", ["blocks.2.mlp.down.bias"]),
+    ],
+)
+def test_mismatch_names_what_the_reader_has_at_hand(how: str, names: list[str]) -> None:
+    model = _ReadsByName()
+    model.how = how
+    with streamed(model, HOST), torch.no_grad():
+        with pytest.raises(RuntimeError) as caught:
+            model(rows(HOST))
+        assert str(caught.value).endswith(f"resident={names}")
+
+
+def test_mismatch_of_an_input_says_which_device() -> None:
+    model = tiny_stack()
+    with streamed(model, HOST), torch.no_grad():
+        _fail_in(model, "embed", RuntimeError(_TEXTS[0]))
+        with pytest.raises(
+            RuntimeError, match=r"inputs lie on meta, but the model runs on cpu"
+        ) as e:
+            model(x=rows(torch.device("meta")))
+        assert "resident=" not in str(e.value)
+
+
+class _CallsOrForwards(Stack):
+    """Calls a unit, or its forward alone, which leaves its weights at rest."""
+
+    calls = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mlp = self.blocks[1].mlp
+        return mlp(x) if self.calls else mlp.forward(x)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_mismatch_inside_a_unit_blames_no_weight_of_it(calls: bool) -> None:
+    model = _CallsOrForwards()
+    model.calls = calls
+    with streamed(model, HOST), torch.no_grad():
+        _fail_in(model, "blocks.1.mlp.up", RuntimeError(_TEXTS[0]))
+        with pytest.raises(RuntimeError, match="torch_offload") as caught:
+            model(rows(HOST))
+    message = str(caught.value)
+    assert ("inside the call of a unit" in message) == calls
+    assert ("'blocks.1.mlp.up.weight'" in message) != calls
+
+
 def test_mismatch_of_something_else_names_no_weight() -> None:
     model = tiny_stack()
     with streamed(model, HOST), torch.no_grad():

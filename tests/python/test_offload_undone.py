@@ -1,0 +1,111 @@
+"""An `offload` that fails in the middle leaves the model exactly what it was."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torch_offload
+from tests.python import expect
+from tests.python.dropin import (
+    assert_streams_like_plain,
+    plain_on,
+    rows,
+    streamed,
+    tiny_stack,
+)
+from torch_offload import _C
+
+HOST = torch.device("cpu")
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("k", [0, 1, 4, 7])
+def test_failure_while_moving_weights_is_undone(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], k: int
+) -> None:
+    model = tiny_stack()
+    plain = plain_on(model, device)
+    before = expect.snapshot(model)
+    move_in = _C.Engine.move_in
+
+    def failing(engine: _C.Engine, unit: int) -> None:
+        if unit == k:
+            raise error("planted")
+        move_in(engine, unit)
+
+    monkeypatch.setattr(_C.Engine, "move_in", failing)
+    with pytest.raises(error, match="planted"):
+        torch_offload.offload(model, device)
+    expect.assert_unchanged(model, before, same_memory=False)
+    monkeypatch.undo()
+    with streamed(model, device) as handle:
+        assert_streams_like_plain(model, plain, handle, lambda m: m(rows(device)))
+
+
+@pytest.mark.parametrize(
+    "step", ["wrap_unit", "wrap_ancestor", "guard", "Handle", "_streamed", "Probes"]
+)
+@pytest.mark.parametrize("k", [0, 1, 5])
+@pytest.mark.parametrize("is_before", [True, False])
+def test_failure_while_wrapping_is_undone(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, step: str, k: int, is_before: bool
+) -> None:
+    from torch_offload import installation
+
+    model = tiny_stack()
+    before = expect.snapshot(model)
+    real = getattr(installation, step)
+    calls = 0
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if is_before and calls == k + 1:
+            raise KeyboardInterrupt("planted")
+        result = real(*args, **kwargs)
+        if calls == k + 1:
+            raise KeyboardInterrupt("planted")
+        return result
+
+    monkeypatch.setattr(installation, step, failing)
+    with contextlib.suppress(KeyboardInterrupt):
+        torch_offload.offload(model, device).remove()
+        assert calls <= k, "the planted failure was swallowed"
+    expect.assert_unchanged(model, before, same_memory=False)
+
+
+class _FailAt(TorchDispatchMode):
+    """Raises at the k-th operator."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self._left = k
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._left -= 1
+        if self._left == -1:
+            raise KeyboardInterrupt("planted")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["from-host", "from-device"])
+def test_failure_at_any_operator_of_offload_is_undone(device: torch.device, is_there: bool) -> None:
+    model = tiny_stack(2)
+    if is_there:
+        model.to(device)
+    before = expect.snapshot(model)
+    for k in range(1000):
+        try:
+            with _FailAt(k):
+                handle = torch_offload.offload(model, device)
+            break
+        except KeyboardInterrupt:
+            expect.assert_unchanged(model, before, same_memory=False)
+    assert k > 0
+    handle.remove()
+    expect.assert_unchanged(model, before, same_memory=False)

@@ -1,0 +1,193 @@
+"""Quantized weights are refused by name: parts of them lie where they would not be streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torch_offload
+from tests.python.dropin import (
+    Stack,
+    assert_streams_like_plain,
+    plain_on,
+    refused,
+    rows,
+    streamed,
+    tiny_llama,
+    tiny_stack,
+    tokens,
+)
+
+HOST = torch.device("cpu")
+
+
+class _Subclass(torch.Tensor):
+    """A wrapper subclass, as torchao's quantized tensors are."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> _Subclass:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(str(func))
+
+
+class Params4bit(nn.Parameter):
+    """As bitsandbytes has: packed bytes, and a state beside the tensor."""
+
+
+@pytest.mark.parametrize("unit", ["blocks", "embed"])
+def test_wrapper_subclass_parameter_fails_by_name(unit: str) -> None:
+    for kind in (_Subclass, Params4bit):
+        model = tiny_stack()
+        module = model.embed if unit == "embed" else model.blocks[2].attn
+        inner = module.weight.detach()
+        wrapped = (
+            nn.Parameter(_Subclass(inner), False) if kind is _Subclass else Params4bit(inner, False)
+        )
+        module.weight = wrapped
+        before = [dict(vars(one)) for one in model.modules()]
+        with pytest.raises(ValueError, match=rf"{unit}.*of class {kind.__name__}"):
+            torch_offload.offload(model, HOST)
+        assert [dict(vars(one)) for one in model.modules()] == before
+        assert module.weight is wrapped
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "torchao"])
+def test_quantized_model_of_transformers_fails_by_name(method: str) -> None:
+    model = tiny_llama()
+    model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method=method))
+    with refused(model, ValueError, f"quantized by {method}"):
+        torch_offload.offload(model, HOST)
+
+
+@pytest.mark.parametrize("left", [{"quant_method": "gguf"}, {"dequantize": True}], ids=str)
+def test_model_that_its_loader_has_dequantized_streams(left: dict[str, Any]) -> None:
+    model = tiny_llama()
+    plain = plain_on(model, HOST)
+    config = {"quant_method": "mxfp4", "dequantize": False} | left
+    model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(**config))
+    ids = tokens(HOST)
+    with streamed(model, HOST) as handle:
+        assert_streams_like_plain(model, plain, handle, lambda m: m(ids).logits)
+
+
+class QuantLinear(nn.Module):
+    """As GPTQ and AWQ have: packed integers in buffers, eight of four bits in one."""
+
+    def __init__(self, plain: nn.Linear, *, in_buffers: bool) -> None:
+        super().__init__()
+        ones = torch.ones(plain.in_features // 8, plain.out_features, dtype=torch.int32)
+        if in_buffers:
+            self.register_buffer("qweight", ones)
+        else:
+            self.qweight = ones
+        self.register_buffer("scales", torch.ones(1, plain.out_features))
+        self.bias = plain.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum(-1, keepdim=True) * self.scales[0] + self.qweight.sum(0)
+
+
+def _pack(model: nn.Module, *, in_buffers: bool) -> None:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, QuantLinear(child, in_buffers=in_buffers))
+
+
+@pytest.mark.parametrize("in_buffers", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("vocabulary", [64, 4096])  # a table outweighs what is packed
+def test_packed_weights_outside_parameters_fail_by_name(
+    in_buffers: bool, bias: bool, vocabulary: int
+) -> None:
+    model = tiny_llama(vocab_size=vocabulary, attention_bias=bias, tie_word_embeddings=True)
+    _pack(model.model, in_buffers=in_buffers)
+    with refused(model, ValueError, r"packed integers.*QuantLinear; GPTQ and AWQ"):
+        torch_offload.offload(model, HOST)
+
+
+def _bitsandbytes_8(model: Stack) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = model.blocks[1].attn.weight.detach()
+    model.blocks[1].attn = bnb.nn.Linear8bitLt(16, 16, has_fp16_weights=False)
+    model.blocks[1].attn.weight = bnb.nn.Int8Params(weight, False, has_fp16_weights=False)
+
+
+def _bitsandbytes_4(model: Stack) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = model.blocks[1].attn.weight.detach()
+    model.blocks[1].attn = bnb.nn.Linear4bit(16, 16)
+    model.blocks[1].attn.weight = bnb.nn.Params4bit(weight, False)
+
+
+def _torchao(model: Stack) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+
+def _quanto(model: Stack) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
+
+
+def _compressed_tensors(model: Stack) -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    scheme = quantization.preset_name_to_scheme("W8A16", ["Linear"])
+    config = quantization.QuantizationConfig(config_groups={"all": scheme})
+    quantization.apply_quantization_config(model, config)
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries that this environment may lack
+@pytest.mark.parametrize(
+    ("quantize", "match"),
+    [
+        (_bitsandbytes_8, r"class Int8Params \(bitsandbytes"),
+        (_bitsandbytes_4, r"class Params4bit \(bitsandbytes"),
+        (_torchao, r"of class \w+ \(torchao"),
+        (_quanto, r"of class \w+ \(optimum\.quanto"),
+        (_compressed_tensors, r"quantized by compressed-tensors"),
+    ],
+)
+def test_weights_quantized_by_a_library_fail_by_name(
+    quantize: Callable[[Stack], None], match: str
+) -> None:
+    model = tiny_stack()
+    quantize(model)
+    before = [dict(vars(one)) for one in model.modules()]
+    with pytest.raises(ValueError, match=match):
+        torch_offload.offload(model, HOST)
+    assert [dict(vars(one)) for one in model.modules()] == before
+
+
+def test_scheme_of_compressed_tensors_fails_by_name() -> None:
+    scheme = type("QuantizationScheme", (), {"__module__": "compressed_tensors.quantization"})
+    model = tiny_stack()
+    model.blocks[1].attn.quantization_scheme = scheme()
+    with refused(model, ValueError, r"'blocks\.1\.attn' of it is quantized by compressed-tensors"):
+        torch_offload.offload(model, HOST)
+
+
+def test_masks_and_indices_in_buffers_are_no_packed_weights() -> None:
+    model = tiny_stack()
+    model.embed.register_buffer("mask", torch.ones(256, 256, dtype=torch.bool))
+    model.embed.register_buffer("index", torch.ones(256, 256, dtype=torch.int64))
+    plain = plain_on(model, HOST)
+    with streamed(model, HOST) as handle:
+        assert_streams_like_plain(model, plain, handle, lambda m: m(rows(HOST)))
