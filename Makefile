@@ -62,6 +62,10 @@ format: $(STAMPS)/lint  ## bring all files into the format that lint asks for
 bench: $(STAMPS)/test build  ## run the benchmarks, tiny where there is no GPU
 	$(PY) -m pytest benchmarks $(PYTEST)
 
+.PHONY: figures
+figures: $(STAMPS)/test build  ## draw the pictures of README and docs
+	$(PY) tools/figures.py
+
 .PHONY: build
 build: build/configured  ## build the extension, in place
 	cmake --build build --target _C --parallel $(JOBS)

@@ -20,7 +20,11 @@ from records import Part, Records
 from tables import print_results
 from yardstick import (
     DEEP,
+    HEAVY,
+    SMALL,
     TINY_DEEP,
+    TINY_HEAVY,
+    TINY_SMALL,
     TINY_YARDSTICK,
     YARDSTICK,
     Shape,
@@ -30,7 +34,17 @@ from yardstick import (
 )
 
 # Seconds that the parts of one file share on a GPU; what is late makes fewer rounds or is skipped.
-FILE_LIMITS_S = {"yardstick": 150, "modes": 120, "peers": 75, "offload": 60, "deep": 50}
+FILE_LIMITS_S = {
+    "yardstick": 150,
+    "modes": 120,
+    "peers": 75,
+    "offload": 60,
+    "deep": 50,
+    "cpu_free": 60,
+    "profile": 60,
+    "simulated": 120,
+    "layer": 60,
+}
 _RECORDS = pytest.StashKey[Records]()
 _PART = pytest.StashKey[Part]()
 _BEGUN: dict[str, float] = {}
@@ -75,6 +89,23 @@ def yardstick(tiny: bool) -> Workload:
 @pytest.fixture(scope="session")
 def deep(tiny: bool) -> Workload:
     return TINY_DEEP if tiny else DEEP
+
+
+@pytest.fixture(scope="session")
+def heavy(tiny: bool) -> Workload:
+    return TINY_HEAVY if tiny else HEAVY
+
+
+@pytest.fixture(scope="session")
+def workloads(tiny: bool, yardstick: Workload) -> dict[str, Workload]:
+    """Those that one bench is run with, by name."""
+    return {"yardstick": yardstick, "small": TINY_SMALL if tiny else SMALL}
+
+
+@pytest.fixture(scope="session")
+def results_folder(pytestconfig: pytest.Config) -> Path:
+    """Where the JSON of this run goes."""
+    return pytestconfig.stash[_RECORDS].folder
 
 
 class Reference:

@@ -6,109 +6,14 @@ No torch in here: the README's table is made on machines that have none.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
 
-Document = dict[str, Any]
-Figures = dict[str, Any]
+from measured import Document, Figures, Results, Row, greatest, row_of, tuple_of
+from seen_figures import SEEN_ROWS
+
+__all__ = ["GRANULARITIES", "Document", "Figures", "Results", "Row", "rows", "tuple_of"]
 
 GRANULARITIES = ("sublayer", "module", "layer")
 _MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure: what it must be, what it should be, what it was, and whether that does."""
-
-    figure: str
-    must: str
-    aim: str
-    measured: str
-    verdict: str
-
-
-class Results:
-    """The parts of all subjects that went well, by what they are of."""
-
-    def __init__(self, documents: dict[str, Document]) -> None:
-        self.documents = documents
-        self._parts = [
-            part
-            for document in documents.values()
-            for part in document["parts"].values()
-            if part["status"] == "ok"
-        ]
-
-    def all(self, what: str, **wanted: Any) -> list[Figures]:
-        """Parts of a kind whose fields have these values, in the order they ran."""
-        return [
-            part
-            for part in self._parts
-            if part.get("what") == what
-            and all(part.get(name) == value for name, value in wanted.items())
-        ]
-
-    def one(self, what: str, **wanted: Any) -> Figures | None:
-        """The first of them, or None."""
-        return next(iter(self.all(what, **wanted)), None)
-
-    def shapes(self) -> list[str]:
-        """All shapes of the yardstick that were run, in their order."""
-        found: dict[str, None] = {}
-        for what in ("forward", "mode", "peer"):
-            found.update(dict.fromkeys(part["shape"] for part in self.all(what)))
-        return list(found)
-
-    def failures(self) -> list[tuple[str, str, str]]:
-        """(part, status, first line of the reason) of whatever did not go well."""
-        return [
-            (
-                f"{subject}.{name}",
-                part["status"],
-                next(iter((part["error"] or "no reason given").splitlines())),
-            )
-            for subject, document in self.documents.items()
-            for name, part in document["parts"].items()
-            if part["status"] != "ok"
-        ]
-
-
-def tuple_of(shape: str) -> str:
-    """Returns "(8,2048)" of "8x2048"."""
-    return "(" + shape.replace("x", ",") + ")"
-
-
-def verdict(value: float | None, must: float | None, aim: float | None, at_least: bool) -> str:
-    """Says "aim", "must" or by how much `value` misses what it must be."""
-    if value is None:
-        return "not measured"
-
-    def reaches(limit: float) -> bool:
-        return value >= limit if at_least else value <= limit
-
-    if aim is not None and reaches(aim):
-        return "aim"
-    if must is None:
-        return "measured"
-    if reaches(must):
-        return "must"
-    gap = abs(value - must)
-    if gap == float("inf"):
-        return "missed"
-    return f"short by {gap:.3g}" if gap >= 0.001 else f"short by {gap:.1e}"
-
-
-def _row(
-    figure: str,
-    must: str,
-    aim: str,
-    measured: str,
-    value: float | None,
-    limits: tuple[float | None, float | None],
-    at_least: bool = False,
-) -> Row:
-    text = measured if value is not None else "-"
-    return Row(figure, must, aim, text, verdict(value, *limits, at_least))
 
 
 def _ratios(parts: Iterable[Figures]) -> str:
@@ -119,35 +24,30 @@ def _ratios(parts: Iterable[Figures]) -> str:
     )
 
 
-def _greatest(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return max(known) if known else None
-
-
 def _link_bound(results: Results) -> Row:
     parts = [
         part
         for index in range(3)
         for part in results.all("forward", granularity="sublayer", shape_index=index)
     ]
-    return _row(
+    return row_of(
         "pipeline / roofline at (1,1), (8,512), (1,2048)",
         "<= 1.01",
         "1.002",
         _ratios(parts),
-        _greatest(part["ratio"] for part in parts) if len(parts) == 3 else None,
+        greatest(part["ratio"] for part in parts) if len(parts) == 3 else None,
         (1.01, 1.002),
     )
 
 
 def _compute_bound(results: Results) -> Row:
     parts = results.all("forward", granularity="sublayer", shape_index=3)
-    return _row(
+    return row_of(
         "the same at (8,2048), resident and streamed alternating",
         "<= 1.01",
         "1.003",
         _ratios(parts),
-        _greatest(part["ratio"] for part in parts),
+        greatest(part["ratio"] for part in parts),
         (1.01, 1.003),
     )
 
@@ -160,7 +60,7 @@ def _modes(results: Results) -> Row:
         best = min(parts, key=lambda part: part["streamed_ms"]["median"])
         won += best["mode"] == "pipeline"
     count = len(results.all("mode"))
-    return _row(
+    return row_of(
         "all four modes x both layouts",
         "in one table",
         "the pipeline first everywhere",
@@ -177,20 +77,22 @@ def _unit_cost(results: Results) -> Row:
         f"{part['beyond_plain_us_per_unit']:.1f} us beyond the plain call"
         for part in parts
     )
-    value = _greatest(
+    value = greatest(
         max(part["inside_us_per_unit"], part["beyond_plain_us_per_unit"]) for part in parts
     )
-    return _row("our CPU time per unit at (1,1)", "<= 20 us", "8 us", measured, value, (20.0, 8.0))
+    return row_of(
+        "our CPU time per unit at (1,1)", "<= 20 us", "8 us", measured, value, (20.0, 8.0)
+    )
 
 
 def _submission(results: Results) -> Row:
     parts = results.all("submit")
-    return _row(
+    return row_of(
         "CPU until `forward()` returns, beyond the plain model's",
         "<= 0.7 ms",
         "0.3 ms",
         ", ".join(f"{tuple_of(part['shape'])} {part['beyond_plain_ms']:.2f} ms" for part in parts),
-        _greatest(part["beyond_plain_ms"] for part in parts),
+        greatest(part["beyond_plain_ms"] for part in parts),
         (0.7, 0.3),
     )
 
@@ -214,7 +116,7 @@ def _nothing_of_ours(results: Results) -> Row:
         f"allocator {max(allocator, default=0):+d}"
     )
     value = float(max([*counts, *inside, *allocator]))
-    return _row(figure, "0", "", measured, value, (0.0, None))
+    return row_of(figure, "0", "", measured, value, (0.0, None))
 
 
 def _window(results: Results) -> Row:
@@ -230,7 +132,7 @@ def _window(results: Results) -> Row:
         for granularity, (layers, ratio) in worst.items()
     )
     value = (min(within) if within else float("inf")) if worst else None
-    return _row(
+    return row_of(
         "window at <= 1.01 of the roofline, all four shapes",
         "<= 2 layers",
         "<= 1 layer",
@@ -259,20 +161,20 @@ def _activations(results: Results) -> Row:
         f"{part['plain_activation_bytes'] / _MIB:.0f}"
         for part in parts
     )
-    return _row(
+    return row_of(
         "device memory beyond resident + window + the plain model's activations",
         "+1 % at (8,2048), +2 MiB elsewhere",
         "",
         measured,
-        _greatest(shares),
+        greatest(shares),
         (1.0, None),
     )
 
 
 def _page_locked(results: Results) -> Row:
     parts = results.all("offload")
-    value = _greatest(part["page_locked_ratio"] for part in parts)
-    return _row(
+    value = greatest(part["page_locked_ratio"] for part in parts)
+    return row_of(
         "page-locked bytes / bytes of the weights",
         "<= 1.01",
         "",
@@ -290,7 +192,7 @@ def _host_peak(results: Results) -> Row:
             f"{part['host_bytes_used'] / 1e9:.2f} GB for {part['model_bytes'] / 1e9:.2f} GB, "
             f"{part['host_ratio']:.3f} of model + unit"
         )
-    return _row(
+    return row_of(
         "peak of host memory while offloading",
         "model + one unit + 5 %",
         "",
@@ -302,7 +204,7 @@ def _host_peak(results: Results) -> Row:
 
 def _offload_rate(results: Results) -> Row:
     rates = {part["source"]: part["offload_bytes_per_s"] / 1e9 for part in results.all("offload")}
-    return _row(
+    return row_of(
         "`offload()` itself",
         ">= 3 GB/s of weights",
         "5 GB/s",
@@ -320,12 +222,12 @@ def _deep(results: Results) -> Row:
         f"(plain {part['plain_submit_ms']:.0f})"
         for part in parts
     )
-    return _row(
+    return row_of(
         "80 layers of 8B shape: pipeline / roofline, CPU blocked",
         "measured, explained",
         "<= 1.01",
         measured,
-        _greatest(part["ratio"] for part in parts),
+        greatest(part["ratio"] for part in parts),
         (None, 1.01),
     )
 
@@ -339,7 +241,7 @@ def _split_activations(results: Results) -> Row:
         )
         if shared and split and shared["activation_bytes"] is not None:
             pairs.append((shape, shared["activation_bytes"], split["activation_bytes"]))
-    return _row(
+    return row_of(
         "activations under `split` against `shared`",
         "measured",
         "",
@@ -366,6 +268,7 @@ _ROWS: tuple[Callable[[Results], Row], ...] = (
     _offload_rate,
     _deep,
     _split_activations,
+    *SEEN_ROWS,
 )
 
 

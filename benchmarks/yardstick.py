@@ -73,7 +73,13 @@ _SHAPES = ((1, 1), (8, 512), (1, 2048), (8, 2048))
 _TINY_SHAPES = ((1, 1), (2, 8), (1, 16), (2, 16))
 YARDSTICK = Workload("16 layers of Llama-70B", 8192, 28672, 16, 64, 8, 32000, _SHAPES)
 DEEP = Workload("80 layers of Llama-8B", 4096, 14336, 80, 32, 8, 32000, ((1, 1), (8, 2048)))
+# About 5 ms a forward over PCIe 5, to launch as to copy.
+SMALL = Workload("5 layers, 1536 wide", 1536, 5120, 5, 12, 3, 32000, ((1, 1),))
+# Few layers, as the activations of so many tokens want the room.
+HEAVY = Workload("4 layers of Llama-70B", 8192, 28672, 4, 64, 8, 32000, ((44, 2048),))
 TINY_YARDSTICK = Workload("4 tiny layers", 64, 224, 4, 8, 2, 320, _TINY_SHAPES)
+TINY_SMALL = Workload("5 tiny layers", 32, 112, 5, 4, 1, 320, ((1, 1),))
+TINY_HEAVY = Workload("4 tiny layers", 32, 112, 4, 4, 1, 320, ((2, 32),))
 TINY_DEEP = Workload("12 tiny layers", 32, 112, 12, 4, 1, 320, ((1, 1), (2, 16)))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
@@ -14,8 +16,12 @@ from torch import nn
 
 from torch_offload import _C
 from torch_offload.config import Config
+from torch_offload.description import UnitDescription, describe_unit
+from torch_offload.profiling import Profiler
+from torch_offload.recording import Recorder
 from torch_offload.report import report_of
 from torch_offload.sizes import format_size
+from torch_offload.trace import Trace, trace_of
 
 # Key in `vars(model)`. The model keeps its handle alive, never the other way round.
 HANDLE_KEY = "_torch_offload_handle"
@@ -103,6 +109,7 @@ class Handle:
         self._engine = engine
         self._undo = undo
         self._bytes_resident = bytes_resident
+        self._recorder = Recorder(engine)
         self.device = device
         self.config = config
 
@@ -185,6 +192,92 @@ class Handle:
             StateError: After `remove`.
         """
         (console or Console()).print(report_of(self))
+
+    def record(self, *, times: bool = False) -> AbstractContextManager[_C.OpLog]:
+        """Keeps the op log of the forwards in a block: every call to the device, in order.
+
+        Each op has its stream, event, unit, onload generation and address range. With `times` it
+        also has when the device began and ended it, for `timeline`; the end of the block then
+        blocks until all is done.
+
+        Raises:
+            StateError: During a forward, after `remove`, or inside another such block.
+
+        Example:
+            >>> with handle.record(times=True) as log:  # doctest: +SKIP
+            ...     model(**inputs)
+            >>> handle.timeline("timeline.png")  # doctest: +SKIP
+        """
+        return self._recorder.record(times=times)
+
+    def trace(self, title: str = "") -> Trace:
+        """The last recorded run as rows, bars and arrows.
+
+        Raises:
+            StateError: If there is none with times; shows the line to write.
+        """
+        log = self._recorder.last("trace() and timeline()", times=True)
+        return trace_of(log, title=title or self.config.mode, units=self._engine.plan.units)
+
+    def timeline(self, path: str | Path | None = None, *, console: Console | None = None) -> None:
+        """Draws the last recorded run: the CPU and every stream, copies, computes and waits.
+
+        Args:
+            path: A file to write: ``.png``, ``.svg``, ``.pdf`` (by matplotlib), ``.json`` (for
+                Perfetto) or ``.txt``. None prints to the terminal, as wide as it is.
+            console: Where to print; standard output if None.
+
+        Raises:
+            StateError: If no run with times was recorded; shows the line to write.
+            ValueError: For another suffix.
+        """
+        from torch_offload.timeline import check_suffix, text_of, write_timeline
+
+        if path is not None:
+            check_suffix(path)
+            write_timeline([self.trace()], path)
+            return
+        console = console or Console()
+        console.print(text_of([self.trace()], console.width))
+
+    def profile(self) -> Profiler:
+        """Measures the forwards in a block: where the time went, what bounds it, what would help.
+
+        Timing events are recorded only inside the block, whose end blocks until all is done.
+
+        Example:
+            >>> with handle.profile() as p:  # doctest: +SKIP
+            ...     model.generate(**inputs)
+            >>> p.report()  # doctest: +SKIP
+
+        Raises:
+            StateError: At the start of the block, as `record`.
+        """
+        return Profiler(
+            self._engine, self._recorder, self.config, self.device, self._bytes_resident()
+        )
+
+    def describe(self, unit: str | int) -> UnitDescription:
+        """Says of one unit where it lives, when it was onloaded, and who shares its place.
+
+        Args:
+            unit: Its name, the end of it, or its position in `units`.
+
+        Raises:
+            ValueError: If no unit has that name, or several do.
+            IndexError: If there is no such position.
+            StateError: After `remove`.
+        """
+        units = self.units
+        timed = self._recorder.has_log and self._recorder.last("", times=False).has_times
+        return describe_unit(
+            units,
+            unit,
+            device=str(self.device),
+            is_whole=[self._engine.is_whole(index) for index in range(len(units))],
+            overlaps=self._engine.plan.overlaps,
+            trace=self.trace() if timed else None,
+        )
 
     def refresh(self) -> None:
         """Reads all weights anew at their next use.

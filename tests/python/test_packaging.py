@@ -267,8 +267,8 @@ def test_wheel_contains_the_package_the_extension_and_the_licence_only(
         names = set(archive.namelist())
     package = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
     expected = {
-        f"torch_offload/{path.name}"
-        for path in (source / "torch_offload").iterdir()
+        str(path.relative_to(source))
+        for path in (source / "torch_offload").rglob("*")
         if path.suffix in {".py", ".pyi"} or path.name == "py.typed"
     }
     assert package == expected | {f"torch_offload/{MODULE}", "torch_offload/_build_info.py"}

@@ -1,0 +1,125 @@
+"""The simulator against the GPU: durations measured unit by unit, forwards predicted from them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from clocks import Stamp, device_ms, link_rate, spread, synchronize
+from conftest import Reference
+from observe import Counting
+from records import Part
+from torch import nn
+from yardstick import YARDSTICK, Stage, Workload, bound, forward, require_equal, shape_id
+
+from torch_offload import _C
+from torch_offload.prediction import Scenario, run_scenario
+
+_MODES = ("pipeline", "events", "streams", "sync")
+
+
+def _unit_times_ns(plain: nn.Module, names: list[str], tokens: torch.Tensor) -> dict[str, int]:
+    """Device time of each unit in a resident forward, and of all else as "".
+
+    Of the plain model: nothing of what is predicted goes into the prediction.
+    """
+    marks: dict[str, list[tuple[Stamp, Stamp]]] = defaultdict(list)
+    begun: dict[str, Stamp] = {}
+    hooks = []
+    for name in names:
+        module = plain.get_submodule(name)
+
+        def before(*_: object, name: str = name) -> None:
+            begun[name] = Stamp()
+
+        def after(*_: object, name: str = name) -> None:
+            marks[name].append((begun[name], Stamp()))
+
+        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(module.register_forward_hook(after, with_kwargs=True))
+    wholes = []
+    forward(plain, tokens)
+    marks.clear()
+    for _ in range(3):
+        synchronize()
+        begin = Stamp()
+        forward(plain, tokens)
+        wholes.append(Stamp() - begin)
+    synchronize()
+    for hook in hooks:
+        hook.remove()
+    times = {
+        name: round(median(end - begin for begin, end in pairs) * 1e9)
+        for name, pairs in marks.items()
+    }
+    times[""] = max(0, round(median(wholes) * 1e9) - sum(times.values()))
+    return times
+
+
+@pytest.fixture(scope="module")
+def measured_units() -> dict[Any, Any]:
+    """Durations of units by shape, and of copies by size: measured once, used by all modes."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("mode", "shape_index"),
+    [
+        pytest.param(mode, index, id=f"{mode}-{shape_id(shape)}")
+        for mode in _MODES
+        for index, shape in enumerate(YARDSTICK.shapes)
+    ],
+)
+def bench_simulated_forward(
+    part: Part,
+    stage: Stage,
+    reference: Reference,
+    yardstick: Workload,
+    measured_units: dict[Any, Any],
+    mode: str,
+    shape_index: int,
+) -> None:
+    """Predicted against measured, in the steady state of one mode and one shape."""
+    shape = yardstick.shapes[shape_index]
+    tokens = yardstick.tokens(shape)
+    plain = stage.plain(yardstick)
+    streamed = stage.streamed(yardstick, mode=mode)
+    require_equal(plain, streamed.model, tokens)
+    handle = streamed.handle
+    names = [unit.name for unit in handle.units]
+    if shape not in measured_units:
+        measured_units[shape] = _unit_times_ns(plain, names, tokens)
+    times = measured_units[shape]
+    for size in {unit.size_bytes for unit in handle.units}:
+        if size not in measured_units:
+            measured_units[size] = link_rate(size, copies=5)["median"]
+
+    units = [_C.Unit(u.name, u.size_bytes, u.layer_index, u.kind) for u in handle.units]
+    outside_ns = times[""] // len(names)  # kernels between units: an equal part to each
+    scenario = Scenario(
+        units=units,
+        compute_ns=[times[name] + outside_ns for name in names],
+        link_bytes_per_second=reference.link_bytes_per_s,
+        copy_ns=[round(u.size_bytes / measured_units[u.size_bytes] * 1e9) for u in units],
+        mode=mode,
+    )
+    predicted_ms = run_scenario(scenario, _C.make_plan(units)).pass_ms(2)
+
+    run = bound(streamed.model, tokens)
+    round_s = 3 * (reference.floor_ms(streamed.streamed_bytes) + times[""] * 1e-6) * 1e-3
+    with Counting(streamed):
+        measured = spread(device_ms(run, forwards=2, rounds=part.rounds(3, round_s, least=1)))
+    part.figures.update(
+        what="simulated",
+        shape=shape_id(shape),
+        shape_index=shape_index,
+        **streamed.describe(),
+        unit_ms={name: ns * 1e-6 for name, ns in times.items()},
+        predicted_ms=predicted_ms,
+        streamed_ms=measured,
+        error=predicted_ms / measured["median"] - 1,
+        bit_equal=True,
+    )

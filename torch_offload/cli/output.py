@@ -1,0 +1,91 @@
+"""What commands print, and where: tables for people, JSON for scripts, progress on the side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+Item = TypeVar("Item")
+
+JsonOption = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Also write the result as JSON; - prints only it."),
+]
+
+
+class NotHereError(RuntimeError):
+    """Something that the command needs is not on this machine."""
+
+
+def show(table: RenderableType, document: Any, json_target: str | None) -> None:
+    """Prints a table, and writes the same as JSON where that was asked for.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    if json_target == "-":
+        sys.stdout.write(json.dumps(document, indent=1) + "\n")
+        return
+    if json_target is not None:
+        Path(json_target).write_text(json.dumps(document, indent=1) + "\n")
+    Console().print(table)
+
+
+def check_writable(*paths: str | Path | None) -> None:
+    """Makes sure that files can be written before anything that takes long is run.
+
+    Raises:
+        OSError: If the folder of one is not there.
+    """
+    for path in paths:
+        if path is not None and str(path) != "-" and not Path(path).absolute().parent.is_dir():
+            raise FileNotFoundError(
+                f"expected a file in a folder that exists, got {str(path)!r}; make the folder first"
+            )
+
+
+def _progress() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def tracked(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """Goes through items with a bar on standard error, which is gone afterwards."""
+    with _progress() as progress:
+        yield from progress.track(items, description=what)
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Shows that something takes its time, on standard error."""
+    with Console(stderr=True).status(what):
+        yield
+
+
+def split_list(text: str, what: str, allowed: Iterable[str]) -> list[str]:
+    """Returns the names in ``"a,b"``.
+
+    Raises:
+        ValueError: If one is not allowed, or there is none.
+    """
+    allowed = list(allowed)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    wrong = [name for name in names if name not in allowed]
+    if wrong or not names:
+        got = ", ".join(map(repr, wrong)) if wrong else "nothing"
+        raise ValueError(f"expected {what} to list some of {', '.join(allowed)}, got {got}")
+    return names

@@ -1,0 +1,70 @@
+"""The op logs of one handle: when one is kept, and where the last one is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch_offload import _C
+
+#: What to write so that there is a log; part of every error that misses one.
+HOW_TO_RECORD = "with handle.record(times=True) as log:"
+
+
+class Recorder:
+    """Attaches logs to an engine, one at a time, and keeps the last."""
+
+    def __init__(self, engine: _C.Engine) -> None:
+        self._engine = engine
+        self._log: _C.OpLog | None = None
+        self._is_open = False
+
+    @contextmanager
+    def record(self, *, times: bool) -> Iterator[_C.OpLog]:
+        """Keeps a log while the block runs. Blocks at its end with `times`, until all is done.
+
+        Raises:
+            StateError: During a forward, after `remove`, or inside another block.
+        """
+        if self._is_open:
+            raise _C.StateError(
+                "expected one record() or profile() at a time, got one inside another; use the "
+                "log of the outer one"
+            )
+        log = _C.OpLog()
+        self._engine.attach_log(log, times)
+        self._is_open = True
+        self._log = log
+        try:
+            yield log
+        finally:
+            self._is_open = False
+            if not self._engine.is_closed:
+                self._engine.attach_log(None)
+
+    @property
+    def has_log(self) -> bool:
+        """Whether there is a finished log."""
+        return self._log is not None and not self._is_open
+
+    def last(self, what: str, *, times: bool) -> _C.OpLog:
+        """Returns the last log, for something that reads it.
+
+        Raises:
+            StateError: If there is none, it is still being written, or it has no times and they
+                are needed; shows the line to write.
+        """
+        asked = HOW_TO_RECORD if times else HOW_TO_RECORD.replace("times=True", "")
+        if self._log is None or self._is_open:
+            state = "one that is still being written" if self._is_open else "none"
+            raise _C.StateError(
+                f"expected a recorded run for {what}, got {state}; write `{asked}` around the "
+                f"forwards, and call {what} after the block"
+            )
+        if times and not self._log.has_times:
+            got = "one without times" if len(self._log) else "one without a forward"
+            raise _C.StateError(
+                f"expected a recorded run with times for {what}, got {got}; write `{asked}` "
+                "around a forward"
+            )
+        return self._log
