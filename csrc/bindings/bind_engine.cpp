@@ -82,6 +82,7 @@ void bind_engine(py::module_& module) {
           },
           py::arg("call_plain"), py::arg("module"), py::arg("args"), py::arg("kwargs"))
       .def("refresh", &Engine::refresh)
+      .def("attach_log", &Engine::attach_log, py::arg("log"), py::arg("times") = false)
       .def("close", &Engine::close)
       .def_property_readonly("is_closed", &Engine::is_closed)
       .def_property_readonly("in_pass",

@@ -2,6 +2,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "core/unit.h"
@@ -33,6 +35,9 @@ enum class OpKind : std::uint8_t {
   kHostWrite,
 };
 
+/// The name of a kind in Python and in traces, such as "read_end".
+const char* name_of(OpKind kind);
+
 /// A range of addresses [begin, end), on the device or on the host.
 struct AddressRange {
   std::uintptr_t begin = 0;
@@ -45,6 +50,8 @@ struct AddressRange {
   std::size_t size_bytes() const { return end - begin; }
 };
 
+constexpr std::int64_t kUnknownTime = -1;
+
 /// One call to a Device, in the order of submission. Fields that do not apply keep their defaults.
 struct Op {
   OpKind kind = OpKind::kCopy;
@@ -54,7 +61,22 @@ struct Op {
   std::uint64_t generation = 0;   ///< Which onload of the unit, counted from 1.
   AddressRange memory;            ///< Written by a copy or fill, else read or written.
   AddressRange source;            ///< Of a copy.
-  std::int64_t host_time_ns = 0;  ///< Monotonic clock of the host at submission.
+  std::int64_t host_time_ns = 0;  ///< Monotonic clock of the host when it made the call.
+
+  // When the device carried it out, by the clock of `host_time_ns`; see Note [Times in the log].
+  std::int64_t begin_ns = kUnknownTime;
+  std::int64_t end_ns = kUnknownTime;
+};
+
+/// Numbers a point of a stream whose time a Device was asked to keep; see Note [Times in the log].
+using MarkId = std::uint32_t;
+
+constexpr MarkId kNoMark = UINT32_MAX;
+
+/// The marks whose times will be the begin and the end of an op.
+struct OpMarks {
+  MarkId begin = kNoMark;
+  MarkId end = kNoMark;
 };
 
 /// Everything submitted to one Device while the log was attached.
@@ -62,12 +84,34 @@ struct Op {
 /// Threads: appended to by the thread that submits; read it when nothing is being submitted.
 class OpLog {
  public:
-  void append(const Op& op) { ops_.push_back(op); }
+  void append(const Op& op, OpMarks marks = {});
   const std::vector<Op>& ops() const { return ops_; }
-  void clear() { ops_.clear(); }
+  /// Forgets the ops; names stay.
+  void clear();
+
+  /// Turns the marks of all ops into times. `times_ns` is indexed by MarkId.
+  void resolve(const std::vector<std::int64_t>& times_ns);
+  /// Whether ops in here know their times.
+  bool has_times() const { return has_times_; }
+
+  /// Names of the device's streams by StreamId; empty until the log is detached.
+  const std::vector<std::string>& stream_names() const { return stream_names_; }
+  void set_stream_names(std::vector<std::string> names) { stream_names_ = std::move(names); }
+  /// Names of the units that the ops speak of, by UnitIndex.
+  const std::vector<std::string>& unit_names() const { return unit_names_; }
+  void set_unit_names(std::vector<std::string> names) { unit_names_ = std::move(names); }
 
  private:
+  struct Unresolved {
+    std::size_t op_index;
+    OpMarks marks;
+  };
+
   std::vector<Op> ops_;
+  std::vector<Unresolved> unresolved_;  // ops whose times are still marks
+  std::vector<std::string> stream_names_;
+  std::vector<std::string> unit_names_;
+  bool has_times_ = false;
 };
 
 }  // namespace torch_offload

@@ -110,6 +110,11 @@ Engine::~Engine() { let_go(); }
 void Engine::let_go() {
   {
     const py::gil_scoped_release no_gil;
+    try {
+      detach_log();
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "torch_offload: the op log has no times: %s\n", error.what());
+    }
     pipeline_.reset();
   }
   units_.clear();
@@ -200,6 +205,7 @@ std::int64_t Engine::recut(Plan plan, std::vector<ParameterRange> ranges) {
   }
   {
     const py::gil_scoped_release no_gil;
+    detach_log();  // it tells of units that will be no more
     pipeline_->replan(std::move(plan));
   }
   units_ = std::move(units);
@@ -223,6 +229,31 @@ void Engine::refresh() {
     if (!pipeline().plan().is_resident(unit)) {
       pipeline_->invalidate(unit);
     }
+  }
+}
+
+void Engine::attach_log(std::shared_ptr<OpLog> log, bool with_times) {
+  check_at_rest("attach_log()");
+  if (log != nullptr) {
+    std::vector<std::string> names;
+    for (const Unit& unit : pipeline().plan().units) {
+      names.push_back(unit.name);
+    }
+    log->set_unit_names(std::move(names));
+  }
+  const py::gil_scoped_release no_gil;
+  detach_log();
+  if (log != nullptr) {
+    device_->attach_log(log.get(), with_times);
+    log_ = std::move(log);
+  }
+}
+
+void Engine::detach_log() {
+  // Kept until the device has let go of it, whether that fails or not.
+  const std::shared_ptr<OpLog> log = std::exchange(log_, nullptr);
+  if (log != nullptr) {
+    device_->attach_log(nullptr);
   }
 }
 

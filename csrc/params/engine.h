@@ -82,6 +82,11 @@ class Engine : private Loader {
 
   /// Reads all masters anew at the next use. Throws: StateError during a forward.
   void refresh();
+  /// Writes every later call to the device into `log`, until called with another one or nullptr;
+  /// recut() and close() detach it as well. With times, see Device::attach_log.
+  /// Blocking: where times are to begin or to be resolved.
+  /// Throws:   StateError during a forward, and for a log after close().
+  void attach_log(std::shared_ptr<OpLog> log, bool with_times);
   /// Drains the pipeline and gives back window, streams, arena and parameters; those that were not
   /// moved out keep their masters alive. Throws: StateError during a forward.
   void close();
@@ -143,6 +148,7 @@ class Engine : private Loader {
   void end_pass();
   pybind11::object outside_window(const pybind11::handle& output) const;
   void check_at_rest(const char* call) const;
+  void detach_log();
 
   std::shared_ptr<Device> device_;
   at::Device torch_device_;
@@ -150,6 +156,7 @@ class Engine : private Loader {
   std::vector<UnitParameters> units_;
   std::shared_ptr<PinnedArena> arena_;  // one piece per parameter, empty for a resident one
   std::unique_ptr<Pipeline> pipeline_;
+  std::shared_ptr<OpLog> log_;  // attached to the device; or none
   std::uint64_t cpu_ns_ = 0;
   bool has_warned_of_backward_ = false;
 };
