@@ -56,6 +56,7 @@ void Device::detach_log() {
     num_streams = op.stream == kNoStream ? num_streams : std::max(num_streams, op.stream + 1);
   }
   std::vector<std::string> names;
+  names.reserve(num_streams);
   for (StreamId stream = 0; stream < num_streams; ++stream) {
     names.push_back(stream_name(stream));
   }

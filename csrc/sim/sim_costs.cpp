@@ -79,12 +79,12 @@ std::int64_t copy_duration_ns(const SimCosts& costs, const Copy& copy) {
     return (*costs.copy_ns)[copy.unit];
   }
   constexpr double kNsPerSecond = 1e9;
-  const double transfer_ns =
-      static_cast<double>(copy.size_bytes) / *costs.copy_bytes_per_second * kNsPerSecond;
+  const double bytes_per_second = costs.copy_bytes_per_second.value_or(0);  // there is one
+  const double transfer_ns = static_cast<double>(copy.size_bytes) / bytes_per_second * kNsPerSecond;
   if (transfer_ns > static_cast<double>(kLongestSimTimeNs)) {
     throw ValueError("expected a copy to take at most one hour, got " +
                      std::to_string(copy.size_bytes) + " bytes at " +
-                     std::to_string(*costs.copy_bytes_per_second) + " bytes a second");
+                     std::to_string(bytes_per_second) + " bytes a second");
   }
   return costs.copy_latency_ns + std::llround(transfer_ns);
 }

@@ -189,7 +189,7 @@ def test_costs_of_another_type_fails(options: dict[str, Any]) -> None:
 
 def test_costs_by_position_fails() -> None:
     with pytest.raises(TypeError):
-        _C.SimCosts(1e9, compute_ns=[1])  # type: ignore[misc]
+        _C.SimCosts(1e9, compute_ns=[1])  # type: ignore[call-arg]
 
 
 def _bad_simulate(
