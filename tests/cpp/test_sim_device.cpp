@@ -82,6 +82,21 @@ TEST(SimDeviceTest, WorkBeginsWithItsCallAndDoesNotEndBeforeIt) {
   EXPECT_EQ(bench.copied(3), Interval(1000, 1010));
 }
 
+/// What the host has not launched to the end keeps the SMs from others.
+TEST(SimDeviceTest, WorkUnderLaunchHoldsItsEngine) {
+  SimCosts costs = costs_by_unit();
+  costs.calls.launch_ns = 500;
+  SimBench bench(costs);
+  const StreamId copies = bench.copy_stream();
+  const StreamId other = bench.compute_stream();
+  bench.copy(copies, 700);
+  bench.order(other, copies);
+  bench.compute(other, 1, 50);    // launched from 0 on, ready at 700
+  bench.compute(kCaller, 2, 20);  // launched from 500 to 1000
+  EXPECT_EQ(bench.computed(2), Interval(500, 1000));
+  EXPECT_EQ(bench.computed(1), Interval(700, 1050));
+}
+
 TEST(SimDeviceTest, CopiesAndKernelsRunSideBySideAndStreamsInOrder) {
   SimBench bench;
   const StreamId copies = bench.copy_stream();

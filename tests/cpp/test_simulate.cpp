@@ -322,6 +322,18 @@ TEST(SimulateTest, SameRequestGivesTheSameResult) {
   EXPECT_EQ(third.elapsed_ns, first.elapsed_ns);
 }
 
+TEST(SimulateTest, TimesCountFromTheFirstPassToTheHostsReturn) {
+  SimRequest request = request_of(Mode::kPipeline, StreamLayout::kShared, 1);
+  request.costs.calls.synchronize_ns = 5'000;
+  request.synchronize_passes = true;
+  const SimResult result = simulate(request);
+  EXPECT_EQ(result.pass_begin_ns[0], 0) << "making the pipeline is not part of it";
+  EXPECT_EQ(result.pass_end_ns[0], kMhaCopyNs + kMhaNs + kFfnNs);
+  EXPECT_EQ(result.host_end_ns[0], result.pass_end_ns[0] + 5'000);
+  EXPECT_EQ(result.elapsed_ns, result.host_end_ns[0]);
+  EXPECT_EQ(result.host_blocked_ns, result.pass_end_ns[0]);
+}
+
 TEST(SimulateTest, NoPassesAndEmptyPassesTakeNoTime) {
   SimRequest request = request_of(Mode::kPipeline, StreamLayout::kShared, 2);
   request.passes = {};
