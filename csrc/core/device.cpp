@@ -30,6 +30,18 @@ void Device::append(Op op) {
   }
 }
 
+void Device::attach_log(OpLog* log) {
+  if (log != nullptr) {
+    if (!log->ops().empty()) {
+      throw StateError("expected an empty op log, got one of " + std::to_string(log->ops().size()) +
+                       " ops, from which what was submitted since is missing; clear() it, or "
+                       "attach a new one");
+    }
+    log->set_recorded_before(recorded_);
+  }
+  log_ = log;
+}
+
 void Device::check_recorded(EventId event, const char* call) const {
   if (event >= recorded_.size() || !recorded_[event]) {
     throw InternalError(std::string("torch_offload: internal error: ") + call + " on event " +
@@ -45,6 +57,21 @@ EventId Device::create_event() {
     recorded_.resize(event + 1, false);
   }
   return event;
+}
+
+void Device::leave_stream(StreamId stream) {
+  Op op;
+  op.kind = OpKind::kLeave;
+  op.stream = stream;
+  append(op);
+}
+
+void Device::enter_stream(StreamId stream) {
+  do_set_current_stream(stream);
+  Op op;
+  op.kind = OpKind::kEnter;
+  op.stream = stream;
+  append(op);
 }
 
 // Each call is logged after the device has taken it: what failed was not submitted.
@@ -76,8 +103,9 @@ bool Device::is_done(EventId event) {
   Op op;
   op.kind = OpKind::kQuery;
   op.event = event;
+  op.is_done = do_is_done(event);
   append(op);
-  return do_is_done(event);
+  return op.is_done;
 }
 
 void Device::synchronize(StreamId stream) {
@@ -147,12 +175,14 @@ void Device::fill(StreamId stream, void* memory, std::size_t size_bytes, std::ui
 }
 
 void* Device::allocate(std::size_t size_bytes) {
+  const StreamId stream = do_current_stream();  // an allocator's memory is free behind its kernels
   void* memory = do_allocate(size_bytes);
   allocations_.emplace(memory, size_bytes);
   ++counters_.allocations;
   counters_.allocated_bytes += size_bytes;
   Op op;
   op.kind = OpKind::kAllocate;
+  op.stream = stream;
   op.memory = AddressRange::of(memory, size_bytes);
   append(op);
   return memory;

@@ -71,6 +71,12 @@ class Device {
   /// Sends the calling thread's later kernels to `stream`.
   void set_current_stream(StreamId stream) { do_set_current_stream(stream); }
 
+  /// Declares that the calling thread's kernels went to `stream` so far; only logged. Whoever means
+  /// to send them elsewhere says so before he orders the other stream behind this one ...
+  void leave_stream(StreamId stream);
+  /// ... and then sends the later ones, which need what the earlier have done, to `stream`.
+  void enter_stream(StreamId stream);
+
   EventId create_event();
   /// Marks the point that `stream` has reached. An event may be recorded again and again.
   void record(EventId event, StreamId stream);
@@ -89,6 +95,9 @@ class Device {
   void copy(StreamId stream, const Copy& copy);
 
   /// Declares that work submitted to `stream` from now on may read the place of `unit` ...
+  ///
+  /// A unit that is in use on one stream may come to be used on another as well: begun there or
+  /// not, the reads end there with an end_read of that stream, and all with that of the first.
   void begin_read(StreamId stream, const void* memory, std::size_t size_bytes, UnitIndex unit,
                   std::uint64_t generation);
   /// ... and that no work submitted later does. Both only leave their trace in the log.
@@ -100,6 +109,8 @@ class Device {
             UnitIndex unit);
 
   /// Device memory, aligned to kAlignmentBytes. Throws MemoryError.
+  /// Ordering: kernels submitted to the current stream so far may still use it, as they belong to
+  /// whoever had it before: other streams' first access comes behind them.
   void* allocate(std::size_t size_bytes);
   /// Lifetime: nothing may be in flight to or from `memory`.
   void free(void* memory);
@@ -116,7 +127,8 @@ class Device {
 
   /// Appends every later call to `log`, until called with nullptr.
   /// Lifetime: `log` must outlive its being attached.
-  void attach_log(OpLog* log) { log_ = log; }
+  /// Throws: StateError if the log holds ops already: what came between would be missing from it.
+  void attach_log(OpLog* log);
 
   const DeviceCounters& counters() const { return counters_; }
 

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "core/unit.h"
@@ -21,17 +22,22 @@ enum class OpKind : std::uint8_t {
   kFill,         ///< `stream` overwrites `memory` with poison.
   kRead,         ///< Work submitted to `stream` from here on may read `memory`.
   kReadEnd,      ///< No later work on `stream` reads `memory`.
+  kLeave,        ///< The caller's kernels went to `stream` so far, and are about to go elsewhere.
+  kEnter,        ///< From here on they go to `stream`; they need what those before have done.
   kRecord,       ///< `event` is recorded on `stream`.
   kWait,         ///< `stream` waits for `event`.
-  kQuery,        ///< The host asked whether `event` is done.
+  kQuery,        ///< The host asked whether `event` is done; `is_done` is the answer.
   kSynchronize,  ///< The host waited for `stream`.
-  kAllocate,     ///< Device memory.
+  kAllocate,     ///< Device memory, which work submitted to `stream` so far may still use.
   kFree,
   kRegister,  ///< Host memory, page-locked.
   kUnregister,
   kHostRead,  ///< The host itself reads or writes `memory`.
   kHostWrite,
 };
+
+/// One word each: "copy", "read_end", ...
+const char* name_of(OpKind kind);
 
 /// A range of addresses [begin, end), on the device or on the host.
 struct AddressRange {
@@ -43,6 +49,7 @@ struct AddressRange {
     return {begin, begin + size_bytes};
   }
   std::size_t size_bytes() const { return end - begin; }
+  bool overlaps(const AddressRange& other) const { return begin < other.end && other.begin < end; }
 };
 
 /// One call to a Device, in the order of submission. Fields that do not apply keep their defaults.
@@ -50,6 +57,7 @@ struct Op {
   OpKind kind = OpKind::kCopy;
   StreamId stream = kNoStream;
   EventId event = kNoEvent;
+  bool is_done = false;  ///< Of a query.
   UnitIndex unit = kNoUnit;
   std::uint64_t generation = 0;   ///< Which onload of the unit, counted from 1.
   AddressRange memory;            ///< Written by a copy or fill, else read or written.
@@ -66,8 +74,15 @@ class OpLog {
   const std::vector<Op>& ops() const { return ops_; }
   void clear() { ops_.clear(); }
 
+  /// Which events were recorded before the first op: what those records cover is not in the log.
+  void set_recorded_before(std::vector<bool> events) { recorded_before_ = std::move(events); }
+  bool was_recorded_before(EventId event) const {
+    return event < recorded_before_.size() && recorded_before_[event];
+  }
+
  private:
   std::vector<Op> ops_;
+  std::vector<bool> recorded_before_;  // by EventId
 };
 
 }  // namespace torch_offload

@@ -1,5 +1,6 @@
-// Linked with all of the core and nothing else but threads: an object of the core that needed
+// Linked with all of core and checker and nothing else but threads: an object of theirs that needed
 // torch, CUDA or Python would not link, and a header that included one of them is refused here.
+#include "check/hazard_checker.h"
 #include "core/device.h"
 #include "core/error.h"
 #include "core/host_limits.h"

@@ -132,6 +132,10 @@ TEST_F(DeviceTest, LogHoldsEveryCallWithItsRanges) {
   device_.wait(HostDevice::kCallerStream, event);
   device_.begin_read(HostDevice::kCallerStream, block, 512, 7, 3);
   device_.end_read(HostDevice::kCallerStream, block, 512, 7, 3);
+  device_.leave_stream(HostDevice::kCallerStream);
+  device_.enter_stream(stream_);
+  device_.enter_stream(HostDevice::kCallerStream);
+  device_.synchronize(stream_);
   device_.is_done(event);
   device_.fill(stream_, block, 512, 0xFF, 7);
   device_.synchronize(stream_);
@@ -149,11 +153,12 @@ TEST_F(DeviceTest, LogHoldsEveryCallWithItsRanges) {
     EXPECT_GE(op.host_time_ns, last_ns);
     last_ns = op.host_time_ns;
   }
-  EXPECT_EQ(kinds, (std::vector<OpKind>{OpKind::kRegister, OpKind::kAllocate, OpKind::kCopy,
-                                        OpKind::kRecord, OpKind::kWait, OpKind::kRead,
-                                        OpKind::kReadEnd, OpKind::kQuery, OpKind::kFill,
-                                        OpKind::kSynchronize, OpKind::kHostRead, OpKind::kHostWrite,
-                                        OpKind::kFree, OpKind::kUnregister}));
+  EXPECT_EQ(kinds,
+            (std::vector<OpKind>{
+                OpKind::kRegister, OpKind::kAllocate, OpKind::kCopy, OpKind::kRecord, OpKind::kWait,
+                OpKind::kRead, OpKind::kReadEnd, OpKind::kLeave, OpKind::kEnter, OpKind::kEnter,
+                OpKind::kSynchronize, OpKind::kQuery, OpKind::kFill, OpKind::kSynchronize,
+                OpKind::kHostRead, OpKind::kHostWrite, OpKind::kFree, OpKind::kUnregister}));
   const Op& copy = log_.ops()[2];
   EXPECT_EQ(copy.stream, stream_);
   EXPECT_EQ(copy.unit, 7U);
@@ -164,6 +169,32 @@ TEST_F(DeviceTest, LogHoldsEveryCallWithItsRanges) {
   EXPECT_EQ(copy.source.size_bytes(), 512U);
   EXPECT_EQ(log_.ops()[3].event, event);
   EXPECT_EQ(log_.ops()[4].stream, HostDevice::kCallerStream);
+  EXPECT_EQ(log_.ops()[1].stream, HostDevice::kCallerStream) << "whose kernels may still use it";
+  EXPECT_EQ(log_.ops()[8].stream, stream_);
+  EXPECT_TRUE(log_.ops()[11].is_done);
+}
+
+TEST_F(DeviceTest, EnterStreamMakesItCurrent) {
+  device_.leave_stream(device_.current_stream());
+  EXPECT_EQ(device_.current_stream(), HostDevice::kCallerStream);
+  device_.enter_stream(stream_);
+  EXPECT_EQ(device_.current_stream(), stream_);
+}
+
+TEST_F(DeviceTest, LogThatHoldsOpsIsRefusedAndKnowsWhatWasRecordedBefore) {
+  const EventId before = device_.create_event();
+  const EventId never = device_.create_event();
+  device_.record(before, stream_);
+  device_.attach_log(&log_);
+  EXPECT_TRUE(log_.was_recorded_before(before));
+  EXPECT_FALSE(log_.was_recorded_before(never));
+  EXPECT_FALSE(log_.was_recorded_before(never + 1));
+  device_.synchronize(stream_);
+  device_.attach_log(nullptr);
+  EXPECT_THROW(device_.attach_log(&log_), StateError) << "what came in between is missing from it";
+  log_.clear();
+  device_.attach_log(&log_);
+  device_.attach_log(nullptr);
 }
 
 TEST_F(DeviceTest, WhatWasRefusedIsNeitherCountedNorLogged) {
