@@ -166,7 +166,7 @@ std::string FindingWriter::sentence(const Finding& finding) const {
              " to another, and no op sends them back: make " + stream_name(ops_[first].stream) +
              " current again when the use ends, whatever ended it.";
   }
-  return later;
+  return "";
 }
 
 // --- which edge is missing ---------------------------------------------------------------------

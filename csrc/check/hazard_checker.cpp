@@ -37,7 +37,7 @@ bool needs_event(OpKind kind) {
 }  // namespace
 
 const std::vector<Finding>& HazardChecker::check(const OpLog& log, const LogNames& names) {
-  writer_.emplace(log, names);
+  names_ = &names;
   prepare(log);
   OpIndex index = 0;
   for (const Op& op : log.ops()) {
@@ -344,14 +344,15 @@ void HazardChecker::expect_returned() {
 
 void HazardChecker::report(FindingKind kind, std::size_t first, OpIndex second,
                            AddressRange memory) {
+  const FindingWriter writer(*log_, *names_);
   for (auto last = findings_.rbegin(); last != findings_.rend() && last->second == second; ++last) {
     if (last->first == first && last->memory.end == memory.begin && memory.begin != 0) {
-      *last = writer_->make(kind, first, second, {last->memory.begin, memory.end});
+      *last = writer.make(kind, first, second, {last->memory.begin, memory.end});
       return;
     }
   }
   if (findings_.size() < max_findings_) {
-    findings_.push_back(writer_->make(kind, first, second, memory));
+    findings_.push_back(writer.make(kind, first, second, memory));
   }
 }
 

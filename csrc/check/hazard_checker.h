@@ -2,7 +2,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "check/clocks.h"
@@ -89,8 +88,8 @@ class HazardChecker {
 
   const std::size_t max_findings_;
   std::vector<Finding> findings_;
-  std::optional<FindingWriter> writer_;
-  const OpLog* log_ = nullptr;
+  const OpLog* log_ = nullptr;  // both of the running check
+  const LogNames* names_ = nullptr;
 
   std::vector<StreamIndex> stream_index_;  // by StreamId
   std::vector<OpIndex> recorded_by_;       // by EventId: the last record
