@@ -162,8 +162,12 @@ std::string FindingWriter::sentence(const Finding& finding) const {
       return later + " lets kernels run that need the work up to " + earlier +
              " and do not wait for it: " + missing_edge(first, second) + ".";
     case FindingKind::kNotReturned:
-      return later + " sent the caller's kernels from the stream of " + earlier +
-             " to another, and no op sends them back: make " + stream_name(ops_[first].stream) +
+      return later +
+             (finding.second_kind == OpKind::kEnter
+                  ? " sent the caller's kernels away from the stream of " + earlier +
+                        ", and no op sends them back"
+                  : " sends the caller's kernels to another stream than " + earlier + " had left") +
+             ": make " + stream_name(ops_[first].stream) +
              " current again when the use ends, whatever ended it.";
   }
   return "";

@@ -20,6 +20,7 @@ bool needs_stream(OpKind kind) {
     case OpKind::kReadEnd:
     case OpKind::kLeave:
     case OpKind::kEnter:
+    case OpKind::kReturn:
     case OpKind::kRecord:
     case OpKind::kWait:
     case OpKind::kSynchronize:
@@ -54,7 +55,6 @@ void HazardChecker::prepare(const OpLog& log) {
   open_reads_.clear();
   left_ = {};
   away_.clear();
-  entered_.clear();
 
   stream_index_.clear();
   std::uint32_t num_events = 0;
@@ -110,7 +110,8 @@ void HazardChecker::visit(OpIndex index, const Op& op) {
       left_ = {index, stream, epoch};
       break;
     case OpKind::kEnter:
-      enter(index, stream);
+    case OpKind::kReturn:
+      go_on(index, op.kind, stream);
       break;
     case OpKind::kRecord:
       clocks_.record(op.event, stream);
@@ -318,25 +319,27 @@ void HazardChecker::wait(OpIndex index, const Op& op, StreamIndex stream) {
          {});
 }
 
-void HazardChecker::enter(OpIndex index, StreamIndex stream) {
-  if (left_.op == ShadowMemory::kNone) {
-    return;  // the log begins in between
-  }
-  if (clocks_.of_stream(stream)[left_.stream] < left_.epoch) {
+void HazardChecker::go_on(OpIndex index, OpKind kind, StreamIndex stream) {
+  if (left_.op != ShadowMemory::kNone &&  // else the log begins in between
+      clocks_.of_stream(stream)[left_.stream] < left_.epoch) {
     report(FindingKind::kHandedOverEarly, left_.op, index, {});
   }
-  if (!away_.empty() && away_.back().stream == stream) {
+  if (kind == OpKind::kEnter) {
+    away_.push_back({left_, index});
+  } else if (!away_.empty()) {
+    const Stay stay = away_.back();
     away_.pop_back();
-    entered_.pop_back();
-  } else {
-    away_.push_back(left_);
-    entered_.push_back(index);
+    if (stay.left.op != ShadowMemory::kNone && stay.left.stream != stream) {
+      report(FindingKind::kNotReturned, stay.left.op, index, {});
+    }
   }
 }
 
 void HazardChecker::expect_returned() {
-  if (!away_.empty() && open_reads_.empty()) {
-    report(FindingKind::kNotReturned, away_.front().op, entered_.front(), {});
+  for (const Stay& stay : away_) {
+    if (stay.left.op != ShadowMemory::kNone && open_reads_.empty()) {
+      report(FindingKind::kNotReturned, stay.left.op, stay.entered, {});
+    }
   }
 }
 

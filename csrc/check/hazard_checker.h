@@ -65,6 +65,12 @@ class HazardChecker {
     Epoch epoch = 0;
   };
 
+  /// From a kEnter to its kReturn.
+  struct Stay {
+    Departure left;
+    OpIndex entered = ShadowMemory::kNone;
+  };
+
   void prepare(const OpLog& log);
   void visit(OpIndex index, const Op& op);
   void read(OpIndex index, const AddressRange& memory, StreamIndex stream, Epoch epoch);
@@ -77,7 +83,7 @@ class HazardChecker {
   void host_read(OpIndex index, const AddressRange& memory);
   void host_write(OpIndex index, const AddressRange& memory);
   void wait(OpIndex index, const Op& op, StreamIndex stream);
-  void enter(OpIndex index, StreamIndex stream);
+  void go_on(OpIndex index, OpKind kind, StreamIndex stream);
   void expect_returned();
   void expect_not_open(FindingKind kind, OpIndex index, const AddressRange& memory);
   void expect_fresh(OpIndex index, const Op& op, const ShadowMemory::Cell& cell);
@@ -97,9 +103,8 @@ class HazardChecker {
   ShadowMemory memory_;
   std::vector<OpenRead> open_reads_;
 
-  Departure left_;                // the last kLeave
-  std::vector<Departure> away_;   // what was left and not come back to, the outermost first
-  std::vector<OpIndex> entered_;  // the kEnter of each of `away_`
+  Departure left_;          // the last kLeave
+  std::vector<Stay> away_;  // those that have not ended, the outermost first
 };
 
 }  // namespace torch_offload

@@ -66,10 +66,14 @@ void Device::leave_stream(StreamId stream) {
   append(op);
 }
 
-void Device::enter_stream(StreamId stream) {
+void Device::enter_stream(StreamId stream) { go_to_stream(OpKind::kEnter, stream); }
+
+void Device::return_to_stream(StreamId stream) { go_to_stream(OpKind::kReturn, stream); }
+
+void Device::go_to_stream(OpKind kind, StreamId stream) {
   do_set_current_stream(stream);
   Op op;
-  op.kind = OpKind::kEnter;
+  op.kind = kind;
   op.stream = stream;
   append(op);
 }

@@ -76,6 +76,8 @@ class Device {
   void leave_stream(StreamId stream);
   /// ... and then sends the later ones, which need what the earlier have done, to `stream`.
   void enter_stream(StreamId stream);
+  /// Likewise, back to the stream that was left for the one entered last.
+  void return_to_stream(StreamId stream);
 
   EventId create_event();
   /// Marks the point that `stream` has reached. An event may be recorded again and again.
@@ -158,6 +160,7 @@ class Device {
  private:
   void check_recorded(EventId event, const char* call) const;
   void append(Op op);
+  void go_to_stream(OpKind kind, StreamId stream);
 
   const std::int64_t process_;  // that made the device
   OpLog* log_ = nullptr;

@@ -16,6 +16,8 @@ const char* name_of(OpKind kind) {
       return "leave";
     case OpKind::kEnter:
       return "enter";
+    case OpKind::kReturn:
+      return "return";
     case OpKind::kRecord:
       return "record";
     case OpKind::kWait:

@@ -24,6 +24,7 @@ enum class OpKind : std::uint8_t {
   kReadEnd,      ///< No later work on `stream` reads `memory`.
   kLeave,        ///< The caller's kernels went to `stream` so far, and are about to go elsewhere.
   kEnter,        ///< From here on they go to `stream`; they need what those before have done.
+  kReturn,       ///< Likewise, to the stream that was left for the one entered last.
   kRecord,       ///< `event` is recorded on `stream`.
   kWait,         ///< `stream` waits for `event`.
   kQuery,        ///< The host asked whether `event` is done; `is_done` is the answer.

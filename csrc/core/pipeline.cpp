@@ -152,6 +152,9 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
   if (state.acquired > 0) {  // called again inside its own call
     const StreamId stream = device_.current_stream();
     device_.wait(stream, state.ready);
+    if (note_stream(state, stream)) {
+      begin_read(unit, stream);
+    }
     ++state.acquired;
     return state.memory;
   }
@@ -180,8 +183,8 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
     } else {
       device_.wait(stream, state.ready);  // read-after-write: the copy may still be under way
     }
-    device_.begin_read(stream, state.memory, plan_.units[unit].size_bytes, unit, state.generation);
     prefetch_ahead();
+    begin_read(unit, stream);  // last: a unit that could not be acquired was not read
   } catch (...) {
     // No kernel was submitted, so there is no use to wait for: only the hold is given back.
     state.acquired = 0;
@@ -198,21 +201,24 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
 void Pipeline::release(UnitIndex unit) {
   UnitState& state = held_state(unit);
   const StreamId stream = device_.current_stream();
-  const std::size_t size_bytes = plan_.units[unit].size_bytes;
   const bool is_last = --state.acquired == 0;  // at once: whatever fails below, it is let go
   try {
-    if (stream != state.used_on) {
-      // The module left another stream current than it found: the use ends where both have ended.
-      order_after(state.used_on, stream);
-    }
+    // The module may have left another stream current than it found: the use ends there as well.
+    note_stream(state, stream);
     if (!is_last) {
       return;
     }
+    for (const StreamId other : state.also_used_on) {
+      end_read(unit, other);
+    }
+    end_read(unit, state.used_on);
+    for (const StreamId other : state.also_used_on) {
+      order_after(state.used_on, other);
+    }
     if (options_.poison_on_release) {
       state.whole = state.awaited = false;
-      device_.fill(state.used_on, state.memory, size_bytes, kPoison, unit);
+      device_.fill(state.used_on, state.memory, plan_.units[unit].size_bytes, kPoison, unit);
     }
-    device_.end_read(state.used_on, state.memory, size_bytes, unit, state.generation);
     if (policy_.host_synchronizes) {
       device_.synchronize(state.used_on);
       state.pending.fill(kNoEvent);
@@ -224,16 +230,38 @@ void Pipeline::release(UnitIndex unit) {
   } catch (...) {
     // Nobody can wait for this use any more, so it must have ended.
     quiesce(state.used_on);
-    if (stream != state.used_on) {
-      quiesce(stream);
+    for (const StreamId other : state.also_used_on) {
+      quiesce(other);
     }
     if (is_last) {
+      state.also_used_on.clear();
       state.whole = state.awaited = false;
       restore_current_stream(state);
     }
     throw;
   }
+  state.also_used_on.clear();
   prefetch_ahead();
+}
+
+/// Remembers that the unit is used on `stream`. Returns whether that is news.
+bool Pipeline::note_stream(UnitState& state, StreamId stream) {
+  std::vector<StreamId>& also = state.also_used_on;
+  if (stream == state.used_on || std::find(also.begin(), also.end(), stream) != also.end()) {
+    return false;
+  }
+  also.push_back(stream);
+  return true;
+}
+
+void Pipeline::begin_read(UnitIndex unit, StreamId stream) {
+  const UnitState& state = states_[unit];
+  device_.begin_read(stream, state.memory, plan_.units[unit].size_bytes, unit, state.generation);
+}
+
+void Pipeline::end_read(UnitIndex unit, StreamId stream) {
+  const UnitState& state = states_[unit];
+  device_.end_read(stream, state.memory, plan_.units[unit].size_bytes, unit, state.generation);
 }
 
 Pipeline::UnitState& Pipeline::held_state(UnitIndex unit) {
@@ -365,7 +393,8 @@ void Pipeline::give_own_place(UnitIndex unit) {
   // Whoever copies into the old place next will no longer ask this unit for its last use.
   for (std::size_t i = 0; i < kNumKinds; ++i) {
     if (state.pending[i] != kNoEvent) {
-      device_.wait(copy_streams_[i], std::exchange(state.pending[i], kNoEvent));
+      device_.wait(copy_streams_[i], state.pending[i]);
+      state.pending[i] = kNoEvent;  // only now: a wait that failed is still to be taken
     }
   }
   own_places_.emplace_back(device_, plan_.units[unit].size_bytes);
@@ -397,23 +426,24 @@ StreamId Pipeline::enter_compute_stream(UnitIndex unit) {
     return caller;
   }
   const StreamId compute = compute_streams_[static_cast<std::size_t>(plan_.units[unit].kind)];
+  device_.leave_stream(caller);
   order_after(compute, caller);  // the unit reads activations that the caller's kernels write
-  device_.set_current_stream(compute);
+  device_.enter_stream(compute);
   states_[unit].left = caller;
   return compute;
 }
 
 void Pipeline::leave_compute_stream(UnitState& state) {
-  const StreamId caller = state.left;
-  restore_current_stream(state);
-  if (caller != kNoStream) {
-    order_after(caller, state.used_on);  // the caller's kernels read what the unit wrote
+  if (state.left != kNoStream) {
+    device_.leave_stream(state.used_on);
+    order_after(state.left, state.used_on);  // the caller's kernels read what the unit wrote
+    restore_current_stream(state);
   }
 }
 
 void Pipeline::restore_current_stream(UnitState& state) {
   if (state.left != kNoStream) {
-    device_.set_current_stream(state.left);
+    device_.return_to_stream(state.left);
     state.left = kNoStream;
   }
 }

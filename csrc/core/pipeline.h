@@ -113,16 +113,17 @@ class Pipeline {
   };
 
   struct UnitState {
-    std::byte* memory = nullptr;     // the place; nullptr for a resident unit
-    EventId ready = kNoEvent;        // recorded behind each onload
-    EventId free = kNoEvent;         // recorded behind each use
-    bool whole = false;              // the place holds the master's bytes, or will behind `ready`
-    bool awaited = false;            // whole and expected to be used: no prefetch may overwrite it
-    bool fresh = false;              // whole and not used since
-    std::uint32_t acquired = 0;      // uses under way (a module may call itself)
-    StreamId used_on = kNoStream;    // stream of the use under way, or of the last one
-    StreamId left = kNoStream;       // `split`: the stream to go back to
-    StreamId loaded_on = kNoStream;  // stream that `ready` was recorded on
+    std::byte* memory = nullptr;   // the place; nullptr for a resident unit
+    EventId ready = kNoEvent;      // recorded behind each onload
+    EventId free = kNoEvent;       // recorded behind each use
+    bool whole = false;            // the place holds the master's bytes, or will behind `ready`
+    bool awaited = false;          // whole and expected to be used: no prefetch may overwrite it
+    bool fresh = false;            // whole and not used since
+    std::uint32_t acquired = 0;    // uses under way (a module may call itself)
+    StreamId used_on = kNoStream;  // stream of the use under way, or of the last one
+    std::vector<StreamId> also_used_on;  // streams that the use under way has come to since
+    StreamId left = kNoStream;           // `split`: the stream to go back to
+    StreamId loaded_on = kNoStream;      // stream that `ready` was recorded on
     std::uint64_t generation = 0;
     std::uint64_t copied_in_pass = 0;
     // For each copy stream: the event that it must wait for before it writes into this range
@@ -135,6 +136,9 @@ class Pipeline {
   StreamId enter_compute_stream(UnitIndex unit);
   void leave_compute_stream(UnitState& state);
   void restore_current_stream(UnitState& state);
+  static bool note_stream(UnitState& state, StreamId stream);
+  void begin_read(UnitIndex unit, StreamId stream);
+  void end_read(UnitIndex unit, StreamId stream);
   void order_after(StreamId later, StreamId earlier);
   bool may_overwrite(UnitIndex unit, bool awaited_too) const;
   void onload(UnitIndex unit);

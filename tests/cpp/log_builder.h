@@ -48,6 +48,7 @@ class LogBuilder {
   }
   std::size_t leave(StreamId stream) { return add(on(OpKind::kLeave, stream)); }
   std::size_t enter(StreamId stream) { return add(on(OpKind::kEnter, stream)); }
+  std::size_t return_to(StreamId stream) { return add(on(OpKind::kReturn, stream)); }
   std::size_t record(EventId event, StreamId stream) {
     return add(on(OpKind::kRecord, stream, event));
   }

@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "check/hazard_checker.h"
 #include "core/loader.h"
 #include "core/pipeline.h"
 #include "core/plan.h"
@@ -200,6 +201,7 @@ class Masters {
       noise = noise * 1664525U + 1013904223U;
       byte = static_cast<std::byte>(noise >> 24U);
     }
+    device_.host_write(memory_ + offsets_[unit], bytes->size(), unit);
     std::memcpy(memory_ + offsets_[unit], bytes->data(), bytes->size());
     expected_[unit] = std::move(bytes);
   }
@@ -221,14 +223,51 @@ class RawLoader : public Loader {
 
   StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                 std::uint64_t generation) override {
+    generations_[unit] = generation;
     device_.copy(copy_stream,
                  {place, masters_.of(unit), masters_.expected(unit)->size(), unit, generation});
     return copy_stream;
   }
 
+  /// Of the last copy of the unit.
+  std::uint64_t generation(UnitIndex unit) const { return generations_.at(unit); }
+
  private:
   Device& device_;
   const Masters& masters_;
+  std::map<UnitIndex, std::uint64_t> generations_;
+};
+
+/// Logs all that a device is asked to do, and lets the checker judge it in the end.
+class CheckedLog {
+ public:
+  CheckedLog(Device& device, OpLog& log) : device_(device), log_(log) { device_.attach_log(&log_); }
+  CheckedLog(const CheckedLog&) = delete;
+  CheckedLog& operator=(const CheckedLog&) = delete;
+  ~CheckedLog() {
+    device_.attach_log(nullptr);
+    if (!expects_hazards) {
+      for (const Finding& finding : findings()) {
+        ADD_FAILURE() << name_of(finding.kind) << ": " << finding.message;
+      }
+    }
+  }
+
+  std::vector<Finding> findings() const {
+    LogNames names;
+    for (const Op& op : log_.ops()) {
+      while (op.stream != kNoStream && op.stream >= names.streams.size()) {
+        names.streams.push_back(device_.stream_name(static_cast<StreamId>(names.streams.size())));
+      }
+    }
+    return HazardChecker().check(log_, names);
+  }
+
+  bool expects_hazards = false;  // set by tests that plant some
+
+ private:
+  Device& device_;
+  OpLog& log_;
 };
 
 /// A pipeline on a TestDevice, with readers that check the bytes of a place when they run.
@@ -236,26 +275,32 @@ class Rig {
  public:
   explicit Rig(Plan plan, const PipelineOptions& options = {},
                HostDevice::ComputeStreams compute = HostDevice::ComputeStreams::kWorker)
-      : device(compute), masters(device, plan.units), loader(device, masters) {
+      : device(compute),
+        checked_log(device, log),
+        masters(device, plan.units),
+        loader(device, masters) {
     // Callers have streams of their own: HostDevice's caller stream would block this thread.
     for (const char* name : {"caller", "other_caller"}) {
       callers.push_back(device.create_stream({name, StreamRole::kCompute, 0}));
     }
     device.set_current_stream(callers[0]);
     pipeline.emplace(device, loader, std::move(plan), options);
-    device.attach_log(&log);
   }
   ~Rig() {
     device.fail_at(0);
-    device.attach_log(nullptr);
     if (pipeline) {
       pipeline.reset();
       drain();
     }
   }
 
-  /// Queues a reader of the unit's place on the current stream, as a kernel would be.
+  /// Queues a reader of the unit's place on the current stream, as a kernel would be. The log is
+  /// told of it beside what the pipeline says of the use.
   void read(UnitIndex unit, const std::byte* place) {
+    const StreamId stream = device.current_stream();
+    const std::size_t size_bytes = masters.expected(unit)->size();
+    device.begin_read(stream, place, size_bytes, unit, loader.generation(unit));
+    device.end_read(stream, place, size_bytes, unit, loader.generation(unit));
     device.run(device.current_stream(), [this, unit, place, expected = masters.expected(unit)] {
       const bool equal = std::memcmp(place, expected->data(), expected->size()) == 0;
       device.step([&] {
@@ -336,6 +381,7 @@ class Rig {
 
   OpLog log;
   TestDevice device;
+  CheckedLog checked_log;  // before what is given back while it still listens
   Masters masters;
   RawLoader loader;
   std::vector<StreamId> callers;
@@ -348,13 +394,13 @@ class Rig {
  private:
   EventId event_behind(OpKind kind, UnitIndex unit) const {
     EventId event = kNoEvent;
-    bool armed = false;
+    StreamId stream = kNoStream;
     for (const Op& op : log.ops()) {
       if (op.kind == kind && op.unit == unit) {
-        armed = true;
-      } else if (op.kind == OpKind::kRecord && armed) {
+        stream = op.stream;
+      } else if (op.kind == OpKind::kRecord && op.stream == stream) {
         event = op.event;
-        armed = false;
+        stream = kNoStream;
       }
     }
     return event;

@@ -111,7 +111,7 @@ class RandomLog {
         build.leave(stream());
         break;
       default:
-        build.enter(stream());
+        draw(2) == 0 ? build.enter(stream()) : build.return_to(stream());
     }
   }
 

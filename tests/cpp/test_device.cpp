@@ -134,7 +134,7 @@ TEST_F(DeviceTest, LogHoldsEveryCallWithItsRanges) {
   device_.end_read(HostDevice::kCallerStream, block, 512, 7, 3);
   device_.leave_stream(HostDevice::kCallerStream);
   device_.enter_stream(stream_);
-  device_.enter_stream(HostDevice::kCallerStream);
+  device_.return_to_stream(HostDevice::kCallerStream);
   device_.synchronize(stream_);
   device_.is_done(event);
   device_.fill(stream_, block, 512, 0xFF, 7);
@@ -156,7 +156,7 @@ TEST_F(DeviceTest, LogHoldsEveryCallWithItsRanges) {
   EXPECT_EQ(kinds,
             (std::vector<OpKind>{
                 OpKind::kRegister, OpKind::kAllocate, OpKind::kCopy, OpKind::kRecord, OpKind::kWait,
-                OpKind::kRead, OpKind::kReadEnd, OpKind::kLeave, OpKind::kEnter, OpKind::kEnter,
+                OpKind::kRead, OpKind::kReadEnd, OpKind::kLeave, OpKind::kEnter, OpKind::kReturn,
                 OpKind::kSynchronize, OpKind::kQuery, OpKind::kFill, OpKind::kSynchronize,
                 OpKind::kHostRead, OpKind::kHostWrite, OpKind::kFree, OpKind::kUnregister}));
   const Op& copy = log_.ops()[2];
@@ -174,11 +174,13 @@ TEST_F(DeviceTest, LogHoldsEveryCallWithItsRanges) {
   EXPECT_TRUE(log_.ops()[11].is_done);
 }
 
-TEST_F(DeviceTest, EnterStreamMakesItCurrent) {
+TEST_F(DeviceTest, EnteringAndReturningChangeTheCurrentStream) {
   device_.leave_stream(device_.current_stream());
   EXPECT_EQ(device_.current_stream(), HostDevice::kCallerStream);
   device_.enter_stream(stream_);
   EXPECT_EQ(device_.current_stream(), stream_);
+  device_.return_to_stream(HostDevice::kCallerStream);
+  EXPECT_EQ(device_.current_stream(), HostDevice::kCallerStream);
 }
 
 TEST_F(DeviceTest, LogThatHoldsOpsIsRefusedAndKnowsWhatWasRecordedBefore) {

@@ -441,7 +441,7 @@ TEST(HazardCheckerTest, KernelsThatGoOnOnAStreamThatDoesNotWait) {
     build.leave(2);
     build.record(0, 2);
     build.wait(kCompute, 0);
-    build.enter(kCompute);
+    build.return_to(kCompute);
     if (waits) {
       expect_clean(build);
     } else {
@@ -463,11 +463,42 @@ TEST(HazardCheckerTest, CallerLeftOnAStreamOfOurs) {
   expect_clean(build);  // the log ends while the unit is in use
 }
 
+TEST(HazardCheckerTest, CallerReturnedToAnotherStream) {
+  for (const bool is_right : {true, false}) {
+    LogBuilder build;
+    const std::size_t leave = build.leave(kCompute);
+    build.synchronize(kCompute);
+    build.enter(2);
+    const std::size_t returned = build.return_to(is_right ? kCompute : 3);
+    if (is_right) {
+      expect_clean(build);
+    } else {
+      expect_fault(build, FindingKind::kNotReturned, leave, returned, {}, "had left");
+    }
+  }
+}
+
+/// A unit may call another, and itself, any number of times.
+TEST(HazardCheckerTest, StaysOnStreamsOfOursNest) {
+  LogBuilder build;
+  for (const int depth : {0, 1, 2, 3}) {
+    build.leave(depth == 0 ? kCompute : 2);
+    build.synchronize(depth == 0 ? kCompute : 2);
+    build.enter(2);
+  }
+  for (const int depth : {3, 2, 1, 0}) {
+    build.leave(2);
+    build.synchronize(2);
+    build.return_to(depth == 0 ? kCompute : 2);
+  }
+  expect_clean(build);
+}
+
 TEST(HazardCheckerTest, LogThatBeginsInTheMiddleIsJudgedFromThereOn) {
   LogBuilder build;
   build.log.set_recorded_before({true, true});
   build.read_end(kCompute, slices(0), 0, 7);
-  build.enter(kCompute);
+  build.return_to(kCompute);
   build.wait(kCompute, kReady);
   build.read(kCompute, slices(1), 1, 4);
   build.read_end(kCompute, slices(1), 1, 4);
