@@ -34,24 +34,6 @@ constexpr std::uint8_t kPoison = 0xFF;  // NaN in every floating-point type
 
 }  // namespace
 
-Pipeline::DeviceMemory::DeviceMemory(Device& device, std::size_t size_bytes)
-    : device_(device),
-      memory_(size_bytes == 0 ? nullptr : static_cast<std::byte*>(device.allocate(size_bytes))) {}
-
-Pipeline::DeviceMemory::DeviceMemory(DeviceMemory&& other) noexcept
-    : device_(other.device_), memory_(std::exchange(other.memory_, nullptr)) {}
-
-Pipeline::DeviceMemory::~DeviceMemory() {
-  if (memory_ == nullptr || device_.in_forked_child()) {
-    return;
-  }
-  try {
-    device_.free(memory_);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "torch_offload: device memory was not given back: %s\n", error.what());
-  }
-}
-
 Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOptions& options)
     : device_(device),
       loader_(loader),

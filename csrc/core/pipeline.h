@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/device.h"
+#include "core/device_memory.h"
 #include "core/loader.h"
 #include "core/mode.h"
 #include "core/order.h"
@@ -97,20 +98,6 @@ class Pipeline {
 
  private:
   static constexpr std::size_t kNumKinds = 2;
-
-  /// Device memory that is given back at the end of the scope.
-  class DeviceMemory {
-   public:
-    DeviceMemory(Device& device, std::size_t size_bytes);
-    DeviceMemory(DeviceMemory&& other) noexcept;
-    DeviceMemory& operator=(DeviceMemory&&) = delete;
-    ~DeviceMemory();
-    std::byte* memory() const { return memory_; }
-
-   private:
-    Device& device_;
-    std::byte* memory_ = nullptr;
-  };
 
   struct UnitState {
     std::byte* memory = nullptr;   // the place; nullptr for a resident unit

@@ -2,6 +2,7 @@
 // torch, CUDA or Python would not link, and a header that included one of them is refused here.
 #include "check/hazard_checker.h"
 #include "core/device.h"
+#include "core/device_memory.h"
 #include "core/error.h"
 #include "core/host_limits.h"
 #include "core/host_mapping.h"
