@@ -217,12 +217,9 @@ class Stage:
                 kept = handle.stats.bytes_resident + handle.stats.window_bytes
                 extra = torch.cuda.memory_allocated(DEVICE) - before - kept
             self._streamed = Streamed(model, handle, device, options, seconds, extra)
-            # One pass to learn the order, one in it. Under no_grad: the pass that proves leaves
-            # does not see their reads in inference mode and would leave the sublayers as they are.
             tokens = workload.tokens(workload.shapes[0])
-            with torch.no_grad():
-                for _ in range(2):
-                    model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+            for _ in range(2):  # one pass to learn the order and to prove leaves, one in it
+                forward(model, tokens)
             if options.get("granularity") == "module":
                 linears = sum(isinstance(module, nn.Linear) for module in model.model.modules())
                 units = self._streamed.num_units

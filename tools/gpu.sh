@@ -4,7 +4,8 @@
 #   tools/gpu.sh [results-folder]               default: results
 #
 # Environment: PYTHON (default: python3), WHEELS (a folder of wheels to install first),
-# PARTS (default: "build cpp python bench"), LIMIT_<PART> (seconds, e.g. LIMIT_BENCH=900), JOBS.
+# PARTS (default: "build cpp python bench"), LIMIT_<PART> (seconds, e.g. LIMIT_BENCH=900), JOBS,
+# PYTEST and BENCH (arguments of the two: files, options), WORKERS (of the Python tests).
 # A part that fails does not keep the later ones from running, but for the build. The exit status
 # is the worst one, and the summary comes last.
 set -uo pipefail
@@ -85,7 +86,7 @@ if has_module pytest && has_module pytest_timeout; then
   ! has_module xdist || pytest+=(-n "${WORKERS:-4}")
   part python 1200 "${pytest[@]}" ${PYTEST:-}
   if has_module pytest_benchmark; then
-    part bench 1500 "$python" -m pytest benchmarks --benchmark-json "$results/benchmarks.json"
+    part bench 1500 "$python" -m pytest ${BENCH:-benchmarks} --results-dir "$results"
   else
     skip "bench: pytest-benchmark is missing"
   fi

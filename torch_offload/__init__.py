@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import torch  # noqa: F401  (the extension links against libtorch: it must be loaded first)
+# isort: off
+# It imports torch, whose libraries the extension links against, and says if the two do not fit.
+import torch_offload._build_check  # noqa: F401
 
+# isort: on
 from torch_offload._C import StateError
+from torch_offload._version import __version__
 from torch_offload.calls import probe as _probe
 from torch_offload.config import Config
 from torch_offload.handle import Handle, OffloadStats, UnitInfo, handle_of
@@ -19,6 +23,7 @@ __all__ = [
     "OffloadStats",
     "StateError",
     "UnitInfo",
+    "__version__",
     "align",
     "handle_of",
     "offload",

@@ -56,3 +56,6 @@ def check() -> None:
 
 def _kind(cuda: str) -> str:
     return f"a CUDA {cuda} build" if cuda else "a CPU build"
+
+
+check()

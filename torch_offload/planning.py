@@ -41,10 +41,8 @@ def plan_units(
     budget = budget_for_units(model, device, specs, config)
     if config.granularity != "module":
         return _C.make_plan(units, config.depth_bytes, budget)
-    names = {name for name, _ in model.named_modules()}
-    leaves = planned_units(leaf_units(model, specs, names))
     window = max(
-        _C.make_plan(leaves, config.depth_bytes, budget).window_bytes,
+        _C.make_plan(_leaves(model, specs), config.depth_bytes, budget).window_bytes,
         max(unit.size_bytes for unit in units),
     )
     return _C.make_plan(units, config.depth_bytes, window_bytes=window)
@@ -72,7 +70,8 @@ def budget_for_units(
     units = planned_units(specs)
     if config.granularity == "module":
         # The first pass streams sublayers, one at a time if need be.
-        least = outside + max(unit.size_bytes for unit in units)
+        largest = max(unit.size_bytes for unit in units)
+        least = outside + max(largest, _C.least_budget_bytes(_leaves(model, specs)))
     else:
         least = outside + _C.least_budget_bytes(units)
     if budget < least:
@@ -83,6 +82,11 @@ def budget_for_units(
             "smaller units"
         )
     return budget - outside
+
+
+def _leaves(model: nn.Module, specs: Sequence[UnitSpec]) -> list[_C.Unit]:
+    """The units as they are once every leaf is proven."""
+    return planned_units(leaf_units(model, specs, {name for name, _ in model.named_modules()}))
 
 
 def _bytes_outside(model: nn.Module, specs: Sequence[UnitSpec]) -> int:

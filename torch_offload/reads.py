@@ -20,6 +20,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 Stack = tuple[int, ...]
 
+# Asked by every assignment of `.data`, our own included, and visible in inference mode: it compares
+# the kinds of two tensors and reads no byte of either.
+COMPARES_KINDS = torch.ops.aten._has_compatible_shallow_copy_type.default
+
 
 class ReadTrace:
     """What one or more forwards read, and which modules were in their call at that moment.
@@ -136,6 +140,8 @@ class _ReadMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is COMPARES_KINDS:
+            return func(*args, **kwargs)
         name: str | None = None
         for leaf in tree_iter((args, kwargs)):
             if isinstance(leaf, torch.Tensor):

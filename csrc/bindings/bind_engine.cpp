@@ -80,6 +80,7 @@ void bind_engine(py::module_& module) {
       .def("finish", &Engine::finish, py::arg("token"), py::arg("output"))
       .def("release", &Engine::release, py::arg("token"))
       .def("refresh", &Engine::refresh)
+      .def("attach_log", &Engine::attach_log, py::arg("log"), py::arg("times") = false)
       .def("close", &Engine::close)
       .def_property_readonly("is_closed", &Engine::is_closed)
       .def_property_readonly("in_pass",

@@ -55,13 +55,13 @@ Finding FindingWriter::make(FindingKind kind, std::size_t first, std::size_t sec
 // --- words -------------------------------------------------------------------------------------
 
 std::string FindingWriter::stream_name(StreamId stream) const {
-  return stream < names_.streams.size() ? "stream '" + names_.streams[stream] + "'"
-                                        : "stream " + std::to_string(stream);
+  return stream < log_.stream_names().size() ? "stream '" + log_.stream_names()[stream] + "'"
+                                             : "stream " + std::to_string(stream);
 }
 
 std::string FindingWriter::unit_name(UnitIndex unit) const {
-  return unit < names_.units.size() ? "unit '" + names_.units[unit] + "'"
-                                    : "unit " + std::to_string(unit);
+  return unit < log_.unit_names().size() ? "unit '" + log_.unit_names()[unit] + "'"
+                                         : "unit " + std::to_string(unit);
 }
 
 std::string FindingWriter::bytes(const AddressRange& memory) const {

@@ -44,16 +44,11 @@ struct Finding {
   std::string message;  ///< One sentence: both ops, the bytes, and what to do.
 };
 
-/// What streams and units are called in messages; those without a name go by their number.
-struct LogNames {
-  std::vector<std::string> streams;  ///< By StreamId.
-  std::vector<std::string> units;    ///< By UnitIndex.
-};
-
-/// Makes findings of one log, sentence included.
+/// Makes findings of one log, sentence included. Streams and units without a name in it go by their
+/// number.
 class FindingWriter {
  public:
-  FindingWriter(const OpLog& log, const LogNames& names) : ops_(log.ops()), names_(names) {}
+  explicit FindingWriter(const OpLog& log) : log_(log), ops_(log.ops()) {}
 
   /// `first` may be kNoOp.
   Finding make(FindingKind kind, std::size_t first, std::size_t second, AddressRange memory) const;
@@ -70,8 +65,8 @@ class FindingWriter {
   std::size_t wait_for_older_record(std::size_t first, std::size_t second) const;
   std::size_t record_before(std::size_t wait) const;
 
+  const OpLog& log_;
   const std::vector<Op>& ops_;
-  const LogNames& names_;
 };
 
 }  // namespace torch_offload

@@ -37,28 +37,39 @@ bool needs_event(OpKind kind) {
 
 }  // namespace
 
-const std::vector<Finding>& HazardChecker::check(const OpLog& log, const LogNames& names) {
-  names_ = &names;
-  prepare(log);
+const std::vector<Finding>& HazardChecker::check(const OpLog& log) {
+  log_ = &log;
+  findings_.clear();
+  index_ids(log);
+  beginning_ = nullptr;
+  begin_part();
+  auto next = log.beginnings().begin();
   OpIndex index = 0;
   for (const Op& op : log.ops()) {
+    for (; next != log.beginnings().end() && next->op_index == index; ++next) {
+      expect_returned();
+      beginning_ = &*next;
+      begin_part();
+    }
     visit(index++, op);
   }
   expect_returned();
   return findings_;
 }
 
-void HazardChecker::prepare(const OpLog& log) {
-  log_ = &log;
-  findings_.clear();
+void HazardChecker::begin_part() {
   memory_.reset();
   open_reads_.clear();
   left_ = {};
   away_.clear();
+  std::fill(recorded_by_.begin(), recorded_by_.end(), ShadowMemory::kNone);
+  clocks_.reset(num_streams_, recorded_by_.size());
+}
 
+void HazardChecker::index_ids(const OpLog& log) {
   stream_index_.clear();
   std::uint32_t num_events = 0;
-  StreamIndex num_streams = 0;
+  num_streams_ = 0;
   const auto check_id = [](const Op& op, std::uint32_t id, const char* what) {
     if (id >= kMaxId) {
       throw ValueError(std::string("expected a '") + name_of(op.kind) + "' op with a " + what +
@@ -74,15 +85,14 @@ void HazardChecker::prepare(const OpLog& log) {
         stream_index_.resize(op.stream + 1, ShadowMemory::kNone);
       }
       StreamIndex& stream = stream_index_[op.stream];
-      stream = stream == ShadowMemory::kNone ? num_streams++ : stream;
+      stream = stream == ShadowMemory::kNone ? num_streams_++ : stream;
     }
     if (needs_event(op.kind)) {
       check_id(op, op.event, "event");
       num_events = std::max(num_events, op.event + 1);
     }
   }
-  recorded_by_.assign(num_events, ShadowMemory::kNone);
-  clocks_.reset(num_streams, num_events);
+  recorded_by_.resize(num_events);
 }
 
 void HazardChecker::visit(OpIndex index, const Op& op) {
@@ -307,7 +317,8 @@ void HazardChecker::wait(OpIndex index, const Op& op, StreamIndex stream) {
     clocks_.wait(stream, op.event);
     return;
   }
-  if (log_->was_recorded_before(op.event)) {
+  if (beginning_ != nullptr && op.event < beginning_->recorded.size() &&
+      beginning_->recorded[op.event]) {
     return;
   }
   const std::vector<Op>& ops = log_->ops();
@@ -347,7 +358,7 @@ void HazardChecker::expect_returned() {
 
 void HazardChecker::report(FindingKind kind, std::size_t first, OpIndex second,
                            AddressRange memory) {
-  const FindingWriter writer(*log_, *names_);
+  const FindingWriter writer(*log_);
   for (auto last = findings_.rbegin(); last != findings_.rend() && last->second == second; ++last) {
     if (last->first == first && last->memory.end == memory.begin && memory.begin != 0) {
       *last = writer.make(kind, first, second, {last->memory.begin, memory.end});

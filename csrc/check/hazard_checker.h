@@ -25,7 +25,8 @@ namespace torch_offload {
 /// Exact: without a finding, every execution that the log's order allows reads what the host meant.
 /// Of an op that is unordered with several others, the findings name the latest of these; an
 /// earlier one that is not named is ordered before one that is.
-/// Not judged: what lies before the log's first op, and memory that the log does not name.
+/// Not judged: what lies before the log's first op, or between the parts of one that was attached
+/// several times; and memory that the log does not name.
 ///
 /// Threads: one caller at a time; a checker may be used again and again, and saves memory so.
 class HazardChecker {
@@ -37,7 +38,7 @@ class HazardChecker {
   /// Returns the findings as they come to light, at most `max_findings` of them; valid until the
   /// next check.
   /// Throws: ValueError if an op lacks the stream or event that its kind needs, or has a wild one.
-  const std::vector<Finding>& check(const OpLog& log, const LogNames& names = {});
+  const std::vector<Finding>& check(const OpLog& log);
 
  private:
   using OpIndex = ShadowMemory::OpIndex;
@@ -71,7 +72,8 @@ class HazardChecker {
     OpIndex entered = ShadowMemory::kNone;
   };
 
-  void prepare(const OpLog& log);
+  void index_ids(const OpLog& log);
+  void begin_part();
   void visit(OpIndex index, const Op& op);
   void read(OpIndex index, const AddressRange& memory, StreamIndex stream, Epoch epoch);
   void write(OpIndex index, const AddressRange& memory, StreamIndex stream, Epoch epoch);
@@ -94,11 +96,12 @@ class HazardChecker {
 
   const std::size_t max_findings_;
   std::vector<Finding> findings_;
-  const OpLog* log_ = nullptr;  // both of the running check
-  const LogNames* names_ = nullptr;
+  const OpLog* log_ = nullptr;                   // of the running check
+  const OpLog::Beginning* beginning_ = nullptr;  // of its part
 
   std::vector<StreamIndex> stream_index_;  // by StreamId
-  std::vector<OpIndex> recorded_by_;       // by EventId: the last record
+  StreamIndex num_streams_ = 0;
+  std::vector<OpIndex> recorded_by_;  // by EventId: the last record
   Clocks clocks_;
   ShadowMemory memory_;
   std::vector<OpenRead> open_reads_;

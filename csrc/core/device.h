@@ -31,6 +31,13 @@ struct Copy {
   std::uint64_t generation = 0;
 };
 
+/// Which point of a stream is to be marked.
+enum class MarkPoint : std::uint8_t {
+  kReached,     ///< All that was submitted to the stream is done.
+  kNextBegins,  ///< What is submitted next begins: later than kReached if it waits for an engine.
+  kRecorded,  ///< As kReached, behind a record. A device to which marks cost may decline: kNoMark.
+};
+
 /// What was asked of a Device since it was made. Plain counts, never reset.
 struct DeviceCounters {
   std::uint64_t copies = 0;
@@ -127,10 +134,12 @@ class Device {
   void host_read(const void* memory, std::size_t size_bytes, UnitIndex unit);
   void host_write(const void* memory, std::size_t size_bytes, UnitIndex unit);
 
-  /// Appends every later call to `log`, until called with nullptr.
-  /// Lifetime: `log` must outlive its being attached.
-  /// Throws: StateError if the log holds ops already: what came between would be missing from it.
-  void attach_log(OpLog* log);
+  /// Appends every later call to `log`, until called with another one or with nullptr. With times,
+  /// each op also tells when the device carried it out, from when the log is detached on.
+  ///
+  /// Blocking:  attaching and detaching a log with times wait for what was submitted to streams.
+  /// Lifetime:  `log` must outlive its being attached. It belongs to this device.
+  void attach_log(OpLog* log, bool with_times = false);
 
   const DeviceCounters& counters() const { return counters_; }
 
@@ -155,15 +164,35 @@ class Device {
   virtual void do_register_host(void* memory, std::size_t size_bytes) = 0;
   virtual void do_unregister_host(void* memory) = 0;
 
+  // Called only while a log is attached; all but the first only while it keeps times.
+
+  /// The host's clock, which is monotonic.
+  virtual std::int64_t do_host_time_ns() const { return steady_time_ns(); }
+  /// Prepares for marks. Nothing is marked now.
+  virtual void do_start_marks() {}
+  /// Marks a point of `stream`, to be told by do_take_marks when the stream came there. A device
+  /// that keeps no times declines with kNoMark.
+  virtual MarkId do_mark(StreamId stream, MarkPoint point);
+  /// Blocks the host until every marked point is reached. Returns when that was, by MarkId and by
+  /// the host's clock, and forgets the marks.
+  virtual std::vector<std::int64_t> do_take_marks() { return {}; }
+
+  static std::int64_t steady_time_ns();
+
   DeviceCounters counters_;
 
  private:
+  template <typename Call>
+  void submit(Op op, Call call);
+  template <typename Call>
+  void submit_logged(Op& op, Call call);
   void check_recorded(EventId event, const char* call) const;
-  void append(Op op);
   void go_to_stream(OpKind kind, StreamId stream);
+  void detach_log();
 
   const std::int64_t process_;  // that made the device
   OpLog* log_ = nullptr;
+  bool log_has_times_ = false;
   std::vector<bool> recorded_;                            // by EventId
   std::map<void*, std::size_t> allocations_;              // live device memory
   std::map<std::uintptr_t, std::uintptr_t> page_locked_;  // live registrations, begin -> end

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -37,7 +38,7 @@ enum class OpKind : std::uint8_t {
   kHostWrite,
 };
 
-/// One word each: "copy", "read_end", ...
+/// The name of a kind in Python and in traces, such as "read_end".
 const char* name_of(OpKind kind);
 
 /// A range of addresses [begin, end), on the device or on the host.
@@ -53,6 +54,8 @@ struct AddressRange {
   bool overlaps(const AddressRange& other) const { return begin < other.end && other.begin < end; }
 };
 
+constexpr std::int64_t kUnknownTime = -1;
+
 /// One call to a Device, in the order of submission. Fields that do not apply keep their defaults.
 struct Op {
   OpKind kind = OpKind::kCopy;
@@ -63,7 +66,22 @@ struct Op {
   std::uint64_t generation = 0;   ///< Which onload of the unit, counted from 1.
   AddressRange memory;            ///< Written by a copy or fill, else read or written.
   AddressRange source;            ///< Of a copy.
-  std::int64_t host_time_ns = 0;  ///< Monotonic clock of the host at submission.
+  std::int64_t host_time_ns = 0;  ///< Monotonic clock of the host when it made the call.
+
+  // When the device carried it out, by the clock of `host_time_ns`; see Note [Times in the log].
+  std::int64_t begin_ns = kUnknownTime;
+  std::int64_t end_ns = kUnknownTime;
+};
+
+/// Numbers a point of a stream whose time a Device was asked to keep; see Note [Times in the log].
+using MarkId = std::uint32_t;
+
+constexpr MarkId kNoMark = UINT32_MAX;
+
+/// The marks whose times will be the begin and the end of an op.
+struct OpMarks {
+  MarkId begin = kNoMark;
+  MarkId end = kNoMark;
 };
 
 /// Everything submitted to one Device while the log was attached.
@@ -71,19 +89,45 @@ struct Op {
 /// Threads: appended to by the thread that submits; read it when nothing is being submitted.
 class OpLog {
  public:
-  void append(const Op& op) { ops_.push_back(op); }
+  void append(const Op& op, OpMarks marks = {});
   const std::vector<Op>& ops() const { return ops_; }
-  void clear() { ops_.clear(); }
+  /// Forgets the ops; names stay.
+  void clear();
 
-  /// Which events were recorded before the first op: what those records cover is not in the log.
-  void set_recorded_before(std::vector<bool> events) { recorded_before_ = std::move(events); }
-  bool was_recorded_before(EventId event) const {
-    return event < recorded_before_.size() && recorded_before_[event];
-  }
+  /// Turns the marks of all ops into times. `times_ns` is indexed by MarkId.
+  void resolve(const std::vector<std::int64_t>& times_ns);
+  /// Whether ops in here know their times.
+  bool has_times() const { return has_times_; }
+
+  /// Names of the device's streams by StreamId; empty until the log is detached.
+  const std::vector<std::string>& stream_names() const { return stream_names_; }
+  void set_stream_names(std::vector<std::string> names) { stream_names_ = std::move(names); }
+  /// Names of the units that the ops speak of, by UnitIndex.
+  const std::vector<std::string>& unit_names() const { return unit_names_; }
+  void set_unit_names(std::vector<std::string> names) { unit_names_ = std::move(names); }
+
+  /// Where a device began to write, and which events it had recorded by then: what those records
+  /// cover is not in the log, nor what came between two such places.
+  struct Beginning {
+    std::size_t op_index = 0;
+    std::vector<bool> recorded;  ///< By EventId.
+  };
+  void begin(std::vector<bool> recorded);
+  /// In the order of the ops; none in a log that was written by hand.
+  const std::vector<Beginning>& beginnings() const { return beginnings_; }
 
  private:
+  struct Unresolved {
+    std::size_t op_index;
+    OpMarks marks;
+  };
+
   std::vector<Op> ops_;
-  std::vector<bool> recorded_before_;  // by EventId
+  std::vector<Beginning> beginnings_;
+  std::vector<Unresolved> unresolved_;  // ops whose times are still marks
+  std::vector<std::string> stream_names_;
+  std::vector<std::string> unit_names_;
+  bool has_times_ = false;
 };
 
 }  // namespace torch_offload

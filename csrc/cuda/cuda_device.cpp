@@ -15,6 +15,7 @@
 
 #include "core/error.h"
 #include "core/host_limits.h"
+#include "cuda/cuda_marks.h"
 
 namespace torch_offload {
 
@@ -63,10 +64,19 @@ bool is_refused_registration(cudaError_t error) {
 /// and when the block is freed, the allocator is told of every stream that may have used it. That
 /// is the only use of record_stream here: what places and their events order in between needs
 /// none.
+///
+/// Note [Marks on copy streams]
+/// Nobody else submits to a copy stream: between two calls of ours it stays where it is. There the
+/// mark behind the last copy or wait serves as the begin of what comes next, and as the time of a
+/// record. (OpLog knows that nothing begins before it was submitted.) On other streams the model's
+/// kernels lie between our calls, so each mark there is an event of its own, and records have none:
+/// they stand directly behind a mark of the unit's end.
 struct CudaDevice::State {
   struct Stream {
     at::cuda::CUDAStream stream;
     std::string name;
+    bool is_ours = false;        // nobody else submits to it
+    MarkId last_mark = kNoMark;  // of the point that it has been brought to; only if it is ours
   };
   struct Block {
     c10::DataPtr data;
@@ -79,23 +89,40 @@ struct CudaDevice::State {
   std::deque<Stream> streams;  // by StreamId; a deque, because names are handed out by reference
   std::deque<at::cuda::CUDAEvent> events;  // by EventId
   std::unordered_map<void*, Block> blocks;
+  CudaMarks marks;
 
   bool knows(const at::cuda::CUDAStream& stream) const {
     return std::any_of(streams.begin(), streams.end(),
                        [&](const Stream& known) { return known.stream == stream; });
   }
 
-  StreamId add(const at::cuda::CUDAStream& stream, std::string name) {
+  StreamId add(const at::cuda::CUDAStream& stream, std::string name, bool is_ours = false) {
     for (auto& [memory, block] : blocks) {
       block.allocated.block(stream);  // the last tenant of the block may still use it
     }
-    streams.push_back({stream, std::move(name)});
+    streams.push_back({stream, std::move(name), is_ours});
     return static_cast<StreamId>(streams.size() - 1);
   }
 
   const at::cuda::CUDAStream& stream(StreamId id) const {
     check_internal(id < streams.size(), "a stream that this device does not know");
     return streams[id].stream;
+  }
+
+  /// The stream to submit work to: from here on it is not where its last mark was.
+  const at::cuda::CUDAStream& stream_for_work(StreamId id) {
+    check_internal(id < streams.size(), "a stream that this device does not know");
+    streams[id].last_mark = kNoMark;
+    return streams[id].stream;
+  }
+
+  /// A stream of the pool that this device has not seen yet, as long as there is one.
+  at::cuda::CUDAStream draw_stream(int priority) const {
+    at::cuda::CUDAStream stream = at::cuda::getStreamFromPool(priority, device_index);
+    for (int draw = 1; draw < kPoolStreams && knows(stream); ++draw) {
+      stream = at::cuda::getStreamFromPool(priority, device_index);
+    }
+    return stream;
   }
 
   at::cuda::CUDAEvent& event(EventId id) {
@@ -126,11 +153,8 @@ StreamId CudaDevice::do_create_stream(const StreamOptions& options) {
     throw ValueError("expected a stream priority of 0 or below (lower runs first), got " +
                      std::to_string(options.priority));
   }
-  at::cuda::CUDAStream stream = at::cuda::getStreamFromPool(options.priority, state_->device_index);
-  for (int draw = 1; draw < kPoolStreams && state_->knows(stream); ++draw) {
-    stream = at::cuda::getStreamFromPool(options.priority, state_->device_index);
-  }
-  return state_->add(stream, options.name);
+  return state_->add(state_->draw_stream(options.priority), options.name,
+                     options.role == StreamRole::kCopy);
 }
 
 StreamId CudaDevice::do_current_stream() {
@@ -160,7 +184,7 @@ void CudaDevice::do_record(EventId event, StreamId stream) {
 }
 
 void CudaDevice::do_wait(StreamId stream, EventId event) {
-  state_->event(event).block(state_->stream(stream));
+  state_->event(event).block(state_->stream_for_work(stream));
 }
 
 bool CudaDevice::do_is_done(EventId event) { return state_->event(event).query(); }
@@ -170,13 +194,13 @@ void CudaDevice::do_synchronize(StreamId stream) { state_->stream(stream).synchr
 void CudaDevice::do_copy(StreamId stream, const Copy& copy) {
   const c10::cuda::CUDAGuard guard(state_->device_index);
   C10_CUDA_CHECK(cudaMemcpyAsync(copy.destination, copy.source, copy.size_bytes,
-                                 cudaMemcpyHostToDevice, state_->stream(stream)));
+                                 cudaMemcpyHostToDevice, state_->stream_for_work(stream)));
 }
 
 void CudaDevice::do_fill(StreamId stream, void* memory, std::size_t size_bytes,
                          std::uint8_t value) {
   const c10::cuda::CUDAGuard guard(state_->device_index);
-  C10_CUDA_CHECK(cudaMemsetAsync(memory, value, size_bytes, state_->stream(stream)));
+  C10_CUDA_CHECK(cudaMemsetAsync(memory, value, size_bytes, state_->stream_for_work(stream)));
 }
 
 void* CudaDevice::do_allocate(std::size_t size_bytes) {
@@ -244,5 +268,30 @@ void CudaDevice::do_unregister_host(void* memory) {
     C10_CUDA_CHECK(error);
   }
 }
+
+void CudaDevice::do_start_marks() {
+  for (State::Stream& stream : state_->streams) {
+    stream.last_mark = kNoMark;
+  }
+  state_->marks.start(state_->draw_stream(0), &steady_time_ns);
+}
+
+MarkId CudaDevice::do_mark(StreamId id, MarkPoint point) {
+  const at::cuda::CUDAStream& cuda_stream = state_->stream(id);
+  State::Stream& stream = state_->streams[id];
+  if (stream.last_mark != kNoMark) {
+    return stream.last_mark;
+  }
+  if (point == MarkPoint::kRecorded) {
+    return kNoMark;
+  }
+  const MarkId mark = state_->marks.mark(cuda_stream);
+  if (stream.is_ours) {
+    stream.last_mark = mark;
+  }
+  return mark;
+}
+
+std::vector<std::int64_t> CudaDevice::do_take_marks() { return state_->marks.take(); }
 
 }  // namespace torch_offload

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "core/device.h"
 
@@ -18,6 +19,9 @@ namespace torch_offload {
 ///
 /// Memory comes from PyTorch's caching allocator, so `memory_allocated` and out-of-memory reports
 /// know of it. See Note [A block's other users] for what that takes.
+///
+/// Times in a log come from timing events, two for each copy and four for each use of a unit; see
+/// CudaMarks and Note [Marks on copy streams].
 ///
 /// All calls work whichever GPU is current, and leave it so.
 ///
@@ -51,6 +55,9 @@ class CudaDevice : public Device {
   void do_free(void* memory) override;
   void do_register_host(void* memory, std::size_t size_bytes) override;
   void do_unregister_host(void* memory) override;
+  void do_start_marks() override;
+  MarkId do_mark(StreamId stream, MarkPoint point) override;
+  std::vector<std::int64_t> do_take_marks() override;
 
  private:
   struct State;  // what CUDA must be called to destroy

@@ -92,8 +92,40 @@ struct HostDevice::Events {
   std::vector<MarkerRef> last;  // by EventId, as are the markers' contents: guarded by mutex
 };
 
+/// Times of marked points, written by whoever comes to them.
+struct HostDevice::Marks {
+  MarkId add() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    times_ns.push_back(kUnknownTime);
+    return static_cast<MarkId>(times_ns.size() - 1);
+  }
+
+  void reach(MarkId mark, std::int64_t time_ns) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      times_ns[mark] = time_ns;
+      ++num_reached;
+    }
+    one_is_reached.notify_all();
+  }
+
+  std::vector<std::int64_t> take_all() {
+    std::unique_lock<std::mutex> lock(mutex);
+    one_is_reached.wait(lock, [this] { return num_reached == times_ns.size(); });
+    num_reached = 0;
+    return std::exchange(times_ns, {});
+  }
+
+  std::mutex mutex;
+  std::condition_variable one_is_reached;
+  std::vector<std::int64_t> times_ns;  // by MarkId, as is the count: guarded by mutex
+  std::size_t num_reached = 0;
+};
+
 HostDevice::HostDevice(ComputeStreams compute_streams)
-    : compute_streams_(compute_streams), events_(std::make_unique<Events>()) {
+    : compute_streams_(compute_streams),
+      events_(std::make_unique<Events>()),
+      marks_(std::make_unique<Marks>()) {
   streams_.push_back({"caller", nullptr});
 }
 
@@ -103,7 +135,8 @@ HostDevice::~HostDevice() {
     for (auto& worker : workers_) {
       [[maybe_unused]] const Worker* leaked = worker.release();
     }
-    [[maybe_unused]] const Events* leaked = events_.release();
+    [[maybe_unused]] const Events* leaked_events = events_.release();
+    [[maybe_unused]] const Marks* leaked_marks = marks_.release();
   }
 }
 
@@ -195,5 +228,13 @@ void HostDevice::do_free(void* memory) { std::free(memory); }
 // All memory is alike to a memcpy; that a copy's source was registered is checked by Device.
 void HostDevice::do_register_host(void* /*memory*/, std::size_t /*size_bytes*/) {}
 void HostDevice::do_unregister_host(void* /*memory*/) {}
+
+MarkId HostDevice::do_mark(StreamId id, MarkPoint /*point*/) {
+  const MarkId mark = marks_->add();
+  run(id, [marks = marks_.get(), mark] { marks->reach(mark, steady_time_ns()); });
+  return mark;
+}
+
+std::vector<std::int64_t> HostDevice::do_take_marks() { return marks_->take_all(); }
 
 }  // namespace torch_offload

@@ -56,10 +56,13 @@ class HostDevice : public Device {
   void do_free(void* memory) override;
   void do_register_host(void* memory, std::size_t size_bytes) override;
   void do_unregister_host(void* memory) override;
+  MarkId do_mark(StreamId stream, MarkPoint point) override;
+  std::vector<std::int64_t> do_take_marks() override;
 
  private:
   class Worker;
   struct Events;
+  struct Marks;
   struct Stream {
     std::string name;
     Worker* worker = nullptr;  // nullptr: inline
@@ -70,8 +73,9 @@ class HostDevice : public Device {
   ComputeStreams compute_streams_;
   std::deque<Stream> streams_;  // a deque: stream_name() hands out references
   std::unique_ptr<Events> events_;
-  std::vector<std::unique_ptr<Worker>>
-      workers_;  // after events_: they use it until they are joined
+  std::unique_ptr<Marks> marks_;
+  // After events_ and marks_: they use both until they are joined.
+  std::vector<std::unique_ptr<Worker>> workers_;
   StreamId current_stream_ = kCallerStream;
 };
 

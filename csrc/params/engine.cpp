@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <chrono>
+#include <cstdio>
 #include <exception>
 #include <utility>
 
@@ -106,6 +107,11 @@ Engine::ParametersView Engine::parameters_of(const UnitParameters& entry) {
 
 Engine::~Engine() {
   const py::gil_scoped_release no_gil;
+  try {
+    detach_log();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "torch_offload: the log has no times: %s\n", error.what());
+  }
   pipeline_.reset();  // drains: before parameters, arena and device go
 }
 
@@ -125,19 +131,24 @@ void Engine::check_at_rest(const char* call) const {
 
 // --- in and out --------------------------------------------------------------------------------
 
+void Engine::move_parameter_in(std::size_t index) {
+  StreamedParameter& parameter = parameters_[index];
+  if (!parameter.parameter().device().is_cpu()) {
+    const py::gil_scoped_release no_gil;
+    arena_->prepare(
+        index);  // a copy from the device runs at the link's rate into locked pages only
+  }
+  parameter.move_into(arena_->piece_memory(index), arena_,
+                      [&](const void* source, std::size_t size_bytes) {
+                        const py::gil_scoped_release no_gil;
+                        arena_->fill(index, source, size_bytes);
+                      });
+}
+
 void Engine::move_in(UnitIndex unit) {
   UnitParameters& entry = units_.at(unit);
   for (std::size_t i = entry.range.begin; i < entry.range.end; ++i) {
-    StreamedParameter& parameter = parameters_[i];
-    if (!parameter.parameter().device().is_cpu()) {
-      const py::gil_scoped_release no_gil;
-      arena_->prepare(i);  // a copy from the device runs at the link's rate into locked pages only
-    }
-    parameter.move_into(arena_->piece_memory(i), arena_,
-                        [&](const void* source, std::size_t size_bytes) {
-                          const py::gil_scoped_release no_gil;
-                          arena_->fill(i, source, size_bytes);
-                        });
+    move_parameter_in(i);
   }
   const py::gil_scoped_release no_gil;
   arena_->seal_up_to(entry.range.end - 1);
@@ -154,21 +165,32 @@ std::vector<std::string> Engine::move_out() {
   return moved_elsewhere;
 }
 
-std::size_t Engine::recut(Plan plan, std::vector<ParameterRange> ranges) {
+std::int64_t Engine::recut(Plan plan, std::vector<ParameterRange> ranges) {
   check_at_rest("recut()");
   const PipelineOptions options = pipeline().options();
   std::vector<UnitParameters> units = cut(plan, ranges);
   const std::vector<std::size_t> sizes = master_sizes(parameters_, plan, ranges);
+  for (std::size_t i = 0; i < parameters_.size(); ++i) {
+    check_internal(sizes[i] <= arena_->piece_bytes(i), "a parameter to stream without a master");
+  }
+  {
+    const py::gil_scoped_release no_gil;
+    detach_log();  // it tells of units that are no more
+  }
   former_stats_ = stats();
   {
     const py::gil_scoped_release no_gil;
     pipeline_.reset();
   }
-  std::size_t bytes_moved = 0;
+  std::int64_t bytes_moved = 0;
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
+    const auto size_bytes = static_cast<std::int64_t>(parameters_[i].size_bytes());
     if (sizes[i] == 0 && parameters_[i].is_moved_in()) {
       parameters_[i].move_out(torch_device_);
-      bytes_moved += parameters_[i].size_bytes();
+      bytes_moved += size_bytes;
+    } else if (sizes[i] != 0 && !parameters_[i].is_moved_in()) {
+      move_parameter_in(i);  // an earlier cut let it stay on the device
+      bytes_moved -= size_bytes;
     }
   }
   units_ = std::move(units);
@@ -189,10 +211,36 @@ void Engine::refresh() {
   }
 }
 
+void Engine::attach_log(std::shared_ptr<OpLog> log, bool with_times) {
+  check_at_rest("attach_log()");
+  if (log != nullptr) {
+    std::vector<std::string> names;
+    for (const Unit& unit : pipeline().plan().units) {
+      names.push_back(unit.name);
+    }
+    log->set_unit_names(std::move(names));
+  }
+  const py::gil_scoped_release no_gil;
+  detach_log();
+  if (log != nullptr) {
+    device_->attach_log(log.get(), with_times);
+    log_ = std::move(log);
+  }
+}
+
+void Engine::detach_log() {
+  // Kept until the device has let go of it, whether that fails or not.
+  const std::shared_ptr<OpLog> log = std::exchange(log_, nullptr);
+  if (log != nullptr) {
+    device_->attach_log(nullptr);
+  }
+}
+
 void Engine::close() {
   check_at_rest("remove()");
   {
     const py::gil_scoped_release no_gil;
+    detach_log();
     pipeline_.reset();
   }
   // A handle that is kept must keep neither weights nor masters.

@@ -70,11 +70,12 @@ class Engine : private Loader {
   std::vector<std::string> move_out();
 
   /// Cuts the units anew and starts with an empty window of the same size. Parameters that are in
-  /// no streamed unit any more move to the device for good; returns how many bytes that were.
+  /// no streamed unit any more move to the device, others from there into their masters; returns
+  /// how many bytes more are on the device now.
   ///
-  /// Blocking: drains what is in flight.
+  /// Blocking: drains what is in flight, and copies what moves.
   /// Throws:   StateError during a forward; ValueError as the constructor.
-  std::size_t recut(Plan plan, std::vector<ParameterRange> ranges);
+  std::int64_t recut(Plan plan, std::vector<ParameterRange> ranges);
 
   /// Begins a wrapped call that uses no unit: the model's own or an ancestor's.
   void enter(CallToken& token);
@@ -91,6 +92,11 @@ class Engine : private Loader {
 
   /// Reads all masters anew at the next use. Throws: StateError during a forward.
   void refresh();
+  /// Writes every later call to the device into `log`, until called with another one or nullptr;
+  /// recut() and close() detach it as well. With times, see Device::attach_log.
+  /// Blocking: where times are to begin or to be resolved.
+  /// Throws:   StateError during a forward, and for a log after close().
+  void attach_log(std::shared_ptr<OpLog> log, bool with_times);
   /// Drains the pipeline and gives back window, streams, arena and parameters; those that were not
   /// moved out keep their masters alive. Throws: StateError during a forward.
   void close();
@@ -134,11 +140,13 @@ class Engine : private Loader {
                 std::uint64_t generation) override;
   std::vector<UnitParameters> cut(const Plan& plan, std::vector<ParameterRange> ranges) const;
   ParametersView parameters_of(const UnitParameters& entry);
+  void move_parameter_in(std::size_t index);
   void warn_of_backward(const UnitParameters& entry);
   void adopt_edits(UnitIndex unit);
   void end_pass();
   pybind11::object outside_window(const pybind11::handle& output) const;
   void check_at_rest(const char* call) const;
+  void detach_log();
 
   std::shared_ptr<Device> device_;
   at::Device torch_device_;
@@ -146,7 +154,8 @@ class Engine : private Loader {
   std::vector<UnitParameters> units_;
   std::shared_ptr<PinnedArena> arena_;  // one piece per parameter, empty for a resident one
   std::unique_ptr<Pipeline> pipeline_;
-  Stats former_stats_;  // of pipelines before the last recut
+  std::shared_ptr<OpLog> log_;  // attached to the device; or none
+  Stats former_stats_;          // of pipelines before the last recut
   std::uint64_t cpu_ns_ = 0;
   bool has_warned_of_backward_ = false;
 };

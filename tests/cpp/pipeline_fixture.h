@@ -108,15 +108,7 @@ class CheckedLog {
     }
   }
 
-  std::vector<Finding> findings() const {
-    LogNames names;
-    for (const Op& op : log_.ops()) {
-      while (op.stream != kNoStream && op.stream >= names.streams.size()) {
-        names.streams.push_back(device_.stream_name(static_cast<StreamId>(names.streams.size())));
-      }
-    }
-    return HazardChecker().check(log_, names);
-  }
+  std::vector<Finding> findings() const { return HazardChecker().check(log_); }
 
   bool expects_hazards = false;  // set by tests that plant some
 

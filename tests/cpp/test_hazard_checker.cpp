@@ -22,9 +22,10 @@ constexpr StreamId kCompute = 1;
 constexpr EventId kReady = 0;
 constexpr EventId kFree = 1;
 
-std::vector<Finding> check(const OpLog& log) {
-  const LogNames names{{"weight_h2d", "caller"}, {"mha", "ffn"}};
-  return HazardChecker().check(log, names);
+std::vector<Finding> check(OpLog log) {
+  log.set_stream_names({"weight_h2d", "caller"});
+  log.set_unit_names({"mha", "ffn"});
+  return HazardChecker().check(log);
 }
 
 void expect_clean(const LogBuilder& build) {
@@ -168,7 +169,7 @@ TEST(HazardCheckerTest, WaitOnAnEventNeverRecorded) {
   expect_fault(build, FindingKind::kWaitUnrecorded, record, wait, {}, "before the wait");
 
   LogBuilder late;  // attached when the event had been recorded already
-  late.log.set_recorded_before({true});
+  late.log.begin({true});
   late.wait(kCompute, kReady);
   expect_clean(late);
 }
@@ -496,7 +497,7 @@ TEST(HazardCheckerTest, StaysOnStreamsOfOursNest) {
 
 TEST(HazardCheckerTest, LogThatBeginsInTheMiddleIsJudgedFromThereOn) {
   LogBuilder build;
-  build.log.set_recorded_before({true, true});
+  build.log.begin({true, true});
   build.read_end(kCompute, slices(0), 0, 7);
   build.return_to(kCompute);
   build.wait(kCompute, kReady);
@@ -505,6 +506,26 @@ TEST(HazardCheckerTest, LogThatBeginsInTheMiddleIsJudgedFromThereOn) {
   expect_clean(build);
   build.copy(kCopies, slices(0), masters(0), 1, 5);
   EXPECT_EQ(check(build.log).size(), 1U);
+}
+
+/// What happened while the log was detached is not known: nothing is concluded across the gap.
+TEST(HazardCheckerTest, PartsOfALogAreJudgedApart) {
+  for (const bool has_gap : {true, false}) {
+    LogBuilder build;
+    build.log.begin({});
+    const std::size_t copy = build.copy(kCopies, slices(0), masters(0), 0, 1);
+    build.record(kReady, kCopies);
+    if (has_gap) {
+      build.log.begin({true});
+    }
+    const std::size_t read = build.read(kCompute, slices(0), 0, 1);
+    build.wait(kCompute, kReady);
+    if (has_gap) {
+      expect_clean(build);
+    } else {
+      expect_fault(build, FindingKind::kUnordered, copy, read, slices(0), "wait for event 0");
+    }
+  }
 }
 
 TEST(HazardCheckerTest, StopsCountingAtItsLimit) {

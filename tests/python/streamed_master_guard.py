@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from torch_offload.handle import Handle
+from torch_offload.reads import COMPARES_KINDS
 
 # The engine itself reads and writes masters, to adopt what a user has replaced; its operators are
 # called from C++, so that the wrapper is the innermost Python frame.
@@ -115,7 +116,7 @@ class StreamedMasterGuard(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         in_pass = self._live.in_pass()
-        if in_pass and not func.is_view and not _is_own_call():
+        if in_pass and not func.is_view and func is not COMPARES_KINDS and not _is_own_call():
             written = args[0] if _only_writes_first(func) and args else None
             for leaf in tree_iter((args, kwargs)):
                 if isinstance(leaf, torch.Tensor) and leaf is not written:

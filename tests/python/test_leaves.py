@@ -281,8 +281,9 @@ class OwnAttention(nn.Module):
 def test_multihead_attention_stays_whole_beside_leaves(device: torch.device) -> None:
     model = torch_offload.align(nn.Sequential(*(OwnAttention() for _ in range(3))).eval())
     x = rows(device, batch=6).reshape(2, 3, 16)
+    forward = checked(model, plain_on(model, device), x)
     with offloaded(model, device) as handle:
-        settle(handle, checked(model, plain_on(model, device), x))
+        settle(handle, forward)
         names = leaf_names(handle)
         assert {"1.attention", "1.mlp.up", "1.mlp.down"} <= names
         assert not any("out_proj" in name for name in names)
@@ -339,7 +340,7 @@ class TestPartialPasses:
             assert leaf_cut_of(handle).is_settled
             assert {"blocks.2.mlp", "blocks.1.mlp.up"} <= leaf_names(handle)
             forward()
-            model.sequence = [0, 1, 2, 3]  # what was never seen still streams, as a sublayer
+            model.sequence[:] = [0, 1, 2, 3]  # what was never seen still streams, as a sublayer
             checked(model, plain_stack(device), rows(device))()
 
 
@@ -557,8 +558,7 @@ class TestDistrust:
                 forward()
                 forward()
             assert calls.exact
-        for block in model:
-            block.mlp.reads_outside = False
+            model[cut].mlp.reads_outside = False
         model.to(device)
         forward()
 

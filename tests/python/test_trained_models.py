@@ -142,8 +142,8 @@ def test_leaves_streamed_are_bit_equal(
     with torch.inference_mode():
         expected = loaded.model(tokens)[0]
         with torch_offload.offload(loaded.model, device, granularity="module") as handle:
-            assert torch.equal(loaded.model(tokens)[0], expected)
             sublayers = {unit.name for unit in handle.units}
+            assert torch.equal(loaded.model(tokens)[0], expected)
             assert torch.equal(loaded.model(tokens)[0], expected)
             before = handle.stats
             for _ in range(FORWARDS):

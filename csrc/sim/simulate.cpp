@@ -1,0 +1,140 @@
+#include "sim/simulate.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <string>
+#include <utility>
+
+#include "core/error.h"
+#include "core/loader.h"
+#include "sim/sim_device.h"
+
+namespace torch_offload {
+
+namespace {
+
+constexpr std::size_t kPageBytes = 4096;
+
+/// Brings a unit into its place by one copy from a master that is not there.
+class SimLoader : public Loader {
+ public:
+  SimLoader(SimDevice& device, const std::vector<Unit>& units) : device_(device), units_(units) {
+    std::size_t size_bytes = 0;
+    for (const Unit& unit : units) {
+      offsets_.push_back(size_bytes);
+      size_bytes += unit.size_bytes;
+    }
+    size_bytes = (size_bytes / kPageBytes + 1) * kPageBytes;
+    masters_ = static_cast<std::byte*>(device_.make_host_memory(size_bytes));
+    device_.register_host(masters_, size_bytes);
+  }
+
+  StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
+                std::uint64_t generation) override {
+    device_.copy(copy_stream,
+                 {place, masters_ + offsets_[unit], units_[unit].size_bytes, unit, generation});
+    return copy_stream;
+  }
+
+ private:
+  SimDevice& device_;
+  const std::vector<Unit>& units_;
+  std::byte* masters_ = nullptr;
+  std::vector<std::size_t> offsets_;
+};
+
+void check_request(const SimRequest& request) {
+  const std::vector<Unit>& units = request.plan.units;
+  check_costs(request.costs);
+  const auto check_length = [&](const char* what, const std::vector<std::int64_t>& times_ns) {
+    if (times_ns.size() != units.size()) {
+      throw ValueError(std::string("expected ") + what +
+                       " to have one time for each of the plan's " + std::to_string(units.size()) +
+                       " units, got " + std::to_string(times_ns.size()));
+    }
+  };
+  check_length("compute_ns", request.costs.compute_ns);
+  if (request.costs.copy_ns) {
+    check_length("copy_ns", *request.costs.copy_ns);
+  }
+  for (std::size_t pass = 0; pass < request.passes.size(); ++pass) {
+    for (const UnitIndex unit : request.passes[pass]) {
+      if (unit >= units.size()) {
+        throw IndexError("expected passes of the plan's " + std::to_string(units.size()) +
+                         " units, counted from 0, got unit " + std::to_string(unit) + " in pass " +
+                         std::to_string(pass));
+      }
+    }
+  }
+}
+
+/// One call of a unit, as the wrapper of its module makes it.
+void use(SimDevice& device, Pipeline& pipeline, UnitIndex unit, std::int64_t compute_ns) {
+  if (pipeline.plan().is_resident(unit)) {
+    const StreamId stream = device.current_stream();
+    device.begin_read(stream, nullptr, 0, unit, 0);
+    device.run(stream, compute_ns);
+    device.end_read(stream, nullptr, 0, unit, 0);
+    return;
+  }
+  pipeline.acquire(unit);
+  device.run(device.current_stream(), compute_ns);
+  pipeline.release(unit);
+}
+
+std::vector<std::string> names_of(const std::vector<Unit>& units) {
+  std::vector<std::string> names;
+  names.reserve(units.size());
+  for (const Unit& unit : units) {
+    names.push_back(unit.name);
+  }
+  return names;
+}
+
+}  // namespace
+
+SimResult simulate(const SimRequest& request) {
+  check_request(request);
+  SimResult result;
+  SimDevice device(request.costs);
+  SimLoader loader(device, request.plan.units);
+  Pipeline pipeline(device, loader, request.plan, request.options);
+  device.reset_clocks();
+  const std::uint64_t synchronizes_before = device.counters().host_synchronizes;
+  if (request.keep_log) {
+    result.log.set_unit_names(names_of(request.plan.units));
+    device.attach_log(&result.log, /*with_times=*/true);
+  }
+
+  std::vector<SimDevice::Point> ends;
+  for (const std::vector<UnitIndex>& pass : request.passes) {
+    result.pass_begin_ns.push_back(device.host_time_ns());
+    pipeline.enter();
+    for (const UnitIndex unit : pass) {
+      use(device, pipeline, unit, request.costs.compute_ns[unit]);
+    }
+    pipeline.leave(/*completed=*/true);
+    const StreamId caller = device.current_stream();
+    ends.push_back(device.end_of(caller));
+    if (request.synchronize_passes) {
+      device.synchronize(caller);
+    }
+    result.host_end_ns.push_back(device.host_time_ns());
+  }
+
+  // Everything has been submitted: now the device may play out the rest.
+  result.host_blocked_ns = device.host_blocked_ns();
+  for (const SimDevice::Point& end : ends) {
+    result.pass_end_ns.push_back(device.time_of(end));
+  }
+  if (!ends.empty()) {
+    result.elapsed_ns = std::max(result.pass_end_ns.back(), result.host_end_ns.back());
+  }
+  result.stats = pipeline.stats();
+  result.counters = device.counters();
+  result.counters.host_synchronizes -= synchronizes_before;
+  device.attach_log(nullptr);
+  return result;
+}
+
+}  // namespace torch_offload
