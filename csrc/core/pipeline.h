@@ -15,6 +15,7 @@
 #include "core/order.h"
 #include "core/plan.h"
 #include "core/stats.h"
+#include "core/steps.h"
 
 namespace torch_offload {
 
@@ -122,18 +123,22 @@ class Pipeline {
   StreamId copy_stream(UnitIndex unit);
   StreamId enter_compute_stream(UnitIndex unit);
   void leave_compute_stream(UnitState& state);
-  void restore_current_stream(UnitState& state);
+  void return_to_caller(UnitState& state, Step step);
   static bool note_stream(UnitState& state, StreamId stream);
   void begin_read(UnitIndex unit, StreamId stream);
   void end_read(UnitIndex unit, StreamId stream);
-  void order_after(StreamId later, StreamId earlier);
+  static void forget(UnitState& state);
+  void order_after(StreamId later, StreamId earlier, Step step);
+  void record(EventId event, StreamId stream, Step step);
+  void wait(StreamId stream, EventId event, Step step);
+  void synchronize(StreamId stream, Step step);
   bool may_overwrite(UnitIndex unit, bool awaited_too) const;
   void onload(UnitIndex unit);
   void onload_on_demand(UnitIndex unit);
   void prefetch_ahead();
   void forget_expectations();
   void give_own_place(UnitIndex unit);
-  void quiesce(StreamId stream) noexcept;
+  void quiesce(StreamId stream, Step step) noexcept;
   UnitState& held_state(UnitIndex unit);
 
   Device& device_;

@@ -14,6 +14,7 @@
 #include "core/pipeline.h"
 #include "core/plan.h"
 #include "core/stats.h"
+#include "core/steps.h"
 #include "core/unit.h"
 
 #if defined(Py_PYTHON_H) || defined(CUDART_VERSION) || defined(TORCH_VERSION_MAJOR)
