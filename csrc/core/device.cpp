@@ -43,6 +43,9 @@ void Device::attach_log(OpLog* log, bool with_times) {
   if (log_has_times_) {
     do_start_marks();
   }
+  if (log != nullptr) {
+    log->begin(recorded_);
+  }
   log_ = log;
 }
 
@@ -129,6 +132,18 @@ EventId Device::create_event() {
   return event;
 }
 
+void Device::leave_stream(StreamId stream) {
+  submit(op_of(OpKind::kLeave, stream), [](Op& /*op*/) {});
+}
+
+void Device::enter_stream(StreamId stream) { go_to_stream(OpKind::kEnter, stream); }
+
+void Device::return_to_stream(StreamId stream) { go_to_stream(OpKind::kReturn, stream); }
+
+void Device::go_to_stream(OpKind kind, StreamId stream) {
+  submit(op_of(kind, stream), [&](Op& /*op*/) { do_set_current_stream(stream); });
+}
+
 void Device::record(EventId event, StreamId stream) {
   submit(op_of(OpKind::kRecord, stream, event), [&](Op& /*op*/) {
     do_record(event, stream);
@@ -148,7 +163,8 @@ void Device::wait(StreamId stream, EventId event) {
 bool Device::is_done(EventId event) {
   check_recorded(event, "is_done");
   bool done = false;
-  submit(op_of(OpKind::kQuery, kNoStream, event), [&](Op& /*op*/) { done = do_is_done(event); });
+  submit(op_of(OpKind::kQuery, kNoStream, event),
+         [&](Op& op) { op.is_done = done = do_is_done(event); });
   return done;
 }
 
@@ -210,7 +226,8 @@ void Device::fill(StreamId stream, void* memory, std::size_t size_bytes, std::ui
 
 void* Device::allocate(std::size_t size_bytes) {
   void* memory = nullptr;
-  submit(op_of(OpKind::kAllocate), [&](Op& op) {
+  // The allocator's memory is free behind the kernels of this stream, and of no other.
+  submit(op_of(OpKind::kAllocate, do_current_stream()), [&](Op& op) {
     memory = do_allocate(size_bytes);
     allocations_.emplace(memory, size_bytes);
     ++counters_.allocations;

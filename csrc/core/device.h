@@ -78,6 +78,14 @@ class Device {
   /// Sends the calling thread's later kernels to `stream`.
   void set_current_stream(StreamId stream) { do_set_current_stream(stream); }
 
+  /// Declares that the calling thread's kernels went to `stream` so far; only logged. Whoever means
+  /// to send them elsewhere says so before he orders the other stream behind this one ...
+  void leave_stream(StreamId stream);
+  /// ... and then sends the later ones, which need what the earlier have done, to `stream`.
+  void enter_stream(StreamId stream);
+  /// Likewise, back to the stream that was left for the one entered last.
+  void return_to_stream(StreamId stream);
+
   EventId create_event();
   /// Marks the point that `stream` has reached. An event may be recorded again and again.
   void record(EventId event, StreamId stream);
@@ -96,6 +104,9 @@ class Device {
   void copy(StreamId stream, const Copy& copy);
 
   /// Declares that work submitted to `stream` from now on may read the place of `unit` ...
+  ///
+  /// A unit that is in use on one stream may come to be used on another as well: begun there or
+  /// not, the reads end there with an end_read of that stream, and all with that of the first.
   void begin_read(StreamId stream, const void* memory, std::size_t size_bytes, UnitIndex unit,
                   std::uint64_t generation);
   /// ... and that no work submitted later does. Both only leave their trace in the log.
@@ -107,6 +118,8 @@ class Device {
             UnitIndex unit);
 
   /// Device memory, aligned to kAlignmentBytes. Throws MemoryError.
+  /// Ordering: kernels submitted to the current stream so far may still use it, as they belong to
+  /// whoever had it before: other streams' first access comes behind them.
   void* allocate(std::size_t size_bytes);
   /// Lifetime: nothing may be in flight to or from `memory`.
   void free(void* memory);
@@ -174,6 +187,7 @@ class Device {
   template <typename Call>
   void submit_logged(Op& op, Call call);
   void check_recorded(EventId event, const char* call) const;
+  void go_to_stream(OpKind kind, StreamId stream);
   void detach_log();
 
   const std::int64_t process_;  // that made the device

@@ -30,21 +30,21 @@ namespace torch_offload {
 struct ForkHandlers {
   std::mutex mutex;  // guards `live`; held across fork, so that a child finds it whole
   std::vector<HostMapping*> live;
+  const int error = pthread_atfork([] { instance().mutex.lock(); },
+                                   [] { instance().mutex.unlock(); }, &ForkHandlers::in_child);
 
   /// Never destroyed, on purpose: a fork may come after static destructors have begun.
   static ForkHandlers& instance() {
-    static ForkHandlers* handlers = [] {
-      auto* made = new ForkHandlers;
-      const int error = pthread_atfork([] { instance().mutex.lock(); },
-                                       [] { instance().mutex.unlock(); }, &ForkHandlers::in_child);
-      if (error != 0) {
-        delete made;
-        throw MemoryError(std::string("expected to prepare host memory for forks, got: ") +
-                          std::strerror(error));
-      }
-      return made;
-    }();
+    static auto* const handlers = new ForkHandlers;
     return *handlers;
+  }
+
+  /// Throws: MemoryError if forks could not be prepared for.
+  void check() const {
+    if (error != 0) {
+      throw MemoryError(std::string("expected to prepare host memory for forks, got: ") +
+                        std::strerror(error));
+    }
   }
 
   static void in_child() {
@@ -67,6 +67,10 @@ struct ForkHandlers {
 };
 
 namespace {
+
+/// Made as the library is loaded: were it made by the first mapping, a fork at that very moment
+/// would leave the child with a static that is for ever being made.
+[[maybe_unused]] const ForkHandlers& kMadeAtLoad = ForkHandlers::instance();
 
 /// The huge page of x86-64, and what one thread fills at a time: small enough for its cache.
 constexpr std::size_t kHugePageBytes = std::size_t{2} << 20;
@@ -189,6 +193,7 @@ HostMapping::HostMapping(std::size_t size_bytes) : size_bytes_(whole_pages(size_
     return;
   }
   ForkHandlers& handlers = ForkHandlers::instance();
+  handlers.check();
   data_ = map_aligned(size_bytes_);
   if (data_ == nullptr) {
     throw_system_error(errno, size_bytes_, "mmap");

@@ -29,6 +29,12 @@ const char* name_of(OpKind kind) {
       return "read";
     case OpKind::kReadEnd:
       return "read_end";
+    case OpKind::kLeave:
+      return "leave";
+    case OpKind::kEnter:
+      return "enter";
+    case OpKind::kReturn:
+      return "return";
     case OpKind::kRecord:
       return "record";
     case OpKind::kWait:
@@ -60,7 +66,23 @@ void OpLog::append(const Op& op, OpMarks marks) {
   ops_.push_back(op);
 }
 
+void OpLog::begin(std::vector<bool> recorded) {
+  beginnings_.push_back({ops_.size(), std::move(recorded)});
+}
+
 void OpLog::clear() {
+  if (!beginnings_.empty()) {
+    // Whoever still writes goes on: what it has recorded by now, it has recorded.
+    Beginning last = std::move(beginnings_.back());
+    for (; last.op_index < ops_.size(); ++last.op_index) {
+      const Op& op = ops_[last.op_index];
+      if (op.kind == OpKind::kRecord) {
+        last.recorded.resize(std::max<std::size_t>(last.recorded.size(), op.event + 1U), false);
+        last.recorded[op.event] = true;
+      }
+    }
+    beginnings_ = {{0, std::move(last.recorded)}};
+  }
   ops_.clear();
   unresolved_.clear();
   has_times_ = false;

@@ -23,11 +23,14 @@ enum class OpKind : std::uint8_t {
   kFill,         ///< `stream` overwrites `memory` with poison.
   kRead,         ///< Work submitted to `stream` from here on may read `memory`.
   kReadEnd,      ///< No later work on `stream` reads `memory`.
+  kLeave,        ///< The caller's kernels went to `stream` so far, and are about to go elsewhere.
+  kEnter,        ///< From here on they go to `stream`; they need what those before have done.
+  kReturn,       ///< Likewise, to the stream that was left for the one entered last.
   kRecord,       ///< `event` is recorded on `stream`.
   kWait,         ///< `stream` waits for `event`.
-  kQuery,        ///< The host asked whether `event` is done.
+  kQuery,        ///< The host asked whether `event` is done; `is_done` is the answer.
   kSynchronize,  ///< The host waited for `stream`.
-  kAllocate,     ///< Device memory.
+  kAllocate,     ///< Device memory, which work submitted to `stream` so far may still use.
   kFree,
   kRegister,  ///< Host memory, page-locked.
   kUnregister,
@@ -48,6 +51,7 @@ struct AddressRange {
     return {begin, begin + size_bytes};
   }
   std::size_t size_bytes() const { return end - begin; }
+  bool overlaps(const AddressRange& other) const { return begin < other.end && other.begin < end; }
 };
 
 constexpr std::int64_t kUnknownTime = -1;
@@ -57,6 +61,7 @@ struct Op {
   OpKind kind = OpKind::kCopy;
   StreamId stream = kNoStream;
   EventId event = kNoEvent;
+  bool is_done = false;  ///< Of a query.
   UnitIndex unit = kNoUnit;
   std::uint64_t generation = 0;   ///< Which onload of the unit, counted from 1.
   AddressRange memory;            ///< Written by a copy or fill, else read or written.
@@ -101,6 +106,16 @@ class OpLog {
   const std::vector<std::string>& unit_names() const { return unit_names_; }
   void set_unit_names(std::vector<std::string> names) { unit_names_ = std::move(names); }
 
+  /// Where a device began to write, and which events it had recorded by then: what those records
+  /// cover is not in the log, nor what came between two such places.
+  struct Beginning {
+    std::size_t op_index = 0;
+    std::vector<bool> recorded;  ///< By EventId.
+  };
+  void begin(std::vector<bool> recorded);
+  /// In the order of the ops; none in a log that was written by hand.
+  const std::vector<Beginning>& beginnings() const { return beginnings_; }
+
  private:
   struct Unresolved {
     std::size_t op_index;
@@ -108,6 +123,7 @@ class OpLog {
   };
 
   std::vector<Op> ops_;
+  std::vector<Beginning> beginnings_;
   std::vector<Unresolved> unresolved_;  // ops whose times are still marks
   std::vector<std::string> stream_names_;
   std::vector<std::string> unit_names_;

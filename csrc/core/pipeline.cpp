@@ -14,7 +14,8 @@
 // on the stream that really ran it; whoever copies into bytes of that place waits for it. A place
 // whose unit is acquired, or copied and not yet used, has no free event to wait for: no prefetch
 // is issued into it. These two waits are the whole of the correctness argument; everything else
-// here decides only *when* a copy is issued.
+// here decides only *when* a copy is issued. How streams are ordered is in pipeline_streams.cpp;
+// what each step closes is in steps.h.
 
 namespace torch_offload {
 
@@ -33,27 +34,6 @@ std::vector<UnitIndex> streamed_units(const Plan& plan) {
 constexpr std::uint8_t kPoison = 0xFF;  // NaN in every floating-point type
 
 }  // namespace
-
-Pipeline::DeviceMemory::DeviceMemory(Device& device, std::size_t size_bytes)
-    : device_(device),
-      memory_(size_bytes == 0 ? nullptr : static_cast<std::byte*>(device.allocate(size_bytes))),
-      size_bytes_(size_bytes) {}
-
-Pipeline::DeviceMemory::DeviceMemory(DeviceMemory&& other) noexcept
-    : device_(other.device_),
-      memory_(std::exchange(other.memory_, nullptr)),
-      size_bytes_(std::exchange(other.size_bytes_, 0)) {}
-
-Pipeline::DeviceMemory::~DeviceMemory() {
-  if (memory_ == nullptr || device_.in_forked_child()) {
-    return;
-  }
-  try {
-    device_.free(memory_);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "torch_offload: device memory was not given back: %s\n", error.what());
-  }
-}
 
 Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOptions& options)
     : device_(device),
@@ -80,7 +60,7 @@ Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOpti
   }
   handover_ = device_.create_event();
   // The allocator may have handed out memory that kernels of the current stream still use.
-  device_.synchronize(device_.current_stream());
+  synchronize(device_.current_stream(), Step::kNewWindowDrain);
   states_ = states_of(plan_);
 }
 
@@ -191,7 +171,10 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
   }
   if (state.acquired > 0) {  // called again inside its own call
     const StreamId stream = device_.current_stream();
-    device_.wait(stream, state.ready);
+    wait(stream, state.ready, Step::kNestedReadyWait);
+    if (note_stream(state, stream)) {
+      begin_read(unit, stream);
+    }
     ++state.acquired;
     return state.memory;
   }
@@ -208,7 +191,7 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
     if (stream != state.used_on && state.pending[0] == state.free) {
       // Used before on another stream and not copied since: `free` will be recorded anew behind
       // this use, so it must cover the earlier one as well.
-      device_.wait(stream, state.free);
+      wait(stream, state.free, Step::kEarlierStreamWait);
     }
     state.acquired = 1;
     state.used_on = stream;
@@ -216,19 +199,20 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
     state.fresh = false;
     current_ = unit;
     if (policy_.host_synchronizes) {
-      device_.synchronize(state.loaded_on);
+      synchronize(state.loaded_on, Step::kHostReadyWait);
     } else {
-      device_.wait(stream, state.ready);  // read-after-write: the copy may still be under way
+      wait(stream, state.ready, Step::kReadyWait);  // the copy may still be under way
     }
-    device_.begin_read(stream, state.memory, plan_.units[unit].size_bytes, unit, state.generation);
     prefetch_ahead();
+    begin_read(unit, stream);  // last: a unit that could not be acquired was not read
   } catch (...) {
     // No kernel was submitted, so there is no use to wait for: only the hold is given back.
     state.acquired = 0;
     if (policy_.host_synchronizes) {
-      quiesce(state.loaded_on);  // in these modes no event tells the next copy of this one
+      // In these modes no event tells the next copy of this one.
+      quiesce(state.loaded_on, Step::kFailedAcquireDrain);
     }
-    restore_current_stream(state);
+    return_to_caller(state, Step::kFailedAcquireReturn);
     throw;
   }
   ++unit_stats_[unit].acquired;
@@ -238,41 +222,49 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
 void Pipeline::release(UnitIndex unit) {
   UnitState& state = held_state(unit);
   const StreamId stream = device_.current_stream();
-  const std::size_t size_bytes = plan_.units[unit].size_bytes;
   const bool is_last = --state.acquired == 0;  // at once: whatever fails below, it is let go
   try {
-    if (stream != state.used_on) {
-      // The module left another stream current than it found: the use ends where both have ended.
-      order_after(state.used_on, stream);
-    }
+    // The module may have left another stream current than it found: the use ends there as well.
+    note_stream(state, stream);
     if (!is_last) {
       return;
     }
-    if (options_.poison_on_release) {
-      state.whole = state.awaited = false;
-      device_.fill(state.used_on, state.memory, size_bytes, kPoison, unit);
+    for (const StreamId other : state.also_used_on) {
+      end_read(unit, other);
     }
-    device_.end_read(state.used_on, state.memory, size_bytes, unit, state.generation);
+    end_read(unit, state.used_on);
+    for (const StreamId other : state.also_used_on) {
+      order_after(state.used_on, other, Step::kLaterStreamsJoin);
+    }
+    if (options_.poison_on_release) {
+      if (!is_left_out(Step::kPoisonForget)) {
+        forget(state);
+      }
+      device_.fill(state.used_on, state.memory, plan_.units[unit].size_bytes, kPoison, unit);
+    }
     if (policy_.host_synchronizes) {
-      device_.synchronize(state.used_on);
+      synchronize(state.used_on, Step::kHostFreeWait);
       state.pending.fill(kNoEvent);
     } else {
-      device_.record(state.free, state.used_on);
-      state.pending.fill(state.free);  // `ready` was waited for by this use: `free` covers it
+      record(state.free, state.used_on, Step::kFreeRecord);
+      // `ready` was waited for by this use: `free` covers it.
+      state.pending.fill(is_left_out(Step::kPendingFree) ? kNoEvent : state.free);
     }
     leave_compute_stream(state);
   } catch (...) {
     // Nobody can wait for this use any more, so it must have ended.
-    quiesce(state.used_on);
-    if (stream != state.used_on) {
-      quiesce(stream);
+    quiesce(state.used_on, Step::kFailedReleaseDrain);
+    for (const StreamId other : state.also_used_on) {
+      quiesce(other, Step::kFailedReleaseDrain);
     }
     if (is_last) {
+      state.also_used_on.clear();
       state.whole = state.awaited = false;
-      restore_current_stream(state);
+      return_to_caller(state, Step::kFailedReleaseReturn);
     }
     throw;
   }
+  state.also_used_on.clear();
   prefetch_ahead();
 }
 
@@ -283,6 +275,27 @@ bool Pipeline::owns(const void* address) const {
     return range.begin <= point && point < range.end;
   };
   return lies_in(window_) || std::any_of(own_places_.begin(), own_places_.end(), lies_in);
+}
+
+/// Remembers that the unit is used on `stream`. Returns whether that is news.
+bool Pipeline::note_stream(UnitState& state, StreamId stream) {
+  std::vector<StreamId>& also = state.also_used_on;
+  if (is_left_out(Step::kLaterStreamsNote) || stream == state.used_on ||
+      std::find(also.begin(), also.end(), stream) != also.end()) {
+    return false;
+  }
+  also.push_back(stream);
+  return true;
+}
+
+void Pipeline::begin_read(UnitIndex unit, StreamId stream) {
+  const UnitState& state = states_[unit];
+  device_.begin_read(stream, state.memory, plan_.units[unit].size_bytes, unit, state.generation);
+}
+
+void Pipeline::end_read(UnitIndex unit, StreamId stream) {
+  const UnitState& state = states_[unit];
+  device_.end_read(stream, state.memory, plan_.units[unit].size_bytes, unit, state.generation);
 }
 
 Pipeline::UnitState& Pipeline::held_state(UnitIndex unit) {
@@ -297,8 +310,10 @@ void Pipeline::invalidate(UnitIndex unit) {
     throw StateError("expected the weights of unit '" + plan_.units[unit].name +
                      "' to be edited between forwards, got an edit while it is in use");
   }
-  state.whole = state.awaited = state.fresh = false;
+  forget(state);
 }
+
+void Pipeline::forget(UnitState& state) { state.whole = state.awaited = state.fresh = false; }
 
 // --- copies ------------------------------------------------------------------------------------
 
@@ -314,7 +329,8 @@ StreamId Pipeline::copy_stream(UnitIndex unit) {
 
 bool Pipeline::may_overwrite(UnitIndex unit, bool awaited_too) const {
   const auto blocks = [&](UnitIndex other) {
-    return states_[other].acquired > 0 || (states_[other].awaited && !awaited_too);
+    return (states_[other].acquired > 0 && !is_left_out(Step::kHeldGuard)) ||
+           (states_[other].awaited && !awaited_too);
   };
   return !blocks(unit) &&
          std::none_of(plan_.overlaps[unit].begin(), plan_.overlaps[unit].end(), blocks);
@@ -326,31 +342,36 @@ void Pipeline::onload(UnitIndex unit) {
   const StreamId stream = copy_stream(unit);
   const std::size_t index = copy_stream_index(unit);
 
-  const auto take_over = [&](UnitState& other) {
+  const auto await_users = [&](UnitState& other, Step step) {
     if (other.pending[index] != kNoEvent) {
       // Write-after-read: its last kernels may still read these bytes. Or write-after-write: a
       // copy on another stream may still fill them.
-      device_.wait(stream, other.pending[index]);
+      wait(stream, other.pending[index], step);
       other.pending[index] = kNoEvent;
     }
-    other.whole = other.awaited = other.fresh = false;
   };
-  take_over(state);
+  await_users(state, Step::kOwnPendingWait);
+  forget(state);
   for (const UnitIndex other : plan_.overlaps[unit]) {
-    take_over(states_[other]);
+    await_users(states_[other], Step::kOverlapPendingWait);
+    if (!is_left_out(Step::kOverlapForget)) {
+      forget(states_[other]);
+    }
   }
 
   ++state.generation;
   try {
     state.loaded_on = loader_.load(unit, state.memory, stream, state.generation);
-    device_.record(state.ready, state.loaded_on);
+    record(state.ready, state.loaded_on, Step::kReadyRecord);
   } catch (...) {
-    quiesce(stream);  // part of the copy may be under way, and no event tells when it ends
+    // Part of the copy may be under way, and no event tells when it ends.
+    quiesce(stream, Step::kFailedOnloadDrain);
     throw;
   }
   for (std::size_t i = 0; i < kNumKinds; ++i) {
-    const bool is_ordered_already =
-        policy_.host_synchronizes || copy_streams_[i] == state.loaded_on;
+    const bool is_ordered_already = policy_.host_synchronizes ||
+                                    copy_streams_[i] == state.loaded_on ||
+                                    is_left_out(Step::kPendingReady);
     state.pending[i] = is_ordered_already ? kNoEvent : state.ready;
   }
   state.whole = state.fresh = true;
@@ -362,6 +383,15 @@ void Pipeline::onload(UnitIndex unit) {
 
 /// A miss: overwrites what was expected in vain. An overlapping unit in use cannot be overwritten.
 void Pipeline::onload_on_demand(UnitIndex unit) {
+  if (policy_.lookahead == Lookahead::kLayer) {
+    // A layer's first unit is missed, and the copies of a layer start with that layer: when the
+    // caller's stream has come to it, not when the host has, which runs ahead.
+    const StreamId current = device_.current_stream();
+    order_after(copy_streams_[0], current, Step::kNone);
+    if (copy_streams_[1] != copy_streams_[0]) {
+      order_after(copy_streams_[1], current, Step::kNone);
+    }
+  }
   if (!may_overwrite(unit, /*awaited_too=*/true)) {
     give_own_place(unit);
   }
@@ -414,14 +444,15 @@ void Pipeline::give_own_place(UnitIndex unit) {
   // Whoever copies into the old place next will no longer ask this unit for its last use.
   for (std::size_t i = 0; i < kNumKinds; ++i) {
     if (state.pending[i] != kNoEvent) {
-      device_.wait(copy_streams_[i], std::exchange(state.pending[i], kNoEvent));
+      wait(copy_streams_[i], state.pending[i], Step::kOldPlaceWait);
+      state.pending[i] = kNoEvent;  // only now: a wait that failed is still to be taken
     }
   }
   own_places_.emplace_back(device_, plan_.units[unit].size_bytes);
   // The allocator may hand out memory that kernels of the current stream still use.
   const StreamId current = device_.current_stream();
   if (copy_stream(unit) != current) {
-    order_after(copy_stream(unit), current);
+    order_after(copy_stream(unit), current, Step::kNewPlaceOrder);
   }
   for (const UnitIndex other : plan_.overlaps[unit]) {
     auto& back = plan_.overlaps[other];
@@ -430,83 +461,6 @@ void Pipeline::give_own_place(UnitIndex unit) {
   plan_.overlaps[unit].clear();
   state.memory = own_places_.back().memory();
   ++stats_.extra_places;
-}
-
-// --- streams -----------------------------------------------------------------------------------
-
-/// Lets later work on `later` start only when all submitted to `earlier` so far is done.
-void Pipeline::order_after(StreamId later, StreamId earlier) {
-  device_.record(handover_, earlier);
-  device_.wait(later, handover_);
-}
-
-StreamId Pipeline::enter_compute_stream(UnitIndex unit) {
-  const StreamId caller = device_.current_stream();
-  if (options_.layout == StreamLayout::kShared) {
-    return caller;
-  }
-  const StreamId compute = compute_streams_[static_cast<std::size_t>(plan_.units[unit].kind)];
-  order_after(compute, caller);  // the unit reads activations that the caller's kernels write
-  device_.set_current_stream(compute);
-  states_[unit].left = caller;
-  return compute;
-}
-
-void Pipeline::leave_compute_stream(UnitState& state) {
-  const StreamId caller = state.left;
-  restore_current_stream(state);
-  if (caller != kNoStream) {
-    order_after(caller, state.used_on);  // the caller's kernels read what the unit wrote
-  }
-}
-
-void Pipeline::restore_current_stream(UnitState& state) {
-  if (state.left != kNoStream) {
-    device_.set_current_stream(state.left);
-    state.left = kNoStream;
-  }
-}
-
-void Pipeline::quiesce(StreamId stream) noexcept {
-  try {
-    device_.synchronize(stream);
-  } catch (...) {
-    // The device itself is failing, and the error that brought us here is about to say so.
-    std::fprintf(stderr, "torch_offload: a stream could not be synchronized after a failure\n");
-  }
-}
-
-void Pipeline::synchronize_onload(UnitIndex unit) {
-  if (states_.at(unit).loaded_on != kNoStream) {
-    device_.synchronize(states_[unit].loaded_on);
-  }
-}
-
-void Pipeline::synchronize() {
-  std::vector<StreamId> busy = streams();
-  for (const UnitState& state : states_) {
-    if (state.used_on != kNoStream) {
-      busy.push_back(state.used_on);
-    }
-  }
-  std::sort(busy.begin(), busy.end());
-  busy.erase(std::unique(busy.begin(), busy.end()), busy.end());
-  for (const StreamId stream : busy) {
-    device_.synchronize(stream);
-  }
-}
-
-std::vector<StreamId> Pipeline::streams() const {
-  std::vector<StreamId> streams;
-  for (const auto& group : {copy_streams_, compute_streams_}) {
-    for (const StreamId stream : group) {
-      if (stream != kNoStream &&
-          std::find(streams.begin(), streams.end(), stream) == streams.end()) {
-        streams.push_back(stream);
-      }
-    }
-  }
-  return streams;
 }
 
 }  // namespace torch_offload

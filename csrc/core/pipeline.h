@@ -9,11 +9,13 @@
 #include <vector>
 
 #include "core/device.h"
+#include "core/device_memory.h"
 #include "core/loader.h"
 #include "core/mode.h"
 #include "core/order.h"
 #include "core/plan.h"
 #include "core/stats.h"
+#include "core/steps.h"
 
 namespace torch_offload {
 
@@ -111,33 +113,18 @@ class Pipeline {
  private:
   static constexpr std::size_t kNumKinds = 2;
 
-  /// Device memory that is given back at the end of the scope.
-  class DeviceMemory {
-   public:
-    DeviceMemory(Device& device, std::size_t size_bytes);
-    DeviceMemory(DeviceMemory&& other) noexcept;
-    DeviceMemory& operator=(DeviceMemory&&) = delete;
-    ~DeviceMemory();
-    std::byte* memory() const { return memory_; }
-    std::size_t size_bytes() const { return size_bytes_; }
-
-   private:
-    Device& device_;
-    std::byte* memory_ = nullptr;
-    std::size_t size_bytes_ = 0;
-  };
-
   struct UnitState {
-    std::byte* memory = nullptr;     // the place; nullptr for a resident unit
-    EventId ready = kNoEvent;        // recorded behind each onload
-    EventId free = kNoEvent;         // recorded behind each use
-    bool whole = false;              // the place holds the master's bytes, or will behind `ready`
-    bool awaited = false;            // whole and expected to be used: no prefetch may overwrite it
-    bool fresh = false;              // whole and not used since
-    std::uint32_t acquired = 0;      // uses under way (a module may call itself)
-    StreamId used_on = kNoStream;    // stream of the use under way, or of the last one
-    StreamId left = kNoStream;       // `split`: the stream to go back to
-    StreamId loaded_on = kNoStream;  // stream that `ready` was recorded on
+    std::byte* memory = nullptr;   // the place; nullptr for a resident unit
+    EventId ready = kNoEvent;      // recorded behind each onload
+    EventId free = kNoEvent;       // recorded behind each use
+    bool whole = false;            // the place holds the master's bytes, or will behind `ready`
+    bool awaited = false;          // whole and expected to be used: no prefetch may overwrite it
+    bool fresh = false;            // whole and not used since
+    std::uint32_t acquired = 0;    // uses under way (a module may call itself)
+    StreamId used_on = kNoStream;  // stream of the use under way, or of the last one
+    std::vector<StreamId> also_used_on;  // streams that the use under way has come to since
+    StreamId left = kNoStream;           // `split`: the stream to go back to
+    StreamId loaded_on = kNoStream;      // stream that `ready` was recorded on
     std::uint64_t generation = 0;
     std::uint64_t copied_in_pass = 0;
     // For each copy stream: the event that it must wait for before it writes into this range
@@ -150,15 +137,22 @@ class Pipeline {
   StreamId copy_stream(UnitIndex unit);
   StreamId enter_compute_stream(UnitIndex unit);
   void leave_compute_stream(UnitState& state);
-  void restore_current_stream(UnitState& state);
-  void order_after(StreamId later, StreamId earlier);
+  void return_to_caller(UnitState& state, Step step);
+  static bool note_stream(UnitState& state, StreamId stream);
+  void begin_read(UnitIndex unit, StreamId stream);
+  void end_read(UnitIndex unit, StreamId stream);
+  static void forget(UnitState& state);
+  void order_after(StreamId later, StreamId earlier, Step step);
+  void record(EventId event, StreamId stream, Step step);
+  void wait(StreamId stream, EventId event, Step step);
+  void synchronize(StreamId stream, Step step);
   bool may_overwrite(UnitIndex unit, bool awaited_too) const;
   void onload(UnitIndex unit);
   void onload_on_demand(UnitIndex unit);
   void prefetch_ahead();
   void forget_expectations();
   void give_own_place(UnitIndex unit);
-  void quiesce(StreamId stream) noexcept;
+  void quiesce(StreamId stream, Step step) noexcept;
   UnitState& held_state(UnitIndex unit);
 
   Device& device_;

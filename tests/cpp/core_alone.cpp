@@ -1,6 +1,8 @@
-// Linked with all of the core and nothing else but threads: an object of the core that needed
+// Linked with all of core and checker and nothing else but threads: an object of theirs that needed
 // torch, CUDA or Python would not link, and a header that included one of them is refused here.
+#include "check/hazard_checker.h"
 #include "core/device.h"
+#include "core/device_memory.h"
 #include "core/error.h"
 #include "core/host_limits.h"
 #include "core/host_mapping.h"
@@ -12,6 +14,7 @@
 #include "core/pipeline.h"
 #include "core/plan.h"
 #include "core/stats.h"
+#include "core/steps.h"
 #include "core/unit.h"
 
 #if defined(Py_PYTHON_H) || defined(CUDART_VERSION) || defined(TORCH_VERSION_MAJOR)

@@ -132,6 +132,10 @@ TEST_F(DeviceTest, LogHoldsEveryCallWithItsRanges) {
   device_.wait(HostDevice::kCallerStream, event);
   device_.begin_read(HostDevice::kCallerStream, block, 512, 7, 3);
   device_.end_read(HostDevice::kCallerStream, block, 512, 7, 3);
+  device_.leave_stream(HostDevice::kCallerStream);
+  device_.enter_stream(stream_);
+  device_.return_to_stream(HostDevice::kCallerStream);
+  device_.synchronize(stream_);
   device_.is_done(event);
   device_.fill(stream_, block, 512, 0xFF, 7);
   device_.synchronize(stream_);
@@ -149,11 +153,12 @@ TEST_F(DeviceTest, LogHoldsEveryCallWithItsRanges) {
     EXPECT_GE(op.host_time_ns, last_ns);
     last_ns = op.host_time_ns;
   }
-  EXPECT_EQ(kinds, (std::vector<OpKind>{OpKind::kRegister, OpKind::kAllocate, OpKind::kCopy,
-                                        OpKind::kRecord, OpKind::kWait, OpKind::kRead,
-                                        OpKind::kReadEnd, OpKind::kQuery, OpKind::kFill,
-                                        OpKind::kSynchronize, OpKind::kHostRead, OpKind::kHostWrite,
-                                        OpKind::kFree, OpKind::kUnregister}));
+  EXPECT_EQ(kinds,
+            (std::vector<OpKind>{
+                OpKind::kRegister, OpKind::kAllocate, OpKind::kCopy, OpKind::kRecord, OpKind::kWait,
+                OpKind::kRead, OpKind::kReadEnd, OpKind::kLeave, OpKind::kEnter, OpKind::kReturn,
+                OpKind::kSynchronize, OpKind::kQuery, OpKind::kFill, OpKind::kSynchronize,
+                OpKind::kHostRead, OpKind::kHostWrite, OpKind::kFree, OpKind::kUnregister}));
   const Op& copy = log_.ops()[2];
   EXPECT_EQ(copy.stream, stream_);
   EXPECT_EQ(copy.unit, 7U);
@@ -164,6 +169,33 @@ TEST_F(DeviceTest, LogHoldsEveryCallWithItsRanges) {
   EXPECT_EQ(copy.source.size_bytes(), 512U);
   EXPECT_EQ(log_.ops()[3].event, event);
   EXPECT_EQ(log_.ops()[4].stream, HostDevice::kCallerStream);
+  EXPECT_EQ(log_.ops()[1].stream, HostDevice::kCallerStream) << "whose kernels may still use it";
+  EXPECT_EQ(log_.ops()[8].stream, stream_);
+  EXPECT_TRUE(log_.ops()[11].is_done);
+}
+
+TEST_F(DeviceTest, EnteringAndReturningChangeTheCurrentStream) {
+  device_.leave_stream(device_.current_stream());
+  EXPECT_EQ(device_.current_stream(), HostDevice::kCallerStream);
+  device_.enter_stream(stream_);
+  EXPECT_EQ(device_.current_stream(), stream_);
+  device_.return_to_stream(HostDevice::kCallerStream);
+  EXPECT_EQ(device_.current_stream(), HostDevice::kCallerStream);
+}
+
+TEST_F(DeviceTest, LogKnowsWhereItBeginsAndWhatWasRecordedBefore) {
+  const EventId before = device_.create_event();
+  device_.create_event();
+  device_.record(before, stream_);
+  device_.attach_log(&log_);
+  device_.synchronize(stream_);
+  device_.attach_log(nullptr);
+  device_.attach_log(&log_);
+  device_.attach_log(nullptr);
+  ASSERT_EQ(log_.beginnings().size(), 2U);
+  EXPECT_EQ(log_.beginnings()[0].op_index, 0U);
+  EXPECT_EQ(log_.beginnings()[1].op_index, 1U);
+  EXPECT_EQ(log_.beginnings()[1].recorded, (std::vector<bool>{true, false}));
 }
 
 TEST_F(DeviceTest, WhatWasRefusedIsNeitherCountedNorLogged) {

@@ -89,5 +89,25 @@ TEST(AddressRangeTest, CoversExactlyTheBytesGiven) {
   EXPECT_EQ(range.size_bytes(), bytes.size());
 }
 
+/// An event whose record was cleared away was recorded nevertheless.
+TEST(OpLogTest, ClearingRemembersWhichEventsWereRecorded) {
+  OpLog log;
+  log.clear();
+  EXPECT_TRUE(log.beginnings().empty());
+  log.begin({true});
+  for (const OpKind kind : {OpKind::kRecord, OpKind::kWait}) {
+    Op op;
+    op.kind = kind;
+    op.event = kind == OpKind::kRecord ? 2 : 3;
+    log.append(op);
+  }
+  ASSERT_EQ(log.beginnings().size(), 1U);
+  EXPECT_EQ(log.beginnings()[0].recorded, (std::vector<bool>{true}));
+  log.clear();
+  ASSERT_EQ(log.beginnings().size(), 1U);
+  EXPECT_EQ(log.beginnings()[0].op_index, 0U);
+  EXPECT_EQ(log.beginnings()[0].recorded, (std::vector<bool>{true, false, true}));
+}
+
 }  // namespace
 }  // namespace torch_offload

@@ -156,6 +156,35 @@ INSTANTIATE_TEST_SUITE_P(All, PipelineFaultTest,
                                   (std::get<2>(info.param) ? "_poison" : "");
                          });
 
+/// A unit that cannot be given a place of its own keeps what it knows of its old one: who copies
+/// there next must still wait for its readers.
+TEST(PipelineOwnPlaceFaultTest, FailedWaitForgetsNoReader) {
+  constexpr UnitIndex kBehind = 0;  // MHA, shares bytes with kInner only
+  constexpr UnitIndex kOuter = 1;   // FFN, likewise
+  constexpr UnitIndex kInner = 2;   // MHA
+  for (int call = 1; call < 10; ++call) {
+    SCOPED_TRACE("fault at call " + std::to_string(call));
+    Rig rig(plan_with_places(layers_of(2, 2, 2), {{512, 1024}, {0, 512}, {256, 768}, {1024, 1536}},
+                             2 * kSlice),
+            {Mode::kEvents, StreamLayout::kSplit, false});
+    rig.pipeline->enter();
+    rig.use(kInner);
+    const std::byte* place = rig.pipeline->acquire(kOuter);
+    rig.read(kOuter, place);
+    rig.device.fail_at(call);
+    try {
+      rig.read(kInner, rig.pipeline->acquire(kInner));
+      rig.pipeline->release(kInner);
+    } catch (const InjectedFault&) {
+    }
+    rig.device.fail_at(0);
+    rig.pipeline->release(kOuter);
+    rig.use(kBehind);
+    rig.pipeline->leave(false);
+    rig.expect_at_rest_and_right();
+  }
+}
+
 TEST(PipelineConstructorFaultTest, GivesTheWindowBackWhereverItFails) {
   const Plan plan = plan_of(layers_of(2, 1, 2));
   bool got_through = false;

@@ -245,7 +245,8 @@ TEST(PipelineTraceTest, StatesWhatSetsTheFourModesApart) {
   const Trace events = trace_of({Mode::kEvents, StreamLayout::kShared});
   EXPECT_EQ(events.streams, (std::set<std::string>{"caller", "weight_h2d"}));
   EXPECT_EQ(events.num_host_waits, 0U);
-  EXPECT_EQ(events.num_stream_waits, 2 * units) << "one for ready, one for free";
+  EXPECT_EQ(events.num_stream_waits, 2 * units + units / 2)
+      << "one for ready, one for free, and one of the copies for each layer";
   EXPECT_EQ(events.furthest_units, 1U) << "the FFN of the layer in use";
   EXPECT_EQ(events.furthest_bytes, 3 * kSlice);
 

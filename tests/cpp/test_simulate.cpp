@@ -106,10 +106,10 @@ TEST_P(SimulateEventsTest, LayerByLayerTheFirstCopyOfEachShows) {
   EXPECT_EQ(result.counters.host_synchronizes, kLayers) << "the caller's own";
 }
 
-/// In one pass nothing holds the host, and copies issued with a layer overlap the one before.
-TEST_P(SimulateEventsTest, InOnePassOnlyTheFirstCopyShows) {
+/// Nor is it in one pass, though nothing holds the host there.
+TEST_P(SimulateEventsTest, InOnePassTheFirstCopyOfEachLayerShowsAsWell) {
   const SimResult result = simulate(request(kLayers));
-  expect_ms(result.elapsed_ns, 6.74 + kLayers * 178.36);
+  expect_ms(result.elapsed_ns, 14808.0);
   EXPECT_EQ(result.counters.host_synchronizes, 0U);
 }
 
@@ -189,8 +189,9 @@ TEST(SimulateTest, HostPaysForEachCallOfALayer) {
   // Both units stay whole: nothing is copied for a next pass.
   const std::vector<std::tuple<OpKind, UnitIndex, std::int64_t>> expected{
       {OpKind::kCopy, 0, 0},        {OpKind::kRecord, kNoUnit, 10},   // the miss
-      {OpKind::kWait, kNoUnit, 11}, {OpKind::kRead, 0, 13},           //
+      {OpKind::kWait, kNoUnit, 11},                                   //
       {OpKind::kCopy, 1, 13},       {OpKind::kRecord, kNoUnit, 23},   // the prefetch
+      {OpKind::kRead, 0, 24},                                         // now kernels may come
       {OpKind::kReadEnd, 0, 74},    {OpKind::kRecord, kNoUnit, 74},   // behind the launch
       {OpKind::kWait, kNoUnit, 75}, {OpKind::kRead, 1, 77},           //
       {OpKind::kReadEnd, 1, 127},   {OpKind::kRecord, kNoUnit, 127},  //
@@ -219,6 +220,19 @@ TEST(SimulateTest, LinkBoundForwardTakesAsLongAsItsBytes) {
   EXPECT_EQ(result.pass_end_ns[3] - result.pass_end_ns[2], 5 * 3000);
 }
 
+/// The ops without those by which the rig tells of each kernel: a read that ends at once.
+std::vector<Op> without_kernels(const std::vector<Op>& ops) {
+  std::vector<Op> rest;
+  for (std::size_t at = 0; at < ops.size(); ++at) {
+    if (ops[at].kind == OpKind::kRead && ops[at + 1].kind == OpKind::kReadEnd) {
+      ++at;
+    } else {
+      rest.push_back(ops[at]);
+    }
+  }
+  return rest;
+}
+
 /// One pipeline: the scheduler makes the same calls here as on a device that really copies.
 TEST(SimulateTest, CallsAreThoseOnAnotherDevice) {
   for (const auto& [mode, layout] : {Choice{Mode::kSync, StreamLayout::kShared},
@@ -230,10 +244,11 @@ TEST(SimulateTest, CallsAreThoseOnAnotherDevice) {
     request.passes.resize(3, request.passes[0]);
     const SimResult result = simulate(request);
     Rig rig(request.plan, request.options);
+    rig.log.clear();
     for (const std::vector<UnitIndex>& pass : request.passes) {
       rig.pass(pass);
     }
-    const std::vector<Op>& real = rig.log.ops();
+    const std::vector<Op> real = without_kernels(rig.log.ops());
     ASSERT_EQ(result.log.ops().size(), real.size());
     for (std::size_t at = 0; at < real.size(); ++at) {
       const Op& simulated = result.log.ops()[at];
@@ -293,6 +308,9 @@ TEST(SimulateTest, LogIsWholeAndInOrder) {
   std::vector<std::int64_t> reached(5, 0);
   for (const Op& op : result.log.ops()) {
     ASSERT_NE(op.stream, kNoStream);
+    if (op.kind == OpKind::kLeave || op.kind == OpKind::kEnter || op.kind == OpKind::kReturn) {
+      continue;  // the host's doing, which takes no stream any time
+    }
     EXPECT_GE(op.begin_ns, reached[op.stream]);
     EXPECT_GE(op.end_ns, op.begin_ns);
     reached[op.stream] = op.end_ns;

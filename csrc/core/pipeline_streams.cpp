@@ -1,0 +1,117 @@
+// How the pipeline orders one stream after another, and the host after both.
+
+#include <algorithm>
+#include <cstdio>
+#include <vector>
+
+#include "core/pipeline.h"
+
+namespace torch_offload {
+
+/// Lets later work on `later` start only when all submitted to `earlier` so far is done.
+void Pipeline::order_after(StreamId later, StreamId earlier, Step step) {
+  if (!is_left_out(step)) {
+    record(handover_, earlier, Step::kHandoverRecord);
+    wait(later, handover_, Step::kHandoverWait);
+  }
+}
+
+void Pipeline::record(EventId event, StreamId stream, Step step) {
+  if (!is_left_out(step)) {
+    device_.record(event, stream);
+  }
+}
+
+void Pipeline::wait(StreamId stream, EventId event, Step step) {
+  if (!is_left_out(step)) {
+    device_.wait(stream, event);
+  }
+}
+
+void Pipeline::synchronize(StreamId stream, Step step) {
+  if (!is_left_out(step)) {
+    device_.synchronize(stream);
+  }
+}
+
+StreamId Pipeline::enter_compute_stream(UnitIndex unit) {
+  const StreamId caller = device_.current_stream();
+  if (options_.layout == StreamLayout::kShared) {
+    return caller;
+  }
+  const StreamId compute = compute_streams_[static_cast<std::size_t>(plan_.units[unit].kind)];
+  device_.leave_stream(caller);
+  // The unit reads activations that the caller's kernels write.
+  order_after(compute, caller, Step::kEnterOrder);
+  device_.enter_stream(compute);
+  states_[unit].left = caller;
+  return compute;
+}
+
+void Pipeline::leave_compute_stream(UnitState& state) {
+  if (state.left != kNoStream) {
+    device_.leave_stream(state.used_on);
+    // The caller's kernels read what the unit wrote.
+    order_after(state.left, state.used_on, Step::kReturnOrder);
+    return_to_caller(state, Step::kCallerReturn);
+  }
+}
+
+void Pipeline::return_to_caller(UnitState& state, Step step) {
+  if (state.left != kNoStream) {
+    if (!is_left_out(step)) {
+      device_.return_to_stream(state.left);
+    }
+    state.left = kNoStream;
+  }
+}
+
+void Pipeline::quiesce(StreamId stream, Step step) noexcept {
+  try {
+    synchronize(stream, step);
+  } catch (...) {
+    // The device itself is failing, and the error that brought us here is about to say so.
+    std::fprintf(stderr, "torch_offload: a stream could not be synchronized after a failure\n");
+  }
+}
+
+void Pipeline::synchronize_onload(UnitIndex unit) {
+  if (states_.at(unit).loaded_on != kNoStream) {
+    synchronize(states_[unit].loaded_on, Step::kOnloadDrain);
+  }
+}
+
+void Pipeline::synchronize() {
+  const std::vector<StreamId> ours = streams();
+  for (const StreamId stream : ours) {
+    synchronize(stream, Step::kDrainOwnStreams);
+  }
+  std::vector<StreamId> callers;
+  for (const UnitState& state : states_) {
+    if (state.used_on != kNoStream) {
+      callers.push_back(state.used_on);
+    }
+  }
+  std::sort(callers.begin(), callers.end());
+  callers.erase(std::unique(callers.begin(), callers.end()), callers.end());
+  for (const StreamId stream : callers) {
+    if (std::find(ours.begin(), ours.end(), stream) == ours.end()) {
+      synchronize(stream, Step::kDrainUsedStreams);
+    }
+  }
+}
+
+std::vector<StreamId> Pipeline::streams() const {
+  std::vector<StreamId> streams;
+  for (const auto& group : {copy_streams_, compute_streams_}) {
+    for (const StreamId stream : group) {
+      if (stream != kNoStream &&
+          std::find(streams.begin(), streams.end(), stream) == streams.end()) {
+        streams.push_back(stream);
+      }
+    }
+  }
+  return streams;
+}
+
+}  // namespace torch_offload

@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstdint>
+
+namespace torch_offload {
+
+/// What keeps the pipeline's order: its waits, records, drains, and what it remembers for them.
+///
+/// Each is named at the place where it is taken. Tests build the pipeline with
+/// TORCH_OFFLOAD_MUTANTS, leave the steps out one at a time, and see that this is noticed: no step
+/// is there in vain, and none could go missing in silence. The product leaves nothing out and pays
+/// nothing.
+enum class Step : std::uint8_t {
+  // A reader behind its copy.
+  kReadyRecord,      ///< Behind the copy.
+  kReadyWait,        ///< Of the stream that reads.
+  kNestedReadyWait,  ///< Of another stream, to which a unit called inside itself has come.
+  kHostReadyWait,    ///< Of the host, in the modes without events.
+
+  // A copy behind the readers, and the copies, whose bytes it overwrites.
+  kFreeRecord,          ///< Behind the last kernel of a use.
+  kPendingFree,         ///< Remembers it for the copy that comes.
+  kPendingReady,        ///< Remembers a copy for one on the other copy stream.
+  kOwnPendingWait,      ///< For the last use of the unit itself.
+  kOverlapPendingWait,  ///< For that of each unit that shares bytes with it.
+  kOverlapForget,       ///< Those units are no longer whole.
+  kHeldGuard,           ///< Nothing is copied where a unit is in use.
+  kHostFreeWait,        ///< Of the host, in the modes without events.
+  kPoisonForget,        ///< A poisoned unit is no longer whole.
+
+  // A use that comes to several streams.
+  kEarlierStreamWait,  ///< A use on another stream than the last one, whose `free` it records anew.
+  kLaterStreamsNote,   ///< Remembers the streams that the use comes to.
+  kLaterStreamsJoin,   ///< The first one waits for them before `free` is recorded.
+
+  // The caller's kernels, in `split`.
+  kEnterOrder,      ///< The unit behind what its caller has computed.
+  kReturnOrder,     ///< The caller behind the unit.
+  kCallerReturn,    ///< The caller's stream is current again.
+  kHandoverRecord,  ///< One half of every order between two streams,
+  kHandoverWait,    ///< and the other.
+
+  // Memory that is new or goes.
+  kNewWindowDrain,    ///< The allocator's last tenant may still use the window.
+  kNewPlaceOrder,     ///< Likewise a place that a nested unit gets.
+  kOldPlaceWait,      ///< Its old place is left to copies that will not ask for it.
+  kDrainOwnStreams,   ///< Before masters and window go.
+  kDrainUsedStreams,  ///< Likewise, of the callers.
+  kOnloadDrain,       ///< Before a master is edited.
+
+  // After a failure.
+  kFailedOnloadDrain,   ///< Half a copy, that no event tells of.
+  kFailedAcquireDrain,  ///< A copy that no event tells of, in the modes without.
+  kFailedReleaseDrain,  ///< A use that no event tells of, and those of the streams that it came to.
+  kFailedAcquireReturn,  ///< The caller's stream is current again,
+  kFailedReleaseReturn,  ///< whichever call failed.
+
+  kNone,
+};
+
+#ifdef TORCH_OFFLOAD_MUTANTS
+/// Whether a test wants the pipeline to go wrong here.
+bool is_left_out(Step step);
+#else
+constexpr bool is_left_out(Step /*step*/) { return false; }
+#endif
+
+}  // namespace torch_offload
