@@ -104,12 +104,13 @@ class Handle:
         config: Config,
         bytes_resident: Callable[[], int],
         undo: Callable[[nn.Module], None],
+        recorder: Recorder,
     ) -> None:
         self._model = weakref.ref(model)
         self._engine = engine
         self._undo = undo
         self._bytes_resident = bytes_resident
-        self._recorder = Recorder(engine)
+        self._recorder = recorder
         self.device = device
         self.config = config
 

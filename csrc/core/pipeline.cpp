@@ -215,6 +215,7 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
     state.awaited = false;
     state.fresh = false;
     current_ = unit;
+    ask_for_readiness(unit);
     if (policy_.host_synchronizes) {
       device_.synchronize(state.loaded_on);
     } else {
@@ -259,6 +260,9 @@ void Pipeline::release(UnitIndex unit) {
     } else {
       device_.record(state.free, state.used_on);
       state.pending.fill(state.free);  // `ready` was waited for by this use: `free` covers it
+      if (options_.wait_for_each) {
+        device_.synchronize(state.used_on);
+      }
     }
     leave_compute_stream(state);
   } catch (...) {
@@ -289,6 +293,15 @@ Pipeline::UnitState& Pipeline::held_state(UnitIndex unit) {
   UnitState& state = states_.at(unit);
   check_internal(state.acquired > 0, "release without acquire");
   return state;
+}
+
+/// While every onload is waited for, none can be under way: one that is was waited for in vain.
+void Pipeline::ask_for_readiness(UnitIndex unit) {
+  if (options_.wait_for_each && !device_.is_done(states_[unit].ready) && options_.warn != nullptr) {
+    options_.warn("possible race: the copy of unit '" + plan_.units[unit].name +
+                  "' was waited for, and its event says that it is not done; read now, the weights "
+                  "would be others");
+  }
 }
 
 void Pipeline::invalidate(UnitIndex unit) {
@@ -344,6 +357,9 @@ void Pipeline::onload(UnitIndex unit) {
   try {
     state.loaded_on = loader_.load(unit, state.memory, stream, state.generation);
     device_.record(state.ready, state.loaded_on);
+    if (options_.wait_for_each) {
+      device_.synchronize(state.loaded_on);
+    }
   } catch (...) {
     quiesce(stream);  // part of the copy may be under way, and no event tells when it ends
     throw;
@@ -478,6 +494,7 @@ void Pipeline::quiesce(StreamId stream) noexcept {
 
 void Pipeline::synchronize_onload(UnitIndex unit) {
   if (states_.at(unit).loaded_on != kNoStream) {
+    ask_for_readiness(unit);
     device_.synchronize(states_[unit].loaded_on);
   }
 }
