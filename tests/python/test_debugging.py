@@ -23,8 +23,8 @@ def model() -> nn.Module:
 
 
 @pytest.fixture
-def inputs() -> torch.Tensor:
-    return torch.ones(4, 128)
+def inputs(device: torch.device) -> torch.Tensor:
+    return torch.ones(4, 128, device=device)
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +33,8 @@ def inference() -> Iterator[None]:
         yield
 
 
-def debugged(model: nn.Module, **options: Any) -> torch_offload.Handle:
-    return torch_offload.offload(model, "cpu", debug=True, **options)
+def debugged(model: nn.Module, inputs: torch.Tensor, **options: Any) -> torch_offload.Handle:
+    return torch_offload.offload(model, inputs.device, debug=True, **options)
 
 
 @pytest.mark.parametrize("mode", ["sync", "streams", "events", "pipeline"])
@@ -42,8 +42,8 @@ def debugged(model: nn.Module, **options: Any) -> torch_offload.Handle:
 def test_debugged_forwards_give_the_same_bits_without_a_warning(
     model: nn.Module, inputs: torch.Tensor, mode: Any, granularity: Any
 ) -> None:
-    plain = torch_offload.align(copy.deepcopy(model))
-    with debugged(model, mode=mode, granularity=granularity) as handle:
+    plain = torch_offload.align(copy.deepcopy(model).to(inputs.device))
+    with debugged(model, inputs, mode=mode, granularity=granularity) as handle:
         for _ in range(3):
             assert torch.equal(model(inputs), plain(inputs))
         assert handle.stats.forwards == 3
@@ -53,7 +53,7 @@ def test_debugged_forwards_give_the_same_bits_without_a_warning(
 
 
 def test_debug_waits_for_every_copy_and_every_use(model: nn.Module, inputs: torch.Tensor) -> None:
-    with debugged(model) as handle:
+    with debugged(model, inputs) as handle:
         model(inputs)
         log = handle._recorder.last("a test", times=False)
     ops = log.ops
@@ -71,7 +71,7 @@ def test_debug_waits_for_every_copy_and_every_use(model: nn.Module, inputs: torc
 def test_without_debug_nothing_waits_and_nothing_is_asked(
     model: nn.Module, inputs: torch.Tensor
 ) -> None:
-    with torch_offload.offload(model, "cpu") as handle:
+    with torch_offload.offload(model, inputs.device) as handle:
         with handle.record() as log:
             model(inputs)
         assert not {op.kind for op in log.ops} & {"synchronize", "query", "fill"}
@@ -80,7 +80,7 @@ def test_without_debug_nothing_waits_and_nothing_is_asked(
 def test_debug_keeps_the_log_across_records_and_cuts(
     model: nn.Module, inputs: torch.Tensor
 ) -> None:
-    with debugged(model, granularity="module") as handle:
+    with debugged(model, inputs, granularity="module") as handle:
         model(inputs)
         model(inputs)
         kept = handle._recorder.last("a test", times=False)
@@ -95,20 +95,20 @@ def test_debug_keeps_the_log_across_records_and_cuts(
 
 
 def test_environment_switches_debugging_on(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, inputs: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_OFFLOAD_DEBUG", "1")
-    with torch_offload.offload(model, "cpu") as handle:
+    with torch_offload.offload(model, inputs.device) as handle:
         assert handle.config.debug
     monkeypatch.setenv("TORCH_OFFLOAD_DEBUG", "0")
-    with torch_offload.offload(model, "cpu") as handle:
+    with torch_offload.offload(model, inputs.device) as handle:
         assert not handle.config.debug
 
 
 def test_logger_tells_of_offload_and_remove(
-    model: nn.Module, caplog: pytest.LogCaptureFixture
+    model: nn.Module, inputs: torch.Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "torch_offload"), debugged(model):
+    with caplog.at_level(logging.INFO, "torch_offload"), debugged(model, inputs):
         pass
     assert {record.name for record in caplog.records} == {"torch_offload"}
     said = [record.getMessage() for record in caplog.records]
@@ -155,9 +155,9 @@ def ranges(monkeypatch: pytest.MonkeyPatch) -> Ranges:
 def test_nvtx_ranges_surround_the_steps_of_each_unit(
     model: nn.Module, inputs: torch.Tensor, ranges: Ranges
 ) -> None:
-    plain = torch_offload.align(copy.deepcopy(model))
+    plain = torch_offload.align(copy.deepcopy(model).to(inputs.device))
     inside: list[list[str]] = []
-    with torch_offload.offload(model, "cpu", nvtx=True) as handle:
+    with torch_offload.offload(model, inputs.device, nvtx=True) as handle:
         model.layers[0].mlp.up_proj.register_forward_hook(
             lambda *_: inside.append(list(ranges.open))
         )
@@ -175,7 +175,7 @@ def test_nvtx_ranges_close_behind_an_exception(
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    with torch_offload.offload(model, "cpu", nvtx=True):
+    with torch_offload.offload(model, inputs.device, nvtx=True):
         hook = model.layers[2].mlp.register_forward_hook(fail)
         with pytest.raises(ZeroDivisionError):
             model(inputs)
@@ -188,7 +188,7 @@ def test_nvtx_ranges_close_behind_an_exception(
 def test_nvtx_is_off_unless_asked_for(
     model: nn.Module, inputs: torch.Tensor, ranges: Ranges
 ) -> None:
-    with torch_offload.offload(model, "cpu"):
+    with torch_offload.offload(model, inputs.device):
         model(inputs)
     assert ranges.all == []
 
@@ -198,5 +198,5 @@ def test_real_ranges_are_harmless_without_a_profiler(
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with torch_offload.offload(model, "cpu", nvtx=True):
+        with torch_offload.offload(model, inputs.device, nvtx=True):
             model(inputs)
