@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,8 +31,10 @@ class Recorder:
         self._engine.attach_log(self._kept)
 
     @contextmanager
-    def record(self, *, times: bool) -> Iterator[_C.OpLog]:
+    def record(self, *, times: bool, warn_of_cut: bool = True) -> Iterator[_C.OpLog]:
         """Keeps a log while the block runs. Blocks at its end with `times`, until all is done.
+
+        A log ends where the units are cut anew, since it could not tell them from the former ones.
 
         Raises:
             StateError: During a forward, after `remove`, or inside another block.
@@ -43,6 +46,7 @@ class Recorder:
             )
         log = _C.OpLog()
         self._engine.attach_log(log, times)
+        names = self.unit_names()
         self._is_open = True
         self._log = log
         try:
@@ -51,6 +55,16 @@ class Recorder:
             self._is_open = False
             if not self._engine.is_closed:
                 self._engine.attach_log(self._kept)
+                if warn_of_cut and self.unit_names() != names:
+                    warnings.warn(
+                        "torch_offload: the log ends where the units were cut anew, as the first "
+                        "forwards of granularity='module' do; record a later forward",
+                        stacklevel=3,
+                    )
+
+    def unit_names(self) -> list[str]:
+        """Names of the units as they are cut now."""
+        return [unit.name for unit in self._engine.plan.units]
 
     @property
     def has_log(self) -> bool:

@@ -133,9 +133,9 @@ def reference_table(
     Raises:
         ValueError: For numbers that cannot be.
     """
-    for name, value in (("layers", layers), ("batch", batch)):
-        if not 1 <= value <= 1_000_000:
-            raise ValueError(f"expected {name} between 1 and 1,000,000, got {value}")
+    for name, value, most in (("layers", layers, 2000), ("batch", batch, 1_000_000)):
+        if not 1 <= value <= most:
+            raise ValueError(f"expected {name} between 1 and {most:,}, got {value}")
     free = run_layers(times, layers, mode="events", streams=streams, passes=2)
     return ReferenceTable(
         times=times,

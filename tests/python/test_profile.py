@@ -330,6 +330,24 @@ def test_profile_of_leaves_while_they_are_cut_fails_then_works(
         assert len(p.result.units) == 24
 
 
+def recorded(handle: Handle, work: Callable[[], object]) -> _C.OpLog:
+    with handle.record(times=True) as log:
+        work()
+    return log
+
+
+def test_record_of_leaves_while_they_are_cut_says_that_the_log_ends_there(
+    model: nn.Module, inputs: torch.Tensor
+) -> None:
+    leaves = torch_offload.offload(model, inputs.device, granularity="module")
+    with leaves as handle, torch.no_grad():
+        with pytest.warns(UserWarning, match="cut anew"):
+            log = recorded(handle, lambda: (model(inputs), model(inputs)))
+        assert list(log.unit_names) != [unit.name for unit in handle.units]
+        assert len(handle.trace().of_kind("compute")) == 12
+        assert handle.describe(0).uses_ms == ()
+
+
 def test_no_timing_outside_the_block(
     handle: Handle, model: nn.Module, inputs: torch.Tensor
 ) -> None:
