@@ -2,10 +2,12 @@
 #
 #   make demo PYTHON=python3.12    with another Python; it makes .venv, so run it on a fresh tree
 #   make build JOBS=1              with fewer compilers at once
+#   make test-python WORKERS=0     without processes beside each other, to debug
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= $(shell nproc)
+WORKERS ?= 2
 
 STAMPS := $(VENV)/stamps
 PY := $(abspath $(VENV))/bin/python
@@ -38,7 +40,7 @@ test-cpp: build  ## run the C++ tests
 
 .PHONY: test-python
 test-python: $(STAMPS)/test models build  ## run the Python tests
-	$(PY) -m pytest $(PYTEST)
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST)
 
 .PHONY: sanitize
 sanitize: $(STAMPS)/build  ## run the C++ tests of core and host under the sanitizers

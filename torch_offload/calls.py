@@ -22,6 +22,7 @@ from torch import nn
 
 from torch_offload import _C
 from torch_offload.debugging import in_ranges
+from torch_offload.idle import IdleUnits
 from torch_offload.leaves import LeafCut
 from torch_offload.mismatch import MismatchExplainer
 from torch_offload.tracing import refuse_tracing, refuse_unchecked_gradients
@@ -55,8 +56,17 @@ def wrap_ancestor(
     engine: _C.Engine,
     explainer: MismatchExplainer,
     leaf_cut: LeafCut | None,
+    idle_units: IdleUnits | None = None,
 ) -> None:
-    """Makes every call of `module` count, so that the outermost one begins and ends a pass."""
+    """Makes every call of `module` count, so that the outermost one begins and ends a pass.
+
+    Args:
+        module: Something with units below it.
+        engine: Of the model.
+        explainer: Told of errors.
+        leaf_cut: With ``granularity="module"``, what observes passes until leaves are cut.
+        idle_units: For the whole model, what looks at the first forward afterwards.
+    """
     reference = weakref.ref(module)
     module_type = type(module)
     call_plain: Callable[..., Any] = module_type._call_impl
@@ -65,10 +75,13 @@ def wrap_ancestor(
         module = reference()
         refuse_tracing(module, module_type)
         try:
-            return engine.call_ancestor(call_plain, module, args, kwargs)
+            output = engine.call_ancestor(call_plain, module, args, kwargs)
         except RuntimeError as error:
             explainer.explain(error, args, kwargs)
             raise
+        if idle_units is not None:
+            idle_units.tell(engine, stacklevel=3 if leaf_cut is None else 4)
+        return output
 
     def _call_impl_observed(*args: Any, **kwargs: Any) -> Any:
         if leaf_cut is None or leaf_cut.is_settled:

@@ -15,6 +15,7 @@ from torch_offload.config import Config
 from torch_offload.debugging import LOGGER
 from torch_offload.guards import Probes, guard, unguard
 from torch_offload.handle import HANDLE_KEY, Handle
+from torch_offload.idle import IdleUnits
 from torch_offload.leaves import LeafCut
 from torch_offload.mismatch import MismatchExplainer
 from torch_offload.planning import budget_for_units, planned_units
@@ -83,6 +84,7 @@ class _Installation:
             wait_for_each=config.debug,
         )
         self._recorder = Recorder(self._engine)
+        self._idle_units = IdleUnits()
         self._leaf_cut: LeafCut | None = None
         if config.granularity == "module":
             self._leaf_cut = LeafCut(model, specs, self._cut_anew)
@@ -112,7 +114,8 @@ class _Installation:
             wrap_unit(spec.module, self._engine, index, spec.name if self._config.nvtx else None)
         for module in _above(model, {id(spec.module) for _, spec in streamed}):
             self._wrapped.append(weakref.ref(module))
-            wrap_ancestor(module, self._engine, explainer, self._leaf_cut)
+            idle_units = self._idle_units if module is model else None
+            wrap_ancestor(module, self._engine, explainer, self._leaf_cut, idle_units)
 
     def guard(self, model: nn.Module, specs: Sequence[UnitSpec], plan: _C.Plan) -> None:
         """Guards every module with streamed weights below it."""

@@ -23,7 +23,11 @@ _MOST_TRACED_PASSES = 4
 
 
 class LeafCut:
-    """Decides when the units are cut anew, and into what. Holds no module."""
+    """Decides when the units are cut anew, and into what.
+
+    Holds no module, and not the owner of `apply`, which holds this: a cycle would keep the arena
+    alive after ``del`` until a collection.
+    """
 
     def __init__(
         self,
@@ -36,7 +40,7 @@ class LeafCut:
             (spec.name, spec.layer_index, spec.kind, [name for name, _ in spec.parameters])
             for spec in sublayers
         ]
-        self._apply = apply
+        self._apply = weakref.WeakMethod(apply)
         self._proven: set[str] = set()
         self._called: set[str] = set()
         self._traced_passes = 0
@@ -90,5 +94,7 @@ class LeafCut:
             )
             for name, layer_index, kind, streamed in self._sublayers
         ]
-        self._apply(model, leaf_units(model, sublayers, self._proven))
-        self._is_cut = True
+        apply = self._apply()
+        if apply is not None:
+            apply(model, leaf_units(model, sublayers, self._proven))
+            self._is_cut = True

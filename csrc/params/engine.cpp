@@ -113,7 +113,7 @@ void Engine::let_go() {
     try {
       detach_log();
     } catch (const std::exception& error) {
-      std::fprintf(stderr, "torch_offload: the log has no times: %s\n", error.what());
+      std::fprintf(stderr, "torch_offload: the op log has no times: %s\n", error.what());
     }
     pipeline_.reset();
   }
@@ -205,10 +205,7 @@ std::int64_t Engine::recut(Plan plan, std::vector<ParameterRange> ranges) {
   }
   {
     const py::gil_scoped_release no_gil;
-    detach_log();  // it tells of units that are no more
-  }
-  {
-    const py::gil_scoped_release no_gil;
+    detach_log();  // it tells of units that will be no more
     pipeline_->replan(std::move(plan));
   }
   units_ = std::move(units);

@@ -15,6 +15,8 @@ import torch_offload
 from tests.python import expect
 
 VOCAB = 64
+# The beginning of what is said of units that the first forward leaves out.
+IDLE_WARNING = "torch_offload. the first forward called"
 
 
 def tiny_llama(**changes: Any) -> Any:
@@ -98,6 +100,15 @@ def tokens(device: torch.device, *, batch: int = 2, length: int = 6, seed: int =
 def rows(device: torch.device, *, batch: int = 3, width: int = 16, seed: int = 4) -> torch.Tensor:
     """Standard normal fp32, [batch, width]."""
     return torch.randn(batch, width, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    """A hook that raises."""
+
+    def hook(*args: Any) -> None:
+        raise error
+
+    return hook
 
 
 def plain_on(model: nn.Module, device: torch.device) -> Any:

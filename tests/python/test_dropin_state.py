@@ -17,6 +17,7 @@ from torch import nn
 import torch_offload
 from tests.python import expect
 from tests.python.dropin import (
+    IDLE_WARNING,
     assert_equal,
     assert_streams_like_plain,
     plain_on,
@@ -247,6 +248,32 @@ def test_handle_stats_units_and_repr_tell_what_is_there(device: torch.device) ->
         _ = handle.stats
 
 
+@pytest.mark.parametrize("granularity", ["sublayer", "module"])
+def test_units_that_the_first_forward_leaves_out_are_named_once(
+    device: torch.device, granularity: Any
+) -> None:
+    model = tiny_stack(6)
+    x = rows(device)
+    with streamed(model, device, granularity=granularity), torch.no_grad():
+        model.blocks[5](x)  # a part alone says nothing of the others
+        model.sequence = [0, 2]
+        with pytest.warns(UserWarning, match="called 6 of 12 units") as caught:
+            model(x)
+        (warning,) = caught
+        assert warning.filename == __file__
+        text = str(warning.message)
+        assert "'blocks.1.attn', 'blocks.1.mlp', 'blocks.3.attn', 'blocks.3.mlp'" in text
+        assert "blocks.5" not in text
+        model.sequence = [0]
+        model(x)
+    with streamed(model, device, granularity=granularity), torch.no_grad():
+        model.sequence = list(range(6))
+        model(x)
+        model.sequence = [0]
+        model(x)  # the first one called them all
+
+
+@pytest.mark.filterwarnings(f"ignore:{IDLE_WARNING}:UserWarning")
 def test_report_names_units_that_never_ran(device: torch.device) -> None:
     model = tiny_stack(4)
     model.sequence = [0, 1, 3]

@@ -18,9 +18,14 @@ from torch import nn
 
 import torch_offload
 from tests.python import expect
+from tests.python.dropin import IDLE_WARNING
+from tests.python.leaf_oracle import settle
 from tests.python.models import CASES, Case
 from tests.python.streamed_master_guard import StreamedMasterGuard, StreamedMasterReadError
-from tests.python.test_leaves import settle
+from torch_offload.structure import attribute_name
+
+# Some skip a part of themselves; `assert_streams` knows which part of whom.
+pytestmark = pytest.mark.filterwarnings(f"ignore:{IDLE_WARNING}:UserWarning")
 
 MODES = ("sync", "streams", "events", "pipeline")
 STREAMS = ("shared", "split")
@@ -93,6 +98,7 @@ def bits_of(output: Any) -> list[torch.Tensor]:
 
 def assert_same_bits(got: list[torch.Tensor], must: list[torch.Tensor]) -> None:
     assert must, "the plain model returned no tensor"
+    assert any(one.isfinite().any() for one in must), "nothing that could differ"
     assert len(got) == len(must)
     for number, (one, other) in enumerate(zip(got, must, strict=True)):
         assert (one.dtype, one.device, one.shape) == (other.dtype, other.device, other.shape)
@@ -180,6 +186,11 @@ def assert_streams(
     assert last.units
     assert calls.passes[0].onloads > 0 or handle.config.granularity == "module"
     assert not is_pipeline or last.misses == 0
+    never = {attribute_name(unit.name) for unit in handle.units if unit.place and not unit.acquired}
+    if handle.config.granularity != "layer":
+        assert never <= set(family.case.idle), "a streamed unit never ran"
+    else:  # which has other names
+        assert not never or family.case.idle, "a streamed layer never ran"
     if generates and family.must_tokens is not None:
         with expect.watch(handle) as calls:
             family.generate()

@@ -51,16 +51,31 @@ def _is_mapped(begin: int, end: int) -> bool:
     return False
 
 
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "leaves": {"granularity": "module"},
+    "layers": {"granularity": "layer", "mode": "sync"},
+    "split": {"streams": "split", "mode": "events"},
+    "chosen": {"units": ["*.mlp"], "resident": ["*.down.bias"]},
+}
+
+
+_ORDERS = list(itertools.permutations(["model", "handle", "output"]))
+
+
 @pytest.mark.usefixtures("collector_off")
-@pytest.mark.parametrize("order", list(itertools.permutations(["model", "handle", "output"])))
+@pytest.mark.parametrize(
+    ("options", "order"),
+    [("default", order) for order in _ORDERS]
+    + [(other, _ORDERS[0]) for other in list(_OPTIONS)[1:]],
+)
 @pytest.mark.parametrize("forwards", [0, 2])
 def test_del_in_any_order_frees_everything(
-    device: torch.device, order: tuple[str, ...], forwards: int
+    device: torch.device, options: str, order: tuple[str, ...], forwards: int
 ) -> None:
     # Wide enough that the arena is a mapping of its own.
     objects: dict[str, Any] = {"model": tiny_stack(num_blocks=3, width=128)}
     x = rows(device, width=128)
-    objects["handle"] = torch_offload.offload(objects["model"], device)
+    objects["handle"] = torch_offload.offload(objects["model"], device, **_OPTIONS.get(options, {}))
     objects["output"] = x
     with torch.no_grad():
         for _ in range(forwards):
@@ -200,6 +215,10 @@ _EXITS = {
         "assert inside.wait(60)"
     ),
     "handle-only": "del model",
+    "leaves": (
+        "handle.remove(); handle = torch_offload.offload(model, device, granularity='module')\n"
+        "model(x); model(x)"
+    ),
     "unraisable-free": "m = model; del handle; sys.modules['kept'] = m; model(x)",
 }
 

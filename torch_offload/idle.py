@@ -1,0 +1,46 @@
+"""Names, once, the units that the first forward of the whole model did not call.
+
+A unit that is never called streams nothing, and nobody would notice: its weights may be used by
+``module.forward(...)`` or without their module at all. Or it is a part that this input skips.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from torch_offload import _C
+
+_LISTED = 6
+
+
+class IdleUnits:
+    """Looks once at what was called so far."""
+
+    def __init__(self) -> None:
+        self._has_looked = False
+
+    def tell(self, engine: _C.Engine, stacklevel: int) -> None:
+        """Warns of units that were not called yet; at the first call of this only.
+
+        Args:
+            engine: Of the model.
+            stacklevel: How far up the user's line is, as `warnings.warn` counts for the caller.
+        """
+        if self._has_looked:
+            return
+        self._has_looked = True
+        plan = engine.plan
+        streamed = [index for index, place in enumerate(plan.places) if place is not None]
+        idle = [
+            plan.units[index].name for index in streamed if not engine.unit_stats(index).acquired
+        ]
+        if idle:
+            more = f" and {len(idle) - _LISTED} more" if len(idle) > _LISTED else ""
+            warnings.warn(
+                f"torch_offload: the first forward called {len(streamed) - len(idle)} of "
+                f"{len(streamed)} units, and none of {', '.join(map(repr, idle[:_LISTED]))}{more}; "
+                "that is fine for a part that this input does not need, but if it was used without "
+                "a call (module.forward(...), or its weights alone), keep it on the device with "
+                "resident=[...]",
+                stacklevel=stacklevel + 1,
+            )
