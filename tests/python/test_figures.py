@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -67,3 +69,17 @@ def test_part_in_the_middle_holds_whole_layers(figures: types.ModuleType) -> Non
     part = figures._steady(trace, 2)
     assert [bar.label for bar in part.of_kind("compute")] == ["MHA 2", "FFN 2", "MHA 3", "FFN 3"]
     assert part.end_ns == pytest.approx(2 * 178.36e6, rel=1e-3)
+
+
+def test_every_benchmark_can_be_collected() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q"],
+        cwd=ROOT,
+        env={**os.environ, "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-2000:]
+    for bench in (ROOT / "benchmarks").glob("bench_*.py"):
+        assert bench.name in result.stdout
