@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from clocks import Stamp, device_ms, link_rate, spread, synchronize
+from clocks import Link, Stamp, device_ms, spread, synchronize
 from conftest import Reference
 from observe import Counting
 from records import Part
@@ -95,7 +95,7 @@ def bench_simulated_forward(
     times = measured_units[shape]
     for size in {unit.size_bytes for unit in handle.units}:
         if size not in measured_units:
-            measured_units[size] = link_rate(size, copies=5)["median"]
+            measured_units[size] = Link(size).rate()["median"]
 
     units = [_C.Unit(u.name, u.size_bytes, u.layer_index, u.kind) for u in handle.units]
     outside_ns = times[""] // len(names)  # kernels between units: an equal part to each

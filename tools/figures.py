@@ -70,7 +70,7 @@ def reference_figures() -> None:
         FIGURES / "reference-sync-pipeline.png",
     )
     write_timeline(
-        [_layers(_REFERENCE, 2, mode, layer_by_layer=mode == "events") for mode in MODES],
+        [_layers(_REFERENCE, 2, mode) for mode in MODES],
         FIGURES / "reference-modes.png",
     )
     write_timeline(

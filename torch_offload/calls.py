@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from torch_offload import _C
+from torch_offload.debugging import in_ranges
 from torch_offload.idle import IdleUnits
 from torch_offload.leaves import LeafCut
 from torch_offload.mismatch import MismatchExplainer
@@ -29,8 +30,14 @@ from torch_offload.tracing import refuse_tracing, refuse_unchecked_gradients
 _ATTRIBUTE = "_call_impl"
 
 
-def wrap_unit(unit_module: nn.Module, engine: _C.Engine, unit: int) -> None:
-    """Makes every call of a module acquire the unit before and release it after."""
+def wrap_unit(
+    unit_module: nn.Module, engine: _C.Engine, unit: int, range_name: str | None = None
+) -> None:
+    """Makes every call of a module acquire the unit before and release it after.
+
+    With a `range_name`, NVTX ranges of that name surround the steps.
+    """
+    call_unit = engine.call_unit if range_name is None else in_ranges(range_name, engine.call_unit)
     reference = weakref.ref(unit_module)
     module_type = type(unit_module)
     call_plain: Callable[..., Any] = module_type._call_impl
@@ -39,7 +46,7 @@ def wrap_unit(unit_module: nn.Module, engine: _C.Engine, unit: int) -> None:
         module = reference()
         refuse_tracing(module, module_type)
         refuse_unchecked_gradients(module, args, kwargs)
-        return engine.call_unit(unit, call_plain, module, args, kwargs)
+        return call_unit(unit, call_plain, module, args, kwargs)
 
     vars(unit_module)[_ATTRIBUTE] = _call_impl
 

@@ -41,6 +41,9 @@ class Config:
             ``["encoder.blocks.*"]``. None finds them by structure.
         resident: Names or patterns of modules and parameters that stay on the device:
             ``["lm_head", "*.norm*"]``.
+        debug: Waits for every copy and every use, poisons places on release, warns of reads that
+            come too early, and keeps the op log: slow, and no matter of timing any more.
+        nvtx: Puts NVTX ranges around acquire, compute and release of each unit, for Nsight.
         poison: Overwrites places with NaN bytes on release, so that a late reader shows. For tests.
     """
 
@@ -51,6 +54,8 @@ class Config:
     gpu_budget: int | str | None = None
     units: Sequence[str | nn.Module] | None = None
     resident: Sequence[str] = ()
+    debug: bool = False
+    nvtx: bool = False
     poison: bool = False
 
     def __post_init__(self) -> None:

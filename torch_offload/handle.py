@@ -104,12 +104,13 @@ class Handle:
         config: Config,
         bytes_resident: Callable[[], int],
         undo: Callable[[nn.Module], None],
+        recorder: Recorder,
     ) -> None:
         self._model = weakref.ref(model)
         self._engine = engine
         self._undo = undo
         self._bytes_resident = bytes_resident
-        self._recorder = Recorder(engine)
+        self._recorder = recorder
         self.device = device
         self.config = config
 
@@ -269,14 +270,16 @@ class Handle:
             StateError: After `remove`.
         """
         units = self.units
+        names = tuple(unit.name for unit in units)
         timed = self._recorder.has_log and self._recorder.last("", times=False).has_times
+        trace = self.trace() if timed else None
         return describe_unit(
             units,
             unit,
             device=str(self.device),
             is_whole=[self._engine.is_whole(index) for index in range(len(units))],
             overlaps=self._engine.plan.overlaps,
-            trace=self.trace() if timed else None,
+            trace=trace if trace is not None and trace.unit_names == names else None,
         )
 
     def refresh(self) -> None:

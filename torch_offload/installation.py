@@ -12,12 +12,14 @@ from torch import nn
 from torch_offload import _C
 from torch_offload.calls import unwrap, wrap_ancestor, wrap_unit
 from torch_offload.config import Config
+from torch_offload.debugging import LOGGER
 from torch_offload.guards import Probes, guard, unguard
 from torch_offload.handle import HANDLE_KEY, Handle
 from torch_offload.idle import IdleUnits
 from torch_offload.leaves import LeafCut
 from torch_offload.mismatch import MismatchExplainer
 from torch_offload.planning import budget_for_units, planned_units
+from torch_offload.recording import Recorder
 from torch_offload.storage import ResidentMove
 from torch_offload.units import UnitSpec
 
@@ -75,11 +77,13 @@ class _Installation:
             torch_device=device,
             mode=config.mode,
             streams=config.streams,
-            poison_on_release=config.poison,
+            poison_on_release=config.poison or config.debug,
             parameters=slots,
             plan=plan,
             ranges=self._ranges(specs),
+            wait_for_each=config.debug,
         )
+        self._recorder = Recorder(self._engine)
         self._idle_units = IdleUnits()
         self._leaf_cut: LeafCut | None = None
         if config.granularity == "module":
@@ -107,7 +111,7 @@ class _Installation:
         for index, spec in streamed:
             # Noted before it is done: an interrupt in between must not leave it behind.
             self._wrapped.append(weakref.ref(spec.module))
-            wrap_unit(spec.module, self._engine, index)
+            wrap_unit(spec.module, self._engine, index, spec.name if self._config.nvtx else None)
         for module in _above(model, {id(spec.module) for _, spec in streamed}):
             self._wrapped.append(weakref.ref(module))
             idle_units = self._idle_units if module is model else None
@@ -137,7 +141,10 @@ class _Installation:
             self._config,
             lambda: self._bytes_resident,
             self.undo,
+            self._recorder,
         )
+        if self._config.debug:
+            self._recorder.keep()
         vars(model)[HANDLE_KEY] = handle
         return handle
 
@@ -157,6 +164,7 @@ class _Installation:
                 if tensor is not None and tensor.device != device:
                     tensor.data = tensor.data.to(device)
         self._engine.close()
+        LOGGER.info("removed: the plain model is back")
         if elsewhere:
             warnings.warn(
                 f"torch_offload: no room on their former device for {', '.join(elsewhere)}; they "
@@ -184,6 +192,7 @@ class _Installation:
         Where the device has no room for what becomes resident, a warning says so and the units
         stay as they are.
         """
+        LOGGER.info("cutting the units anew: %d leaves and sublayers", len(specs))
         plan = _C.make_plan(
             planned_units(specs), self._config.depth_bytes, self._budget, self._engine.window_bytes
         )
@@ -198,6 +207,8 @@ class _Installation:
             return
         self._unwrap()
         self.wrap(model, specs, plan)
+        if self._config.debug:
+            self._recorder.keep()  # the former log tells of units that are no more
 
 
 def _never(*args: object, **kwargs: object) -> bool:

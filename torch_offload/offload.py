@@ -11,6 +11,7 @@ from torch import nn
 from torch_offload import _C
 from torch_offload.checks import check_model
 from torch_offload.config import Config, Granularity, Mode, Streams
+from torch_offload.debugging import LOGGER, debug_is_asked_for, report_environment
 from torch_offload.devices import resolve_device
 from torch_offload.handle import Handle
 from torch_offload.host_memory import added_bytes
@@ -33,6 +34,8 @@ def offload(
     gpu_budget: int | str | None = None,
     units: Sequence[str | nn.Module] | None = None,
     resident: Sequence[str] = (),
+    debug: bool = False,
+    nvtx: bool = False,
 ) -> Handle:
     """Streams a model's weights from host memory while it computes. In place.
 
@@ -57,6 +60,9 @@ def offload(
             None streams every unit through the default window.
         units: Names, patterns or modules to stream, for models that no rule fits.
         resident: Names or patterns of modules and parameters that stay on the device.
+        debug: Hunt a bug: wait for every copy and use, poison places, keep the op log. Slow. Also
+            by ``TORCH_OFFLOAD_DEBUG=1`` in the environment.
+        nvtx: NVTX ranges for each unit, for Nsight.
 
     Returns:
         The handle: counters, report, `refresh`, `remove`. The model keeps it alive.
@@ -80,6 +86,8 @@ def offload(
         gpu_budget=gpu_budget,
         units=units,
         resident=resident,
+        debug=debug,
+        nvtx=nvtx,
     )
     return offload_with(model, device, config)
 
@@ -90,6 +98,8 @@ def offload_with(
     """As `offload`, with the options in a `Config`."""
     check_model(model)
     target = resolve_device(device)
+    config = replace(config, debug=debug_is_asked_for(config.debug))
+    report_environment(target, debug=config.debug)
     specs = find_units(model, config.granularity, config.units, config.resident)
     plan = plan_units(model, target, specs, config)
     streamed = [spec for spec, place in zip(specs, plan.places, strict=True) if place is not None]
@@ -99,4 +109,6 @@ def offload_with(
     )
     if config.units is not None:  # by name, so that the handle holds no module
         config = replace(config, units=tuple(spec.name for spec in specs))
-    return install(model, target, config, specs, plan)
+    handle = install(model, target, config, specs, plan)
+    LOGGER.info("offloaded: %r", handle)
+    return handle

@@ -46,8 +46,8 @@ class Profiler:
         self._trace: Trace | None = None
 
     def __enter__(self) -> Profiler:
-        self._log = self._block.enter_context(self._recorder.record(times=True))
-        self._names = [unit.name for unit in self._engine.plan.units]
+        self._log = self._block.enter_context(self._recorder.record(times=True, warn_of_cut=False))
+        self._names = self._recorder.unit_names()
         self._plan = self._engine.plan
         self._forwards = self._engine.stats.forwards
         self._cpu_seconds = self._engine.cpu_seconds
@@ -72,7 +72,7 @@ class Profiler:
 
     def _made(self, end_ns: int) -> Profile:
         plan = self._plan
-        if [unit.name for unit in self._engine.plan.units] != self._names:
+        if self._recorder.unit_names() != self._names:
             raise _C.StateError(
                 "expected the same units during the whole profile, got them cut anew: that is what "
                 "the first forwards of granularity='module' do; profile a later one"
@@ -142,10 +142,7 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + cached
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return _C.host_limits().available_bytes or 0
 
 
 def _name_of(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,11 +18,23 @@ class Recorder:
     def __init__(self, engine: _C.Engine) -> None:
         self._engine = engine
         self._log: _C.OpLog | None = None
+        self._kept: _C.OpLog | None = None
         self._is_open = False
 
+    def keep(self) -> None:
+        """Keeps a log from here on, without times and without an end, for debugging.
+
+        Raises:
+            StateError: During a forward, or after `remove`.
+        """
+        self._kept = _C.OpLog()
+        self._engine.attach_log(self._kept)
+
     @contextmanager
-    def record(self, *, times: bool) -> Iterator[_C.OpLog]:
+    def record(self, *, times: bool, warn_of_cut: bool = True) -> Iterator[_C.OpLog]:
         """Keeps a log while the block runs. Blocks at its end with `times`, until all is done.
+
+        A log ends where the units are cut anew, since it could not tell them from the former ones.
 
         Raises:
             StateError: During a forward, after `remove`, or inside another block.
@@ -33,6 +46,7 @@ class Recorder:
             )
         log = _C.OpLog()
         self._engine.attach_log(log, times)
+        names = self.unit_names()
         self._is_open = True
         self._log = log
         try:
@@ -40,7 +54,17 @@ class Recorder:
         finally:
             self._is_open = False
             if not self._engine.is_closed:
-                self._engine.attach_log(None)
+                self._engine.attach_log(self._kept)
+                if warn_of_cut and self.unit_names() != names:
+                    warnings.warn(
+                        "torch_offload: the log ends where the units were cut anew, as the first "
+                        "forwards of granularity='module' do; record a later forward",
+                        stacklevel=3,
+                    )
+
+    def unit_names(self) -> list[str]:
+        """Names of the units as they are cut now."""
+        return [unit.name for unit in self._engine.plan.units]
 
     @property
     def has_log(self) -> bool:
@@ -55,16 +79,17 @@ class Recorder:
                 are needed; shows the line to write.
         """
         asked = HOW_TO_RECORD if times else HOW_TO_RECORD.replace("times=True", "")
-        if self._log is None or self._is_open:
+        log = self._kept if self._log is None else self._log
+        if log is None or self._is_open:
             state = "one that is still being written" if self._is_open else "none"
             raise _C.StateError(
                 f"expected a recorded run for {what}, got {state}; write `{asked}` around the "
                 f"forwards, and call {what} after the block"
             )
-        if times and not self._log.has_times:
-            got = "one without times" if len(self._log) else "one without a forward"
+        if times and not log.has_times:
+            got = "one without times" if len(log) else "one without a forward"
             raise _C.StateError(
                 f"expected a recorded run with times for {what}, got {got}; write `{asked}` "
                 "around a forward"
             )
-        return self._log
+        return log

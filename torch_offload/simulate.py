@@ -67,16 +67,13 @@ def run_plan(
     streams: str = "shared",
     passes: Sequence[Sequence[int]],
     log: bool = True,
-    waits_for_passes: bool = False,
 ) -> Run:
     """Runs a plan. Blocks for about a microsecond per call of the pipeline.
-
-    With `waits_for_passes` the caller waits for the end of each pass before the next.
 
     Raises:
         ValueError: For a mode, a layout or costs that cannot be.
     """
-    result = _C.simulate(plan, mode, streams, costs, passes, log, waits_for_passes)
+    result = _C.simulate(plan, mode, streams, costs, passes, log)
     return Run(plan, mode, streams, result)
 
 
@@ -110,7 +107,6 @@ def run_layers(
     ahead: float | None = None,
     calls: CallCosts | None = None,
     num_copy_engines: int = 1,
-    layer_by_layer: bool = False,
 ) -> Run:
     """Runs so many equal layers.
 
@@ -123,7 +119,6 @@ def run_layers(
         ahead: How many layers copies may run ahead; None for the default.
         calls: What each call costs the host; None for nothing.
         num_copy_engines: How many copies can run at once.
-        layer_by_layer: Make each layer a forward of its own, whose end the caller waits for.
     """
     plan = reference_plan(times, layers, ahead)
     calls = calls or CallCosts(0, 0, 0, 0)
@@ -140,15 +135,7 @@ def run_layers(
         num_copy_engines=num_copy_engines,
     )
     order = list(range(2 * layers))
-    alone = [[2 * layer, 2 * layer + 1] for layer in range(layers)]
-    return run_plan(
-        plan,
-        costs,
-        mode=mode,
-        streams=streams,
-        passes=(alone if layer_by_layer else [order]) * passes,
-        waits_for_passes=layer_by_layer,
-    )
+    return run_plan(plan, costs, mode=mode, streams=streams, passes=[order] * passes)
 
 
 def figures_of(
@@ -158,19 +145,16 @@ def figures_of(
 
     Durations are simulated with a host whose calls cost nothing, so that they depend on the four
     inputs alone; the host's time comes from a second run in which each call costs what the
-    reference's does. `events` starts the copies of a layer when that layer is submitted, and a host
-    that nothing holds submits it at once: the reference times layers one by one, so this does too.
+    reference's does.
     """
     layout = streams_for(mode, streams)
-    by_layer = mode == "events"
-    run = run_layers(times, layers, mode=mode, streams=layout, passes=2, layer_by_layer=by_layer)
-    num_passes = layers if by_layer else 1  # of all layers once
-    steady = run.attribution(num_passes)
+    run = run_layers(times, layers, mode=mode, streams=layout, passes=2)
+    steady = run.attribution(1)
     costed = run_layers(times, layers, mode=mode, streams=layout, calls=CallCosts())
     host_ns = costed.result.host_end_ns[0] - costed.result.pass_begin_ns[0]
-    total_ms = sum(run.pass_ms(index) for index in range(num_passes))
+    total_ms = run.pass_ms(0)
     return Figures(
-        layer_ms=run.pass_ms(num_passes) * num_passes / layers,
+        layer_ms=run.pass_ms(1) / layers,
         total_ms=total_ms,
         cpu_ms=host_ns / layers / _NS_PER_MS,
         blocked_share=costed.result.host_blocked_ns / host_ns,

@@ -227,7 +227,9 @@ def trace_of(log: LogLike, *, title: str = "", units: Sequence[UnitLike] = ()) -
             f"expected an op log with times, got {what}; write "
             "`with handle.record(times=True) as log:` around a forward"
         )
-    names = [unit.name for unit in units] or list(log.unit_names)
+    names = list(log.unit_names) or [unit.name for unit in units]
+    if [unit.name for unit in units] != names:
+        units = ()  # the log is of a run before the units were cut anew
     labels = short_names(units) if units else [name.rpartition(".")[2] for name in names]
     rows = _rows(ops, log.stream_names)
     reader = _Reader(ops, rows, labels)

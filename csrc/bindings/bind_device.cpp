@@ -73,6 +73,14 @@ void bind_device(py::module_& module) {
         device.synchronize(device.current_stream());
       });
 
+  py::class_<HostLimits>(module, "HostLimits", "What of host memory this process may still take.")
+      .def_readonly("total_bytes", &HostLimits::total_bytes)
+      .def_readonly("available_bytes", &HostLimits::available_bytes)
+      .def_readonly("cgroup_limit_bytes", &HostLimits::cgroup_limit_bytes)
+      .def_readonly("cgroup_available_bytes", &HostLimits::cgroup_available_bytes)
+      .def_readonly("locked_limit_bytes", &HostLimits::locked_limit_bytes);
+  module.def("host_limits", &read_host_limits, py::arg("root") = "",
+             "Reads the limits of this process; None where the system does not tell or limit.");
   module.def(
       "check_host_memory",
       [](std::size_t needed_bytes, std::size_t reserve_bytes) {

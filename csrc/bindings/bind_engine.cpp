@@ -20,6 +20,14 @@ std::vector<ParameterRange> ranges_from(const std::vector<RangePair>& pairs) {
   return ranges;
 }
 
+/// Without the GIL on entry. Throws what a filter of warnings makes of it.
+void warn_in_python(const std::string& text) {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_WarnEx(PyExc_RuntimeWarning, ("torch_offload: " + text).c_str(), 1) != 0) {
+    throw py::error_already_set();
+  }
+}
+
 }  // namespace
 
 void bind_engine(py::module_& module) {
@@ -44,7 +52,7 @@ void bind_engine(py::module_& module) {
       .def(py::init([](std::shared_ptr<Device> device, const at::Device& torch_device,
                        const std::string& mode, const std::string& streams, bool poison_on_release,
                        std::vector<ParameterTuple> parameters, Plan plan,
-                       const std::vector<RangePair>& ranges) {
+                       const std::vector<RangePair>& ranges, bool wait_for_each) {
              std::vector<ParameterSpec> specs;
              for (auto& [name, parameter, slots] : parameters) {
                ParameterSpec& spec = specs.emplace_back();
@@ -58,12 +66,15 @@ void bind_engine(py::module_& module) {
              options.mode = parse_mode(mode);
              options.layout = parse_stream_layout(streams);
              options.poison_on_release = poison_on_release;
+             options.wait_for_each = wait_for_each;
+             options.warn = warn_in_python;
              return std::make_shared<Engine>(std::move(device), torch_device, options,
                                              std::move(specs), std::move(plan),
                                              ranges_from(ranges));
            }),
            py::arg("device"), py::arg("torch_device"), py::arg("mode"), py::arg("streams"),
-           py::arg("poison_on_release"), py::arg("parameters"), py::arg("plan"), py::arg("ranges"))
+           py::arg("poison_on_release"), py::arg("parameters"), py::arg("plan"), py::arg("ranges"),
+           py::arg("wait_for_each") = false)
       .def("move_in", &Engine::move_in, py::arg("unit"))
       .def("move_out", &Engine::move_out)
       .def(

@@ -198,6 +198,7 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
     state.awaited = false;
     state.fresh = false;
     current_ = unit;
+    ask_for_readiness(unit);
     if (policy_.host_synchronizes) {
       synchronize(state.loaded_on, Step::kHostReadyWait);
     } else {
@@ -249,6 +250,9 @@ void Pipeline::release(UnitIndex unit) {
       record(state.free, state.used_on, Step::kFreeRecord);
       // `ready` was waited for by this use: `free` covers it.
       state.pending.fill(is_left_out(Step::kPendingFree) ? kNoEvent : state.free);
+      if (options_.wait_for_each) {
+        device_.synchronize(state.used_on);
+      }
     }
     leave_compute_stream(state);
   } catch (...) {
@@ -302,6 +306,15 @@ Pipeline::UnitState& Pipeline::held_state(UnitIndex unit) {
   UnitState& state = states_.at(unit);
   check_internal(state.acquired > 0, "release without acquire");
   return state;
+}
+
+/// While every onload is waited for, none can be under way: one that is was waited for in vain.
+void Pipeline::ask_for_readiness(UnitIndex unit) {
+  if (options_.wait_for_each && !device_.is_done(states_[unit].ready) && options_.warn != nullptr) {
+    options_.warn("possible race: the copy of unit '" + plan_.units[unit].name +
+                  "' was waited for, and its event says that it is not done; read now, the weights "
+                  "would be others");
+  }
 }
 
 void Pipeline::invalidate(UnitIndex unit) {
@@ -363,6 +376,9 @@ void Pipeline::onload(UnitIndex unit) {
   try {
     state.loaded_on = loader_.load(unit, state.memory, stream, state.generation);
     record(state.ready, state.loaded_on, Step::kReadyRecord);
+    if (options_.wait_for_each) {
+      device_.synchronize(state.loaded_on);
+    }
   } catch (...) {
     // Part of the copy may be under way, and no event tells when it ends.
     quiesce(stream, Step::kFailedOnloadDrain);

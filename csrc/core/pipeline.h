@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -25,6 +26,13 @@ struct PipelineOptions {
   /// Overwrites a place with NaN bytes when its unit is released, so that a late reader shows.
   /// For tests and debugging: no place is ever hit again.
   bool poison_on_release = false;
+  /// Waits for every onload and every use as soon as it is submitted, and asks a ready event
+  /// whether it is done before its unit is read: then no fault is a matter of timing. For
+  /// debugging.
+  bool wait_for_each = false;
+  /// Told of an answer of "not yet" to such a question: without more waiting, the bytes would have
+  /// been read too early. May throw, which ends the acquire.
+  void (*warn)(const std::string& text) = nullptr;
 };
 
 /// What happened to one unit since the pipeline was made.
@@ -154,6 +162,7 @@ class Pipeline {
   void give_own_place(UnitIndex unit);
   void quiesce(StreamId stream, Step step) noexcept;
   UnitState& held_state(UnitIndex unit);
+  void ask_for_readiness(UnitIndex unit);
 
   Device& device_;
   Loader& loader_;

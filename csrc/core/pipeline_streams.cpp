@@ -77,6 +77,7 @@ void Pipeline::quiesce(StreamId stream, Step step) noexcept {
 
 void Pipeline::synchronize_onload(UnitIndex unit) {
   if (states_.at(unit).loaded_on != kNoStream) {
+    ask_for_readiness(unit);
     synchronize(states_[unit].loaded_on, Step::kOnloadDrain);
   }
 }

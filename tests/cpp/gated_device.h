@@ -63,6 +63,8 @@ class TestDevice : public HostDevice {
   bool fault_is_over() const { return calls_until_fault_ <= 0; }
   /// Waits for which this holds are not submitted: a planted fault.
   std::function<bool(StreamId, EventId)> forgets_wait;
+  /// Whether the host goes on without having waited: a planted fault.
+  bool forgets_synchronize = false;
 
   /// Blocks the host until `condition` holds; it is evaluated at each step of any stream.
   void await(const std::function<bool()>& condition) {
@@ -120,7 +122,9 @@ class TestDevice : public HostDevice {
   }
   void do_synchronize(StreamId stream) override {
     count_down();
-    HostDevice::do_synchronize(stream);
+    if (!forgets_synchronize) {
+      HostDevice::do_synchronize(stream);
+    }
   }
   void do_copy(StreamId stream, const Copy& copy) override {
     count_down();

@@ -57,22 +57,24 @@ def test_limits_are_read_and_said(tmp_path: Path) -> None:
             "/proc/meminfo": "MemTotal:  8388608 kB\nMemAvailable:  4194304 kB\nHugePages: 0\n",
             "/proc/self/cgroup": "0::/jobs/7\n",
             "/sys/fs/cgroup/jobs/7/memory.max": str(2**31),
-            "/sys/fs/cgroup/memory.max": "max",
+            "/sys/fs/cgroup/jobs/7/memory.current": str(2**30),
             "/sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never",
         },
     )
     findings = list(look_at_limits(system))
     assert found_in(findings, "host memory").value == "4.00 GiB available of 8.00 GiB"
-    assert "2.00 GiB" in found_in(findings, "control group").value
+    assert "2.00 GiB, of which 1.00 GiB are left" in found_in(findings, "control group").value
     assert found_in(findings, "huge pages") == Finding("huge pages", "ok", "madvise")
 
 
-def test_groups_of_the_first_version_and_no_limit_are_told_apart(tmp_path: Path) -> None:
-    path = "/sys/fs/cgroup/memory/memory.limit_in_bytes"
-    limited = FakeSystem(tmp_path / "a", {path: str(2**32)})
-    free = FakeSystem(tmp_path / "b", {path: "9223372036854771712"})
-    assert found_in(look_at_limits(limited), "control group").status == "note"
-    assert found_in(look_at_limits(free), "control group").status == "ok"
+def test_no_limit_is_no_note(tmp_path: Path) -> None:
+    group = "/sys/fs/cgroup/memory"
+    files = {
+        f"{group}/memory.limit_in_bytes": "9223372036854771712",
+        f"{group}/memory.usage_in_bytes": "4096",
+    }
+    found = found_in(look_at_limits(FakeSystem(tmp_path, files)), "control group")
+    assert found == Finding("control group", "ok", "sets no limit to memory")
 
 
 def test_machine_that_tells_nothing_is_not_judged(tmp_path: Path) -> None:

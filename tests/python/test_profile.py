@@ -81,13 +81,13 @@ def model() -> nn.Module:
 
 
 @pytest.fixture
-def inputs() -> torch.Tensor:
-    return torch.ones(4, 128)
+def inputs(device: torch.device) -> torch.Tensor:
+    return torch.ones(4, 128, device=device)
 
 
 @pytest.fixture
-def handle(model: nn.Module, inputs: torch.Tensor) -> Iterator[Handle]:
-    with torch_offload.offload(model, "cpu") as handle, torch.inference_mode():
+def handle(model: nn.Module, inputs: torch.Tensor, device: torch.device) -> Iterator[Handle]:
+    with torch_offload.offload(model, device) as handle, torch.inference_mode():
         model(inputs)
         model(inputs)
         yield handle
@@ -114,8 +114,8 @@ def test_record_keeps_every_call_of_the_block(
 
 
 def test_record_changes_no_bit(model: nn.Module, inputs: torch.Tensor) -> None:
-    plain = torch_offload.align(copy.deepcopy(model))
-    with torch.inference_mode(), torch_offload.offload(model, "cpu") as handle:
+    plain = torch_offload.align(copy.deepcopy(model).to(inputs.device))
+    with torch.inference_mode(), torch_offload.offload(model, inputs.device) as handle:
         with handle.record(times=True):
             recorded = model(inputs)
         assert torch.equal(recorded, plain(inputs))
@@ -211,7 +211,7 @@ def test_record_ends_with_an_exception_in_the_block(
 
 
 def test_record_around_a_remove_ends_well(model: nn.Module, inputs: torch.Tensor) -> None:
-    handle = torch_offload.offload(model, "cpu")
+    handle = torch_offload.offload(model, inputs.device)
     with torch.no_grad(), handle.record(times=True) as log:
         model(inputs)
         handle.remove()
@@ -297,7 +297,7 @@ def test_profile_prints_and_saves_what_it_found(
 
 def test_profile_of_a_budget_knows_what_is_resident(inputs: torch.Tensor) -> None:
     model = Model().eval()
-    with torch_offload.offload(model, "cpu", gpu_budget=2_000_000) as handle:
+    with torch_offload.offload(model, inputs.device, gpu_budget=2_000_000) as handle:
         with torch.inference_mode():
             model(inputs)
             with handle.profile() as p:
@@ -319,12 +319,33 @@ def test_profile_read_too_early_or_of_nothing_fails(handle: Handle) -> None:
 def test_profile_of_leaves_while_they_are_cut_fails_then_works(
     model: nn.Module, inputs: torch.Tensor
 ) -> None:
-    with torch_offload.offload(model, "cpu", granularity="module") as handle, torch.no_grad():
+    with (
+        torch_offload.offload(model, inputs.device, granularity="module") as handle,
+        torch.no_grad(),
+    ):
         with pytest.raises(StateError, match="cut anew"), handle.profile():
             model(inputs)
         with handle.profile() as p:
             model(inputs)
         assert len(p.result.units) == 24
+
+
+def recorded(handle: Handle, work: Callable[[], object]) -> _C.OpLog:
+    with handle.record(times=True) as log:
+        work()
+    return log
+
+
+def test_record_of_leaves_while_they_are_cut_says_that_the_log_ends_there(
+    model: nn.Module, inputs: torch.Tensor
+) -> None:
+    leaves = torch_offload.offload(model, inputs.device, granularity="module")
+    with leaves as handle, torch.no_grad():
+        with pytest.warns(UserWarning, match="cut anew"):
+            log = recorded(handle, lambda: (model(inputs), model(inputs)))
+        assert list(log.unit_names) != [unit.name for unit in handle.units]
+        assert len(handle.trace().of_kind("compute")) == 12
+        assert handle.describe(0).uses_ms == ()
 
 
 def test_no_timing_outside_the_block(

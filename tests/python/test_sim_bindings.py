@@ -93,7 +93,8 @@ def test_simulate_log_tells_every_call_with_its_times() -> None:
     record = log.ops[1]
     assert (record.kind, record.unit, record.memory) == ("record", None, (0, 0))
     assert record.event is not None
-    assert {op.kind for op in log.ops} == {"copy", "record", "wait", "read", "read_end"}
+    kinds = {"copy", "record", "wait", "read", "read_end", "enter", "leave", "return"}
+    assert {op.kind for op in log.ops} == kinds
     assert all(op.end_ns is not None for op in log.ops)
 
 

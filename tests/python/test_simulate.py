@@ -157,7 +157,7 @@ def test_durations_that_cannot_be_fail(change: dict[str, float], message: str) -
 
 @pytest.mark.parametrize(("layers", "batch"), [(0, 1), (1, 0), (10**9, 1)])
 def test_numbers_that_cannot_be_fail(layers: int, batch: int) -> None:
-    with pytest.raises(ValueError, match="between 1 and 1,000,000"):
+    with pytest.raises(ValueError, match=r"between 1 and [12],000"):
         reference_table(LayerTimes(), layers, batch)
 
 

@@ -87,12 +87,13 @@ def simulate(
             raise ValueError(f"expected --model or --profile beside {wrong[0]}, got neither")
         from torch_offload.reference_table import reference_table
 
-        table = reference_table(
-            layer_times(*durations),
-            80 if layers is None else layers,
-            100 if batch is None else batch,
-            streams,
-        )
+        with busy("simulating the layers"):
+            table = reference_table(
+                layer_times(*durations),
+                80 if layers is None else layers,
+                100 if batch is None else batch,
+                streams,
+            )
         show(table, table.to_json(), json_target)
         return
     if layers is not None or any(value is not None for value in durations):

@@ -35,9 +35,6 @@ def timeline(
     ahead: Annotated[
         float | None, typer.Option(help="How many layers copies run ahead (1).")
     ] = None,
-    layer_by_layer: Annotated[
-        bool, typer.Option(help="Under events, wait for each layer before the next one.")
-    ] = False,
     copy_engines: Annotated[int, typer.Option(help="How many copies can run at once.")] = 1,
     mha_h2d: MhaH2d = None,
     mha_compute: MhaCompute = None,
@@ -79,7 +76,7 @@ def timeline(
         }
         times = layer_times(mha_h2d, mha_compute, ffn_h2d, ffn_compute)
         modes = [mode] if compare is None else _modes(compare)
-        traces = _simulated(times, modes, streams, layer_by_layer, options)
+        traces = _simulated(times, modes, streams, options)
     traces = _cut(traces, from_ms, to_ms)
     if out is None:
         console = Console()
@@ -99,7 +96,6 @@ def _simulated(
     times: LayerTimes,
     modes: list[str],
     streams: str,
-    layer_by_layer: bool,
     options: dict[str, Any],
 ) -> list[Trace]:
     from torch_offload.reference import CallCosts
@@ -118,7 +114,6 @@ def _simulated(
             mode=mode,
             streams=streams if len(modes) == 1 else streams_for(mode, streams),
             calls=CallCosts(),
-            layer_by_layer=layer_by_layer and mode == "events",
             **options,
         )
         traces.append(run.trace())

@@ -3,63 +3,44 @@
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Iterator
 
+from torch_offload import _C
 from torch_offload.doctor.finding import Finding
 from torch_offload.doctor.system import System, parse_cpu_list
 from torch_offload.sizes import format_size
 
-_UNLIMITED = 2**60
-
 
 def look_at_limits(system: System) -> Iterator[Finding]:
     """What a model's masters may take."""
-    yield _machine(system)
-    yield _cgroup(system)
-    yield _locked()
+    limits = _C.host_limits(str(system.root).rstrip("/"))
+    yield _machine(limits)
+    yield _cgroup(limits)
+    yield _locked(limits)
     yield _huge_pages(system)
 
 
-def _machine(system: System) -> Finding:
-    fields = {}
-    for line in (system.read("/proc/meminfo") or "").splitlines():
-        name, _, value = line.partition(":")
-        if value.strip().endswith("kB"):
-            fields[name] = int(value.split()[0]) * 1024
-    total, available = fields.get("MemTotal"), fields.get("MemAvailable")
-    if total is None or available is None:
-        return Finding("host memory", "not tried", "/proc/meminfo does not say")
-    return Finding(
-        "host memory", "ok", f"{format_size(available)} available of {format_size(total)}"
-    )
+def _machine(limits: _C.HostLimits) -> Finding:
+    what = "host memory"
+    if limits.total_bytes is None or limits.available_bytes is None:
+        return Finding(what, "not tried", "/proc/meminfo does not say")
+    available, total = format_size(limits.available_bytes), format_size(limits.total_bytes)
+    return Finding(what, "ok", f"{available} available of {total}")
 
 
-def _cgroup(system: System) -> Finding:
-    """The limit of the group that this process is in, whichever version of groups it is."""
-    own = ""
-    for line in (system.read("/proc/self/cgroup") or "").splitlines():
-        if line.startswith("0::"):
-            own = line[3:].rstrip("/")
-    candidates = [
-        f"/sys/fs/cgroup{own}/memory.max",
-        "/sys/fs/cgroup/memory.max",
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-    ]
-    limits = [int(text) for path in candidates if (text := system.read(path) or "").isdigit()]
-    limits = [limit for limit in limits if limit < _UNLIMITED]
-    if not limits:
-        return Finding("control group", "ok", "sets no limit to memory")
-    return Finding(
-        "control group",
-        "note",
-        f"limits memory to {format_size(min(limits))}: masters count in full",
-    )
+def _cgroup(limits: _C.HostLimits) -> Finding:
+    what = "control group"
+    if limits.cgroup_limit_bytes is None:
+        return Finding(what, "ok", "sets no limit to memory")
+    left = limits.cgroup_available_bytes
+    rest = "" if left is None else f", of which {format_size(left)} are left"
+    limit = format_size(limits.cgroup_limit_bytes)
+    return Finding(what, "note", f"limits memory to {limit}{rest}: masters count in full")
 
 
-def _locked() -> Finding:
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    text = "unlimited" if soft == resource.RLIM_INFINITY else format_size(soft)
+def _locked(limits: _C.HostLimits) -> Finding:
+    limit = limits.locked_limit_bytes
+    text = "none" if limit is None else format_size(limit)
     return Finding(
         "locked-memory limit", "ok", f"{text}; CUDA pins pages without asking for it, see offload()"
     )
