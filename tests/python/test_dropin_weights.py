@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import torch_offload
 from tests.python import expect
@@ -185,3 +186,60 @@ def test_weight_read_outside_its_call_is_never_silent(
         with streamed(model, device, resident=cure) as handle:
             run = (lambda m: m(x)) if kind is _ReadsOutside else (lambda m: m.blocks[0].attn(m(x)))
             assert_streams_like_plain(model, plain, handle, run)
+
+
+_RECOMPUTED: dict[str, Callable[[nn.Module], Any]] = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "weight_norm-hook": nn.utils.weight_norm,
+    "spectral_norm-hook": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("what", _RECOMPUTED)
+@pytest.mark.parametrize("granularity", ["sublayer", "layer", "module"])
+def test_weight_that_is_computed_anew_at_each_use_equals_plain(
+    device: torch.device, what: str, granularity: str
+) -> None:
+    def make() -> Stack:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            model = Stack()
+            for block in model.blocks:
+                _RECOMPUTED[what](block.attn)
+                _RECOMPUTED[what](block.mlp.up)
+        return torch_offload.align(model.train())
+
+    model, plain = make(), make().to(device)
+    x = rows(device)
+    with streamed(model, device, granularity=granularity) as handle, torch.no_grad():
+        # In training mode a spectral norm changes its buffers, in both models alike.
+        for forwards in range(1, 5):
+            assert torch.equal(model(x), plain(x))
+            assert handle.stats.onloads >= forwards * len(model.blocks)
+
+
+@pytest.mark.parametrize("granularity", ["sublayer", "layer", "module"])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.filterwarnings("ignore:torch_offload. this forward runs in grad mode:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+def test_fast_path_of_encoder_layers_equals_plain(
+    device: torch.device, granularity: str, grad: bool
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        model = nn.TransformerEncoder(layer, num_layers=5).eval()
+    torch_offload.align(model)
+    plain = plain_on(model, device)
+    x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1)).to(device)
+    is_padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2], device=device)
+    with streamed(model, device, granularity=granularity) as handle, torch.set_grad_enabled(grad):
+        must = plain(x, src_key_padding_mask=is_padding)
+        with expect.watch(handle) as calls:
+            for _ in range(3):
+                assert_equal(model(x, src_key_padding_mask=is_padding), must)
+        expect.assert_streams_exactly(calls)
+        assert [unit.name for unit in handle.units] == [f"layers.{index}" for index in range(5)]
