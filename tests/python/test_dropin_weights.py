@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import torch_offload
 from tests.python import expect
 from tests.python.dropin import (
     IDLE_WARNING,
+    Block,
+    Mlp,
     Stack,
     assert_equal,
     assert_streams_like_plain,
@@ -124,6 +127,85 @@ def test_output_that_lies_in_the_window_is_cloned(device: torch.device, kind: ty
         for output in outputs:
             for tensor in output.values() if isinstance(output, dict) else output:
                 assert not begin <= tensor.data_ptr() < end
+
+
+class _Stashes(Mlp):
+    """Keeps a view of its weight, which the block reads after the call."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.stash = self.down.weight.t()
+        return super().forward(x)
+
+
+@dataclass
+class _Output:
+    x: torch.Tensor
+    row: torch.Tensor
+
+
+class _ReturnsAnObject(Mlp):
+    """Returns a view of its weight in an object that nobody else can look into."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return _Output(super().forward(x), self.down.weight[:, 0])
+
+
+class _ReadsView(Block):
+    def __init__(self, mlp: type[Mlp], width: int = 16) -> None:
+        super().__init__(width)
+        self.mlp = mlp(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: Any = self.mlp(x)
+        if isinstance(output, _Output):
+            return self.attn(output.x) + output.row
+        return self.attn(output) + self.mlp.stash.sum(0)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", [_Stashes, _ReturnsAnObject])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_view_that_outlives_its_unit_raises(
+    device: torch.device, kind: type[Mlp], context: Callable[[], Any]
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(16, 16), *(_ReadsView(kind) for _ in range(3))).eval()
+    torch_offload.align(model)
+    plain = plain_on(model, device)
+    x = rows(device)
+    with streamed(model, device) as handle, context():
+        with pytest.raises(StateError, match=r"view.*resident=\['1\.mlp\.down\.weight'\]"):
+            model(x)
+        expect.assert_at_rest(handle)
+    cure = ["*.mlp.down.weight"]
+    with streamed(model, device, resident=cure) as handle:
+        assert_streams_like_plain(model, plain, handle, lambda m: m(x))
+
+
+def test_view_that_a_hook_keeps_raises_and_a_cycle_does_not(device: torch.device) -> None:
+    model = tiny_stack()
+    plain = plain_on(model, device)
+    x = rows(device)
+    kept: list[torch.Tensor] = []
+
+    def keeps(module: Any, args: Any) -> None:
+        kept.append(module.weight.data)
+
+    def makes_a_cycle(module: Any, args: Any) -> None:
+        cycle: list[Any] = [module.weight.detach()]
+        cycle.append(cycle)
+
+    with streamed(model, device) as handle, torch.no_grad():
+        hook = model.blocks[2].attn.register_forward_pre_hook(keeps)
+        with pytest.raises(StateError, match=r"by a hook.*'blocks\.2\.attn\.weight'"):
+            model(x)
+        hook.remove()
+        kept.clear()
+        hook = model.blocks[2].attn.register_forward_pre_hook(makes_a_cycle)
+        assert torch.equal(model(x), plain(x))
+        hook.remove()
+        expect.assert_at_rest(handle)
+        assert torch.equal(model(x), plain(x))
 
 
 def test_user_hooks_see_weights_on_the_device(device: torch.device) -> None:
