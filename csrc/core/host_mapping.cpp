@@ -81,7 +81,8 @@ constexpr std::size_t kMaxThreads = 16;
 
 [[noreturn]] void throw_system_error(int error, std::size_t size_bytes, const char* call) {
   throw MemoryError("expected " + format_bytes(size_bytes) + " of host memory, got " + call + ": " +
-                    std::strerror(error) + " (" + describe(read_host_limits()) + ")");
+                    std::strerror(error) + " (" + describe(read_host_limits()) +
+                    "); free host memory, raise the limit that was met, or offload fewer weights");
 }
 
 std::size_t address_of(const std::byte* memory) { return reinterpret_cast<std::uintptr_t>(memory); }

@@ -5,6 +5,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <exception>
@@ -396,6 +397,7 @@ void Engine::release(CallToken& token) {
   const Stopwatch stopwatch(cpu_ns_);
   std::exception_ptr failure;
   std::string edited;
+  std::vector<DroppedPlace> dropped;
   if (token.restores_autocast_cache) {
     at::autocast::set_autocast_cache_enabled(true);
   }
@@ -405,6 +407,8 @@ void Engine::release(CallToken& token) {
       // The parameters first: whatever fails later, the model is at rest. A graph may hold this
       // use even if grad mode is off by now: the unit may have switched it on for itself.
       const bool bumps = !c10::InferenceMode::is_enabled();
+      // A graph keeps views rightfully: a backward through them raises.
+      const bool looks_for_views = token.completed && !at::GradMode::is_enabled();
       for (StreamedParameter& parameter : parameters_of(entry)) {
         if (edited.empty() && parameter.was_changed_in_forward()) {
           edited = parameter.name();
@@ -412,6 +416,9 @@ void Engine::release(CallToken& token) {
         parameter.show_master();
         if (bumps) {
           parameter.bump_version();
+        }
+        if (looks_for_views && parameter.place_may_be_shared()) {
+          dropped.push_back({&parameter, parameter.drop_place()});
         }
       }
     }
@@ -437,6 +444,31 @@ void Engine::release(CallToken& token) {
         "'; the change is lost and the weight is as before: "
         "keep it on the device with resident=['" +
         edited + "']");
+  }
+  refuse_kept_views(std::move(dropped));
+}
+
+/// Raises if somebody keeps a tensor over a place of one of these: the next units overwrite it, and
+/// nobody would notice.
+void Engine::refuse_kept_views(std::vector<DroppedPlace> dropped) {
+  const auto forget_what_is_gone = [&] {
+    const auto is_gone = [](const DroppedPlace& one) { return one.place.expired(); };
+    dropped.erase(std::remove_if(dropped.begin(), dropped.end(), is_gone), dropped.end());
+  };
+  forget_what_is_gone();
+  if (dropped.empty()) {
+    return;
+  }
+  py::module_::import("gc").attr("collect")();  // what only a cycle keeps, nobody reads
+  forget_what_is_gone();
+  if (!dropped.empty()) {
+    const std::string& name = dropped.front().parameter->name();
+    throw StateError("expected a forward that keeps no view of its streamed weights, got one of '" +
+                     name +
+                     "' that outlives the call of its unit (kept as an attribute, in an output or "
+                     "by a hook): the next units overwrite what it shows; keep a clone, or the "
+                     "weight on the device with resident=['" +
+                     name + "']");
   }
 }
 

@@ -75,7 +75,7 @@ class Engine : private Loader {
   /// Warns once if a backward could follow: it will raise.
   /// Blocking: as the mode says (Policy), and at the first use of a parameter that was replaced.
   /// Throws:   what the call raised; StateError on a second thread, if a parameter was replaced by
-  ///           another kind, or if the call has changed its own weights.
+  ///           another kind, or if the call has changed its own weights or keeps a view of them.
   pybind11::object call(UnitIndex unit, const pybind11::handle& call_plain,
                         const pybind11::handle& module, const pybind11::tuple& args,
                         const pybind11::dict& kwargs);
@@ -134,6 +134,12 @@ class Engine : private Loader {
     StreamedParameter* end_;
   };
 
+  /// A place that somebody else may still show.
+  struct DroppedPlace {
+    const StreamedParameter* parameter;
+    StreamedParameter::PlaceRef place;
+  };
+
   StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                 std::uint64_t generation) override;
   std::vector<UnitParameters> cut(const Plan& plan, std::vector<ParameterRange> ranges) const;
@@ -144,6 +150,7 @@ class Engine : private Loader {
   void let_go();
   void move_parameter_in(std::size_t index);
   void warn_of_backward(const UnitParameters& entry);
+  static void refuse_kept_views(std::vector<DroppedPlace> dropped);
   void adopt_edits(UnitIndex unit);
   void end_pass();
   pybind11::object outside_window(const pybind11::handle& output) const;

@@ -97,6 +97,12 @@ void StreamedParameter::show_place(std::byte* place, const at::Device& device) {
 
 void StreamedParameter::show_master() { show(master_); }
 
+StreamedParameter::PlaceRef StreamedParameter::drop_place() {
+  PlaceRef place(place_.storage().getWeakStorageImpl());
+  place_.reset();
+  return place;
+}
+
 void StreamedParameter::show(const at::Tensor& data) {
   if (torch::autograd::impl::try_get_grad_accumulator(parameter_) != nullptr) {
     parameter_.set_data(data);  // a live graph's accumulator was made for the former data

@@ -56,6 +56,12 @@ class StreamedParameter {
   /// Shows the place at this address.
   void show_place(std::byte* place, const at::Device& device);
   void show_master();
+  using PlaceRef = c10::weak_intrusive_ptr<c10::StorageImpl>;
+  /// Whether more than our own tensor shows the place, or Python has once looked at its storage.
+  /// Asked while the parameter does not show it.
+  bool place_may_be_shared() const { return place_.defined() && place_.storage().use_count() > 1; }
+  /// Lets go of our tensor; what is returned lives on as long as anybody else's does.
+  PlaceRef drop_place();
 
   /// What an edit between two forwards did to the parameter.
   enum class Edit {

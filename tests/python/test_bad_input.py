@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 from collections import UserDict
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -258,8 +260,26 @@ def test_host_memory_check_quotes_asked_and_limits(monkeypatch: pytest.MonkeyPat
     text = str(caught.value)
     assert "1073741824.00 GiB" in text or str(2**60) in text
     assert "TORCH_OFFLOAD_HOST_MEMORY_CHECK=0" in text
+    for limit in ("host memory: ", "control group: ", "locked-memory limit (ulimit -l): "):
+        assert limit in text
     monkeypatch.setenv("TORCH_OFFLOAD_HOST_MEMORY_CHECK", "0")
     _C.check_host_memory(2**60, 2**28)
+
+
+def test_host_memory_that_the_system_refuses_fails_with_asked_and_limits() -> None:
+    model = tiny_stack(num_blocks=8, width=512)  # 42 MB to stream
+    plain = plain_on(model, HOST)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    former = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        limit = pages * resource.getpagesize() + 32 * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, former[1]))
+        with refused(model, MemoryError, r"expected 4\d\.\d+ MiB of host .*raise the limit"):
+            torch_offload.offload(model, HOST)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, former)
+    with streamed(model, HOST) as handle:
+        assert_streams_like_plain(model, plain, handle, lambda m: m(rows(HOST, width=512)))
 
 
 @pytest.mark.needs_cuda

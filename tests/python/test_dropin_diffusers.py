@@ -103,6 +103,15 @@ def test_pipeline_with_hooks_of_its_own_fails(device: torch.device) -> None:
         torch_offload.offload(pipe.transformer, device)
 
 
+@pytest.mark.needs_cuda
+def test_pipeline_that_is_offloaded_by_its_own_means_afterwards_fails(device: torch.device) -> None:
+    pipe = _pipeline().to(device)
+    refused = pytest.raises(torch_offload.StateError, match=r"handle\.remove\(\)")
+    with streamed(pipe.transformer, device) as handle, refused:
+        pipe.enable_model_cpu_offload()
+    assert handle.is_removed
+
+
 def test_pipeline_given_whole_fails(device: torch.device) -> None:
     with pytest.raises(TypeError, match=r"offload\(pipe\.transformer\)"):
         torch_offload.offload(_pipeline(), device)
