@@ -407,8 +407,8 @@ void Engine::release(CallToken& token) {
       // The parameters first: whatever fails later, the model is at rest. A graph may hold this
       // use even if grad mode is off by now: the unit may have switched it on for itself.
       const bool bumps = !c10::InferenceMode::is_enabled();
-      // A graph keeps views rightfully: a backward through them raises.
-      const bool looks_for_views = token.completed && !at::GradMode::is_enabled();
+      // In grad mode it is a graph that keeps views, rightfully: a backward through them raises.
+      const bool refuses_views = token.completed && !at::GradMode::is_enabled();
       for (StreamedParameter& parameter : parameters_of(entry)) {
         if (edited.empty() && parameter.was_changed_in_forward()) {
           edited = parameter.name();
@@ -417,8 +417,11 @@ void Engine::release(CallToken& token) {
         if (bumps) {
           parameter.bump_version();
         }
-        if (looks_for_views && parameter.place_may_be_shared()) {
-          dropped.push_back({&parameter, parameter.drop_place()});
+        if (parameter.place_may_be_shared()) {
+          DroppedPlace place{&parameter, parameter.drop_place()};
+          if (refuses_views) {
+            dropped.push_back(std::move(place));
+          }
         }
       }
     }
