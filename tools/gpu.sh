@@ -5,7 +5,7 @@
 #
 # Environment: PYTHON (default: python3), WHEELS (a folder of wheels to install first),
 # PARTS (default: "build cpp python bench"), LIMIT_<PART> (seconds, e.g. LIMIT_BENCH=900), JOBS,
-# PYTEST and BENCH (arguments of the two: files, options), WORKERS (of the Python tests).
+# CTEST, PYTEST and BENCH (arguments of the three: files, options), WORKERS (of the Python tests).
 # A part that fails does not keep the later ones from running, but for the build. The exit status
 # is the worst one, and the summary comes last.
 set -uo pipefail
@@ -79,7 +79,7 @@ export -f build configure
 export python jobs
 
 part build 500 bash -c build || finish
-part cpp 300 ctest --test-dir build-gpu --output-on-failure --no-tests=error --timeout 120
+part cpp 300 ctest --test-dir build-gpu --output-on-failure --no-tests=error --timeout 120 ${CTEST:-}
 
 if has_module pytest && has_module pytest_timeout; then
   pytest=("$python" -m pytest --junitxml "$results/python.xml")
