@@ -179,12 +179,23 @@ EventId CudaDevice::do_create_event() {
   return static_cast<EventId>(state_->events.size() - 1);
 }
 
-void CudaDevice::do_record(EventId event, StreamId stream) {
-  state_->event(event).record(state_->stream(stream));
+// PyTorch's event asks at every record and wait whether the current stream is being captured. After
+// its first record, which makes it, the same CUDA calls are made without that question.
+
+void CudaDevice::do_record(EventId id, StreamId stream) {
+  at::cuda::CUDAEvent& event = state_->event(id);
+  if (!event.isCreated()) {
+    event.record(state_->stream(stream));
+    return;
+  }
+  const c10::cuda::CUDAGuard guard(state_->device_index);
+  C10_CUDA_CHECK(cudaEventRecord(event.event(), state_->stream(stream).stream()));
 }
 
-void CudaDevice::do_wait(StreamId stream, EventId event) {
-  state_->event(event).block(state_->stream_for_work(stream));
+void CudaDevice::do_wait(StreamId stream, EventId id) {
+  const c10::cuda::CUDAGuard guard(state_->device_index);
+  C10_CUDA_CHECK(
+      cudaStreamWaitEvent(state_->stream_for_work(stream).stream(), state_->event(id).event(), 0));
 }
 
 bool CudaDevice::do_is_done(EventId event) { return state_->event(event).query(); }

@@ -267,6 +267,8 @@ def test_host_memory_check_quotes_asked_and_limits(monkeypatch: pytest.MonkeyPat
 
 
 def test_host_memory_that_the_system_refuses_fails_with_asked_and_limits() -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("CUDA takes addresses of its own, which the limit would refuse as well")
     model = tiny_stack(num_blocks=8, width=512)  # 42 MB to stream
     plain = plain_on(model, HOST)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
