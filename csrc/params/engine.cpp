@@ -408,8 +408,7 @@ void Engine::release(CallToken& token) {
       // use even if grad mode is off by now: the unit may have switched it on for itself.
       const bool bumps = !c10::InferenceMode::is_enabled();
       // A graph keeps views rightfully: a backward through them raises.
-      const bool refuses_views =
-          token.completed && !token.has_graph && !at::GradMode::is_enabled();
+      const bool refuses_views = token.completed && !token.has_graph && !at::GradMode::is_enabled();
       for (StreamedParameter& parameter : parameters_of(entry)) {
         if (edited.empty() && parameter.was_changed_in_forward()) {
           edited = parameter.name();
