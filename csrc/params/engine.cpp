@@ -282,7 +282,7 @@ py::object Engine::call(UnitIndex unit, const py::handle& call_plain, const py::
     }
     if (unit != kNoUnit) {
       const Stopwatch stopwatch(cpu_ns_);
-      output = outside_window(output);
+      output = outside_window(output, token.has_graph);
     }
     token.completed = true;
   } catch (...) {
@@ -407,8 +407,8 @@ void Engine::release(CallToken& token) {
       // The parameters first: whatever fails later, the model is at rest. A graph may hold this
       // use even if grad mode is off by now: the unit may have switched it on for itself.
       const bool bumps = !c10::InferenceMode::is_enabled();
-      // In grad mode it is a graph that keeps views, rightfully: a backward through them raises.
-      const bool refuses_views = token.completed && !at::GradMode::is_enabled();
+      // A graph keeps views rightfully: a backward through them raises.
+      const bool refuses_views = token.completed && !token.has_graph && !at::GradMode::is_enabled();
       for (StreamedParameter& parameter : parameters_of(entry)) {
         if (edited.empty() && parameter.was_changed_in_forward()) {
           edited = parameter.name();
@@ -418,6 +418,7 @@ void Engine::release(CallToken& token) {
           parameter.bump_version();
         }
         if (parameter.place_may_be_shared()) {
+          // The next use gets a tensor of its own, so that it does not see the views of this one.
           DroppedPlace place{&parameter, parameter.drop_place()};
           if (refuses_views) {
             dropped.push_back(std::move(place));
@@ -504,10 +505,11 @@ void Engine::end_pass() {
 // --- outputs -----------------------------------------------------------------------------------
 
 /// The same output, tensors whose storage lies in the window replaced by clones: the next unit
-/// would overwrite them. Looks into tuples, lists and dicts.
-py::object Engine::outside_window(const py::handle& output) const {
+/// would overwrite them. Looks into tuples, lists and dicts; notes whether a graph hangs on one.
+py::object Engine::outside_window(const py::handle& output, bool& has_graph) const {
   if (THPVariable_Check(output.ptr())) {
     const at::Tensor& tensor = THPVariable_Unpack(output.ptr());
+    has_graph = has_graph || (tensor.requires_grad() && !tensor.is_leaf());
     if (tensor.has_storage()) {
       if (pipeline_->owns(tensor.storage().data())) {
         return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor.clone()));
@@ -518,7 +520,7 @@ py::object Engine::outside_window(const py::handle& output) const {
     py::list items;
     bool is_changed = false;
     for (const py::handle item : tuple) {
-      py::object outside = outside_window(item);
+      py::object outside = outside_window(item, has_graph);
       is_changed = is_changed || !outside.is(item);
       items.append(std::move(outside));
     }
@@ -529,7 +531,7 @@ py::object Engine::outside_window(const py::handle& output) const {
   } else if (PyList_Check(output.ptr())) {
     const auto list = py::reinterpret_borrow<py::list>(output);
     for (std::size_t i = 0; i < list.size(); ++i) {
-      py::object outside = outside_window(list[i]);
+      py::object outside = outside_window(list[i], has_graph);
       if (!outside.is(list[i])) {
         list[i] = outside;
       }
@@ -538,7 +540,7 @@ py::object Engine::outside_window(const py::handle& output) const {
     const auto dict = py::reinterpret_borrow<py::dict>(output);
     py::dict changed;
     for (const auto& [key, value] : dict) {
-      py::object outside = outside_window(value);
+      py::object outside = outside_window(value, has_graph);
       if (!outside.is(value)) {
         changed[key] = outside;
       }

@@ -109,6 +109,7 @@ class Engine : private Loader {
   struct CallToken {
     bool entered = false;
     bool completed = false;  // the call has returned, rather than raised
+    bool has_graph = false;  // autograd's, on an output: it may hold views of the parameters
     UnitIndex unit = kNoUnit;
     bool restores_autocast_cache = false;
   };
@@ -153,7 +154,7 @@ class Engine : private Loader {
   static void refuse_kept_views(std::vector<DroppedPlace> dropped);
   void adopt_edits(UnitIndex unit);
   void end_pass();
-  pybind11::object outside_window(const pybind11::handle& output) const;
+  pybind11::object outside_window(const pybind11::handle& output, bool& has_graph) const;
   void check_at_rest(const char* call) const;
   void detach_log();
 

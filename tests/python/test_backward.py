@@ -87,8 +87,7 @@ def test_gradient_of_a_unit_that_switches_grad_mode_on_raises(device: torch.devi
     with streamed(model, device), torch.no_grad():
         kept: list[torch.Tensor] = []
         hook = down.register_forward_hook(lambda module, args, output: kept.append(output))
-        with pytest.raises(StateError, match="keeps no view"):  # its graph does
-            model(rows(device))
+        model(rows(device))
         hook.remove()
         with torch.enable_grad(), pytest.raises(RuntimeError, match="inplace operation"):
             kept[0].sum().backward()

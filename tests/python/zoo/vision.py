@@ -257,6 +257,7 @@ CASES: tuple[Case, ...] = (
         {"self_attn": 8, "encoder_attn": 4, "fc1": 8, "fc2": 8},
         _whisper_inputs,
         _WHISPER,
+        generate=GREEDY,
     ),
     _case(
         "wav2vec2",
