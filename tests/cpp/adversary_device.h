@@ -1,0 +1,192 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <iterator>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "host/host_device.h"
+
+namespace torch_offload::testing {
+
+class InjectedFailure : public std::runtime_error {
+ public:
+  InjectedFailure() : std::runtime_error("injected failure") {}
+};
+
+/// A HostDevice that runs its streams in the worst order there is, and in the same one each time.
+///
+/// A stream is either held, and stands still, or is free: `settle` lets the workers of free streams
+/// run one piece of work after the other, for as long as one can go on. So what happens is decided
+/// by who is held, and by who goes first, but not by the clock.
+///
+/// Memory is never what one would like it to be: the last tenant of new memory writes to it late,
+/// on the stream that allocated it, and memory that is freed is overwritten at once, but stays
+/// mapped.
+///
+/// Blocking:  `synchronize` lets go what is held, one stream after the other, until its own is
+/// done.
+class AdversaryDevice : public HostDevice {
+ public:
+  /// Streams go first that were made first, or those that were made last.
+  explicit AdversaryDevice(bool first_made_go_last)
+      : HostDevice(ComputeStreams::kWorker), first_made_go_last_(first_made_go_last) {}
+  ~AdversaryDevice() override {
+    open_all();
+    for (void* memory : freed_) {
+      std::free(memory);
+    }
+  }
+
+  /// Queues `work` on the stream, as a kernel would be.
+  void submit(StreamId stream, std::function<void()> work) {
+    streams_[stream].queue.push_back({std::move(work), nullptr});
+  }
+
+  /// Lets the stream stand still behind what it could have done by now.
+  void hold(StreamId stream) {
+    settle();
+    streams_[stream].is_held = true;
+  }
+
+  /// Lets all streams go, one after the other: each runs as far as it can before the next one may.
+  void open_all() {
+    do {
+      settle();
+    } while (open_next());
+  }
+
+  /// Lets free streams run until none can go on.
+  void settle() {
+    while (Stream* stream = next_to_go()) {
+      const Task task = std::move(stream->queue.front());
+      stream->queue.pop_front();
+      HostDevice::run(stream->id, task.work);
+      HostDevice::do_synchronize(stream->id);
+    }
+  }
+
+  /// The `call`-th submission from now on fails; 0: none does.
+  void fail_at(int call) { calls_until_failure_ = call; }
+  bool has_failed() const { return calls_until_failure_ == 0; }
+
+ protected:
+  StreamId do_create_stream(const StreamOptions& options) override {
+    const StreamId stream = HostDevice::do_create_stream(options);
+    streams_[stream].id = stream;
+    return stream;
+  }
+  void do_set_current_stream(StreamId stream) override {
+    count_down();
+    HostDevice::do_set_current_stream(stream);
+  }
+  EventId do_create_event() override {
+    records_.emplace_back();
+    return HostDevice::do_create_event();
+  }
+  void do_record(EventId event, StreamId stream) override {
+    count_down();
+    auto is_done = std::make_shared<bool>(false);
+    records_[event] = is_done;
+    submit(stream, [is_done] { *is_done = true; });
+  }
+  void do_wait(StreamId stream, EventId event) override {
+    count_down();
+    streams_[stream].queue.push_back({[] {}, records_[event]});
+  }
+  bool do_is_done(EventId event) override {
+    settle();
+    return *records_[event];
+  }
+  void do_synchronize(StreamId stream) override {
+    count_down();
+    do {
+      settle();
+    } while (!streams_[stream].queue.empty() && open_next());
+  }
+  void do_copy(StreamId stream, const Copy& copy) override {
+    count_down();
+    submit(stream, [copy] { std::memcpy(copy.destination, copy.source, copy.size_bytes); });
+  }
+  void do_fill(StreamId stream, void* memory, std::size_t size_bytes, std::uint8_t value) override {
+    count_down();
+    submit(stream, [=] { std::memset(memory, value, size_bytes); });
+  }
+  void* do_allocate(std::size_t size_bytes) override {
+    count_down();
+    void* memory = HostDevice::do_allocate(size_bytes);
+    std::memset(memory, kGarbage, size_bytes);
+    submit(do_current_stream(), [=] { std::memset(memory, kGarbage, size_bytes); });
+    sizes_[memory] = size_bytes;
+    return memory;
+  }
+  void do_free(void* memory) override {
+    settle();
+    std::memset(memory, kGarbage, sizes_.at(memory));
+    freed_.push_back(memory);
+  }
+
+ private:
+  static constexpr std::uint8_t kGarbage = 0xDD;
+
+  struct Task {
+    std::function<void()> work;
+    std::shared_ptr<bool> awaited;  // a record that must be done before
+  };
+  struct Stream {
+    StreamId id = kNoStream;
+    bool is_held = false;
+    std::deque<Task> queue;
+
+    bool can_go() const {
+      return !is_held && !queue.empty() &&
+             (queue.front().awaited == nullptr || *queue.front().awaited);
+    }
+  };
+
+  template <typename Condition>
+  Stream* first_stream(const Condition& condition) {
+    Stream* found = nullptr;
+    for (auto& [id, stream] : streams_) {
+      if (condition(stream) && (found == nullptr || first_made_go_last_)) {
+        found = &stream;
+      }
+    }
+    return found;
+  }
+
+  Stream* next_to_go() {
+    return first_stream([](const Stream& stream) { return stream.can_go(); });
+  }
+
+  bool open_next() {
+    Stream* stream = first_stream([](const Stream& held) { return held.is_held; });
+    if (stream != nullptr) {
+      stream->is_held = false;
+    }
+    return stream != nullptr;
+  }
+
+  void count_down() {
+    if (calls_until_failure_ > 0 && --calls_until_failure_ == 0) {
+      throw InjectedFailure();
+    }
+  }
+
+  const bool first_made_go_last_;
+  int calls_until_failure_ = 0;
+  std::map<StreamId, Stream> streams_;          // in the order in which they were made
+  std::vector<std::shared_ptr<bool>> records_;  // by EventId: the last one
+  std::map<void*, std::size_t> sizes_;
+  std::vector<void*> freed_;
+};
+
+}  // namespace torch_offload::testing

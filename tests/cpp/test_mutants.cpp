@@ -1,0 +1,323 @@
+// The pipeline with each of its steps left out, one at a time. The checker must notice every one,
+// from the log alone; and to show that it is no formality, each is also seen to yield wrong bytes
+// on a device that runs its streams in the worst order.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bitset>
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "check/hazard_checker.h"
+#include "core/steps.h"
+#include "mutant_run.h"
+#include "schedules.h"
+
+namespace torch_offload {
+
+bool is_left_out(Step step) {
+  ++testing::mutation.num_reached[step];
+  return testing::mutation.is_armed && testing::mutation.step == step;
+}
+
+namespace {
+
+using testing::all_schedules;
+using testing::Choice;
+using testing::mutation;
+using testing::Outcome;
+using testing::Schedule;
+
+struct Mutant {
+  Step step;
+  const char* name;
+  const char* schedule = "";  // that shows wrong bytes,
+  Choice choice{};            // run like this
+
+  friend std::ostream& operator<<(std::ostream& out, const Mutant& mutant) {
+    return out << mutant.name;
+  }
+};
+
+/// By Step. Bits of the streams held: callers 0 and 1, then the pipeline's, as it lists them.
+const std::vector<Mutant>& all_mutants() {
+  static const std::vector<Mutant> mutants{
+      {Step::kReadyRecord, "kReadyRecord", "passes, pipeline, shared", {0b000001, false, true, 0}},
+      {Step::kReadyWait, "kReadyWait", "passes, pipeline, shared", {0b000001, false, true, 0}},
+      {Step::kNestedReadyWait,
+       "kNestedReadyWait",
+       "nested on another stream, events, shared",
+       {0b000100, false, true, 0}},
+      {Step::kHostReadyWait,
+       "kHostReadyWait",
+       "passes, streams, shared",
+       {0b000100, false, true, 0}},
+      {Step::kFreeRecord, "kFreeRecord", "passes, pipeline, shared", {0b000001, false, true, 0}},
+      {Step::kPendingFree, "kPendingFree", "passes, pipeline, shared", {0b000001, false, true, 0}},
+      {Step::kPendingReady,
+       "kPendingReady",
+       "other ways, pipeline, split",
+       {0b000001, false, true, 0}},
+      {Step::kOwnPendingWait,
+       "kOwnPendingWait",
+       "poison, pipeline, shared",
+       {0b000001, false, true, 0}},
+      {Step::kOverlapPendingWait,
+       "kOverlapPendingWait",
+       "passes, pipeline, shared",
+       {0b000001, false, true, 0}},
+      {Step::kOverlapForget,
+       "kOverlapForget",
+       "passes, pipeline, shared",
+       {0b000000, false, true, 0}},
+      {Step::kHeldGuard, "kHeldGuard", "other ways, pipeline, shared", {0b000000, false, true, 0}},
+      {Step::kHostFreeWait, "kHostFreeWait", "passes, streams, shared", {0b000001, false, true, 0}},
+      {Step::kPoisonForget,
+       "kPoisonForget",
+       "poison, pipeline, shared",
+       {0b000000, false, true, 0}},
+      {Step::kEarlierStreamWait,
+       "kEarlierStreamWait",
+       "streams between uses, events, shared",
+       {0b000001, false, true, 0}},
+      {Step::kLaterStreamsNote,
+       "kLaterStreamsNote",
+       "streams in a use, events, shared",
+       {0b000010, false, true, 0}},
+      {Step::kLaterStreamsJoin,
+       "kLaterStreamsJoin",
+       "streams in a use, events, shared",
+       {0b000010, false, true, 0}},
+      {Step::kEnterOrder, "kEnterOrder", "passes, pipeline, split", {0b000001, false, true, 0}},
+      {Step::kReturnOrder, "kReturnOrder", "passes, pipeline, split", {0b000001, false, true, 0}},
+      {Step::kCallerReturn,
+       "kCallerReturn",
+       "failures, pipeline, split",
+       {0b000001, false, true, 13}},
+      {Step::kHandoverRecord,
+       "kHandoverRecord",
+       "passes, pipeline, split",
+       {0b000001, false, true, 0}},
+      {Step::kHandoverWait,
+       "kHandoverWait",
+       "nested overlapping units, pipeline, shared",
+       {0b000000, true, true, 0}},
+      {Step::kNewWindowDrain,
+       "kNewWindowDrain",
+       "passes, pipeline, shared",
+       {0b000000, true, false, 0}},
+      {Step::kNewPlaceOrder,
+       "kNewPlaceOrder",
+       "nested overlapping units, pipeline, shared",
+       {0b000000, true, true, 0}},
+      {Step::kOldPlaceWait,
+       "kOldPlaceWait",
+       "old place, events, split",
+       {0b000001, false, true, 0}},
+      {Step::kDrainOwnStreams,
+       "kDrainOwnStreams",
+       "passes, pipeline, split",
+       {0b000001, false, true, 0}},
+      {Step::kDrainUsedStreams,
+       "kDrainUsedStreams",
+       "passes without copies, pipeline, shared",
+       {0b000001, false, true, 0}},
+      {Step::kOnloadDrain, "kOnloadDrain", "edits, pipeline, shared", {0b000100, false, false, 0}},
+      {Step::kFailedOnloadDrain,
+       "kFailedOnloadDrain",
+       "failures, pipeline, split",
+       {0b000001, false, true, 38}},
+      {Step::kFailedAcquireDrain,
+       "kFailedAcquireDrain",
+       "failures, streams, split",
+       {0b000100, false, true, 4}},
+      {Step::kFailedReleaseDrain,
+       "kFailedReleaseDrain",
+       "failures, pipeline, shared",
+       {0b000001, false, true, 6}},
+      {Step::kFailedAcquireReturn,
+       "kFailedAcquireReturn",
+       "failures, pipeline, split",
+       {0b000001, false, true, 9}},
+      {Step::kFailedReleaseReturn,
+       "kFailedReleaseReturn",
+       "failures, pipeline, split",
+       {0b010000, false, true, 10}},
+  };
+  return mutants;
+}
+
+/// Which streams stand still: none, one or two of them, or all, in either order of being let go.
+std::vector<Choice> orders_of(const Schedule& schedule) {
+  const std::size_t num_streams = schedule.options.layout == StreamLayout::kSplit ? 6 : 3;
+  std::vector<Choice> choices;
+  for (std::uint32_t held = 0; held < 1U << num_streams; ++held) {
+    const std::size_t num_held = std::bitset<32>(held).count();
+    if (num_held <= 2 || num_held == num_streams) {
+      for (const bool callers_go_last : {false, true}) {
+        Choice choice;
+        choice.held = held;
+        choice.callers_go_last = callers_go_last;
+        choices.push_back(choice);
+      }
+    }
+  }
+  return choices;
+}
+
+const Schedule* find_schedule(const std::string& name) {
+  static const std::vector<Schedule> schedules = all_schedules();
+  for (const Schedule& schedule : schedules) {
+    if (schedule.name == name) {
+      return &schedule;
+    }
+  }
+  return nullptr;
+}
+
+std::string describe(const Schedule& schedule, const Choice& choice) {
+  return schedule.name + "; streams held " + std::bitset<6>(choice.held).to_string() +
+         (choice.callers_go_last ? ", callers last" : "") + (choice.begins_late ? ", late" : "") +
+         (choice.failing_call > 0 ? ", call " + std::to_string(choice.failing_call) + " fails"
+                                  : "");
+}
+
+/// Visits the run in which no call fails, then those in which the first one does, the second one,
+/// and so on for as long as there is one to fail, until `visit` is content.
+template <typename Visit>
+bool any_run(const Schedule& schedule, Choice choice, const Visit& visit) {
+  bool goes_on = true;
+  for (choice.failing_call = 0; goes_on; ++choice.failing_call) {
+    const Outcome outcome = run(schedule, choice);
+    if (visit(choice, outcome)) {
+      return true;
+    }
+    goes_on = schedule.may_fail && (choice.failing_call == 0 || outcome.has_failed);
+  }
+  return false;
+}
+
+TEST(MutantsTest, TwinWithoutMutationIsCleanAndRight) {
+  mutation = {};
+  int num_failures = 0;
+  for (const Schedule& schedule : all_schedules()) {
+    for (const Choice& choice : orders_of(schedule)) {
+      any_run(schedule, choice, [&](const Choice& one, const Outcome& outcome) {
+        EXPECT_EQ(outcome.num_wrong, 0) << describe(schedule, one);
+        EXPECT_FALSE(outcome.was_refused) << describe(schedule, one);
+        for (const Finding& finding : HazardChecker().check(outcome.log)) {
+          ADD_FAILURE() << describe(schedule, one) << ": " << finding.message;
+        }
+        num_failures += one.failing_call > 0 ? 1 : 0;
+        // What may fail, fails while at most one stream stands still: enough for one order.
+        const bool is_simple = std::bitset<32>(one.held).count() <= 1 && !one.callers_go_last;
+        return HasFailure() || !is_simple;
+      });
+      ASSERT_FALSE(HasFailure());
+    }
+  }
+  EXPECT_GT(num_failures, 1000);
+}
+
+bool is_noticed_and_wrong(const Outcome& outcome) {
+  return outcome.num_wrong > 0 && !HazardChecker().check(outcome.log).empty();
+}
+
+/// The line of the table that would do: for whoever has changed the pipeline. Takes minutes.
+std::string find_line(const Mutant& mutant) {
+  std::string line;
+  for (const Schedule& schedule : all_schedules()) {
+    for (Choice choice : orders_of(schedule)) {
+      for (const bool begins_late : {true, false}) {
+        choice.begins_late = begins_late;
+        const auto is_shown = [&](const Choice& one, const Outcome& outcome) {
+          line = std::string("{Step::") + mutant.name + ", \"" + mutant.name + "\", \"" +
+                 schedule.name + "\", {0b" + std::bitset<6>(one.held).to_string() + ", " +
+                 (one.callers_go_last ? "true, " : "false, ") +
+                 (begins_late ? "true, " : "false, ") + std::to_string(one.failing_call) + "}},";
+          return is_noticed_and_wrong(outcome);
+        };
+        if (any_run(schedule, choice, is_shown)) {
+          return line;
+        }
+      }
+    }
+  }
+  return "there is no schedule that shows it";
+}
+
+class MutantTest : public ::testing::TestWithParam<Mutant> {
+ protected:
+  MutantTest() {
+    mutation = {};
+    mutation.step = GetParam().step;
+  }
+  ~MutantTest() override { mutation = {}; }
+};
+
+TEST_P(MutantTest, IsNoticedAndYieldsWrongBytes) {
+  const Mutant& mutant = GetParam();
+  const Schedule* schedule = find_schedule(mutant.schedule);
+  ASSERT_NE(schedule, nullptr) << mutant.schedule;
+  const Outcome outcome = run(*schedule, mutant.choice);
+  EXPECT_GT(mutation.num_reached[mutant.step], 0U) << "the schedule does not come to this step";
+  ASSERT_TRUE(is_noticed_and_wrong(outcome))
+      << outcome.num_wrong << " wrong, " << HazardChecker().check(outcome.log).size()
+      << " findings; instead: " << find_line(mutant);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, MutantTest, ::testing::ValuesIn(all_mutants()),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+/// A record that never comes is no secret: the device takes no wait for it.
+TEST(MutantsTest, RecordLeftOutFromTheStartIsRefused) {
+  for (const Step step : {Step::kReadyRecord, Step::kFreeRecord, Step::kHandoverRecord}) {
+    mutation = {};
+    mutation.step = step;
+    EXPECT_TRUE(run(*find_schedule("passes, pipeline, split"), Choice{}).was_refused);
+  }
+  mutation = {};
+}
+
+/// That two units share bytes is said twice in a plan, and each time for a reason.
+TEST(MutantsTest, PlanWithoutOneOverlapIsNoticedAndYieldsWrongBytes) {
+  mutation = {};
+  int num_edges = 0;
+  for (const char* name : {"passes, pipeline, shared", "passes, pipeline, split",
+                           "other ways, pipeline, shared", "other ways, pipeline, split"}) {
+    const Schedule& whole = *find_schedule(name);
+    for (UnitIndex unit = 0; unit < whole.plan.units.size(); ++unit) {
+      for (std::size_t i = 0; i < whole.plan.overlaps[unit].size(); ++i) {
+        Schedule schedule = whole;
+        std::vector<UnitIndex>& overlaps = schedule.plan.overlaps[unit];
+        overlaps.erase(overlaps.begin() + static_cast<std::ptrdiff_t>(i));
+        bool is_wrong = false;
+        for (const Choice& choice : orders_of(schedule)) {
+          const Outcome outcome = run(schedule, choice);
+          is_wrong = is_wrong || outcome.num_wrong > 0;
+          ASSERT_FALSE(HazardChecker().check(outcome.log).empty())
+              << name << ", unit " << unit << ", overlap " << i;
+          if (is_wrong) {
+            break;
+          }
+        }
+        EXPECT_TRUE(is_wrong) << name << ", unit " << unit << ", overlap " << i;
+        ++num_edges;
+      }
+    }
+  }
+  EXPECT_EQ(num_edges, 2 * 4 + 2 * 6);
+}
+
+/// A step without a mutant would be a step without a proof.
+TEST(MutantsTest, EveryStepHasAMutant) {
+  ASSERT_EQ(all_mutants().size(), static_cast<std::size_t>(Step::kNone));
+  for (std::size_t i = 0; i < all_mutants().size(); ++i) {
+    EXPECT_EQ(all_mutants()[i].step, static_cast<Step>(i)) << all_mutants()[i].name;
+  }
+}
+
+}  // namespace
+}  // namespace torch_offload
