@@ -46,6 +46,7 @@ enum class Step : std::uint8_t {
   kOldPlaceWait,      ///< Its old place is left to copies that will not ask for it.
   kDrainOwnStreams,   ///< Before masters and window go.
   kDrainUsedStreams,  ///< Likewise, of the callers.
+  kReplanDrain,       ///< Before the window is divided anew.
   kOnloadDrain,       ///< Before a master is edited.
 
   // After a failure.
@@ -55,7 +56,7 @@ enum class Step : std::uint8_t {
   kFailedAcquireReturn,  ///< The caller's stream is current again,
   kFailedReleaseReturn,  ///< whichever call failed.
 
-  kNone,
+  kNone,  ///< Of what nothing hangs on but the pace.
 };
 
 #ifdef TORCH_OFFLOAD_MUTANTS

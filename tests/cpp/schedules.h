@@ -48,13 +48,10 @@ inline Plan crossing_places() {
                           512);
 }
 
-/// Each in a layer of its own, so that `events` copies nothing ahead; 2 shares bytes with 0 and 1.
+/// Unit 2 shares bytes with 0 and with 1, which share none.
 inline Plan places_in_between() {
-  std::vector<Unit> units = layers_of(2, 2, 2);
-  for (std::uint32_t i = 0; i < units.size(); ++i) {
-    units[i].layer_index = i;
-  }
-  return plan_with_places(units, {{0, 512}, {512, 1024}, {256, 768}, {1024, 1536}}, 512);
+  return plan_with_places(layers_of(2, 2, 2), {{0, 512}, {512, 1024}, {256, 768}, {1024, 1536}},
+                          512);
 }
 
 /// The first part of each: every event is recorded once, as in a model that has run before.
@@ -89,9 +86,12 @@ inline void edit_masters(MutantRun& run) {
 
 /// A unit is used on one stream, then on another without a copy in between.
 inline void change_streams_between_uses(MutantRun& run) {
-  first_part(run);
+  run.pass({0, 1, 2, 3});
   run.pipeline->enter();
-  run.use(0);
+  const std::byte* place = run.acquire(0);
+  run.begin_second_part();  // the copy has run: only kernels can stand still now
+  run.read(0, place);
+  run.release(0);
   run.device.set_current_stream(run.callers[1]);
   run.use(0);
   run.acquire(2);
@@ -149,7 +149,8 @@ inline void nest_overlapping(MutantRun& run) {
 inline void take_an_old_place(MutantRun& run) {
   constexpr UnitIndex kOuter = 0;   // MHA, as is kInner
   constexpr UnitIndex kBehind = 1;  // FFN: its copy goes to the other stream
-  constexpr UnitIndex kInner = 2;   // shares bytes with both, which share none
+  constexpr UnitIndex kInner = 2;
+  run.pass({kInner, kOuter, 3, kBehind});  // so that kBehind is not copied ahead
   run.begin_second_part();
   run.pipeline->enter();
   run.use(kInner);
@@ -159,6 +160,14 @@ inline void take_an_old_place(MutantRun& run) {
   run.release(kOuter);
   run.use(kBehind);
   run.pipeline->leave(true);
+}
+
+/// The units lie elsewhere from now on.
+inline void replan(MutantRun& run) {
+  first_part(run);
+  run.pass({0, 1, 2, 3});
+  run.pipeline->replan(crossing_places());
+  run.pass({1, 0, 3, 2});
 }
 
 /// One call as the wrapper makes it: whatever was acquired is released.
@@ -254,7 +263,8 @@ inline std::vector<Schedule> all_schedules() {
   add("streams in a use", Mode::kEvents, kShared, two_places(), change_streams_in_a_use, false);
   add("nested on another stream", Mode::kEvents, kShared, two_places(), nest_on_another_stream,
       false);
-  add("old place", Mode::kEvents, kSplit, places_in_between(), take_an_old_place);
+  add("replanned", Mode::kPipeline, kShared, own_places(), replan);
+  add("old place", Mode::kPipeline, kSplit, places_in_between(), take_an_old_place);
   add("failures in a use of two streams", Mode::kEvents, kShared, two_places(),
       fail_in_a_use_of_two_streams, false, true);
   return schedules;

@@ -19,7 +19,7 @@ namespace torch_offload {
 
 bool is_left_out(Step step) {
   ++testing::mutation.num_reached[step];
-  return testing::mutation.is_armed && testing::mutation.step == step;
+  return step != Step::kNone && testing::mutation.is_armed && testing::mutation.step == step;
 }
 
 namespace {
@@ -114,7 +114,7 @@ const std::vector<Mutant>& all_mutants() {
        {0b000000, true, true, 0}},
       {Step::kOldPlaceWait,
        "kOldPlaceWait",
-       "old place, events, split",
+       "old place, pipeline, split",
        {0b000001, false, true, 0}},
       {Step::kDrainOwnStreams,
        "kDrainOwnStreams",
@@ -123,6 +123,10 @@ const std::vector<Mutant>& all_mutants() {
       {Step::kDrainUsedStreams,
        "kDrainUsedStreams",
        "passes without copies, pipeline, shared",
+       {0b000001, false, true, 0}},
+      {Step::kReplanDrain,
+       "kReplanDrain",
+       "replanned, pipeline, shared",
        {0b000001, false, true, 0}},
       {Step::kOnloadDrain, "kOnloadDrain", "edits, pipeline, shared", {0b000100, false, false, 0}},
       {Step::kFailedOnloadDrain,
