@@ -12,6 +12,7 @@ from torch_offload._version import __version__
 from torch_offload.calls import probe as _probe
 from torch_offload.config import Config
 from torch_offload.handle import Handle, OffloadStats, UnitInfo, handle_of
+from torch_offload.hazards import Finding, check
 from torch_offload.offload import offload, offload_with
 from torch_offload.storage import align
 
@@ -19,12 +20,14 @@ _probe()
 
 __all__ = [
     "Config",
+    "Finding",
     "Handle",
     "OffloadStats",
     "StateError",
     "UnitInfo",
     "__version__",
     "align",
+    "check",
     "handle_of",
     "offload",
     "offload_with",

@@ -17,6 +17,7 @@ from torch import nn
 from torch_offload import _C
 from torch_offload.config import Config
 from torch_offload.description import UnitDescription, describe_unit
+from torch_offload.hazards import Finding, check
 from torch_offload.profiling import Profiler
 from torch_offload.recording import Recorder
 from torch_offload.report import report_of
@@ -210,6 +211,20 @@ class Handle:
             >>> handle.timeline("timeline.png")  # doctest: +SKIP
         """
         return self._recorder.record(times=times)
+
+    def check(self) -> list[Finding]:
+        """Whether the last recorded run could have gone wrong; see `torch_offload.check`.
+
+        Raises:
+            StateError: If there is none; shows the line to write.
+
+        Example:
+            >>> with handle.record():  # doctest: +SKIP
+            ...     model(**inputs)
+            >>> handle.check()  # doctest: +SKIP
+            []
+        """
+        return check(self._recorder.last("check()", times=False))
 
     def trace(self, title: str = "") -> Trace:
         """The last recorded run as rows, bars and arrows.

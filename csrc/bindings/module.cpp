@@ -6,6 +6,7 @@ PYBIND11_MODULE(_C, module) {
   torch_offload::bind_plan(module);
   torch_offload::bind_device(module);
   torch_offload::bind_op_log(module);
+  torch_offload::bind_check(module);
   torch_offload::bind_engine(module);
   torch_offload::bind_sim(module);
 }

@@ -361,6 +361,8 @@ void Engine::adopt_edits(UnitIndex unit) {
         const py::gil_scoped_release no_gil;
         pipeline_->synchronize_onload(unit);  // a copy may still read the master that is rewritten
       }
+      const auto piece = static_cast<PieceIndex>(&parameter - parameters_.data());
+      device_->host_write(arena_->piece_memory(piece), parameter.size_bytes(), unit);
       parameter.adopt_replacement();
     }
     is_stale = is_stale || edit != StreamedParameter::Edit::kNone ||
