@@ -65,7 +65,7 @@ def _modes(results: Results) -> Row:
         "in one table",
         "the pipeline first everywhere",
         f"{count} of {7 * len(shapes)} below; the pipeline first at {won} of {len(shapes)} shapes",
-        float(len(shapes) - won) if shapes else None,
+        float(len(shapes) - won) if shapes and count == 7 * len(shapes) else None,
         (None, 0.0),
     )
 
