@@ -70,7 +70,8 @@ namespace {
 
 /// Made as the library is loaded: were it made by the first mapping, a fork at that very moment
 /// would leave the child with a static that is for ever being made.
-[[maybe_unused]] const ForkHandlers& kMadeAtLoad = ForkHandlers::instance();
+const ForkHandlers* make_at_load() noexcept { return &ForkHandlers::instance(); }
+[[maybe_unused]] const ForkHandlers* const kMadeAtLoad = make_at_load();
 
 /// The huge page of x86-64, and what one thread fills at a time: small enough for its cache.
 constexpr std::size_t kHugePageBytes = std::size_t{2} << 20;
