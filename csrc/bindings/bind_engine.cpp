@@ -14,6 +14,7 @@ using RangePair = std::pair<std::size_t, std::size_t>;
 
 std::vector<ParameterRange> ranges_from(const std::vector<RangePair>& pairs) {
   std::vector<ParameterRange> ranges;
+  ranges.reserve(pairs.size());
   for (const auto& [begin, end] : pairs) {
     ranges.push_back({begin, end});
   }

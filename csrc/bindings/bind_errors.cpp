@@ -19,6 +19,7 @@ void bind_errors(py::module_& module) {
       PyExc_RuntimeError, nullptr);
   module.add_object("StateError", py::reinterpret_borrow<py::object>(state_error));
 
+  // The signature is pybind11's. NOLINTNEXTLINE(performance-unnecessary-value-param)
   py::register_local_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) {

@@ -29,7 +29,7 @@ std::string name_of(c10::DeviceIndex device_index) {
 }
 
 c10::DeviceIndex checked_device_index(int device_index) {
-  const int num_devices = at::cuda::device_count();
+  const c10::DeviceIndex num_devices = at::cuda::device_count();
   if (device_index < 0 || device_index >= num_devices) {
     throw IndexError("expected the index of one of this machine's " + std::to_string(num_devices) +
                      " GPUs, counted from 0, got " + std::to_string(device_index));

@@ -1,12 +1,7 @@
 #include "params/engine.h"
 
-#include <ATen/ATen.h>
-#include <ATen/autocast_mode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <torch/csrc/autograd/python_variable.h>
 
-#include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <exception>
 #include <utility>
@@ -18,23 +13,6 @@ namespace py = pybind11;
 namespace torch_offload {
 
 namespace {
-
-/// Adds the time until the end of the scope.
-class Stopwatch {
- public:
-  explicit Stopwatch(std::uint64_t& sum_ns) : sum_ns_(sum_ns), start_(Clock::now()) {}
-  Stopwatch(const Stopwatch&) = delete;
-  Stopwatch& operator=(const Stopwatch&) = delete;
-  ~Stopwatch() {
-    sum_ns_ += static_cast<std::uint64_t>(
-        std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start_).count());
-  }
-
- private:
-  using Clock = std::chrono::steady_clock;
-  std::uint64_t& sum_ns_;
-  Clock::time_point start_;
-};
 
 /// Bytes of each parameter's master; none for those that stay on the device.
 std::vector<std::size_t> master_sizes(const std::vector<StreamedParameter>& parameters,
@@ -51,6 +29,7 @@ std::vector<std::size_t> master_sizes(const std::vector<StreamedParameter>& para
 /// The first parameter of each unit: what one copy carries must lie in one registration.
 std::vector<PieceIndex> first_parameters(const std::vector<ParameterRange>& ranges) {
   std::vector<PieceIndex> begins;
+  begins.reserve(ranges.size());
   for (const ParameterRange& range : ranges) {
     begins.push_back(range.begin);
   }
@@ -61,7 +40,7 @@ std::vector<PieceIndex> first_parameters(const std::vector<ParameterRange>& rang
 
 Engine::Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
                const PipelineOptions& options, std::vector<ParameterSpec> parameters, Plan plan,
-               std::vector<ParameterRange> ranges)
+               const std::vector<ParameterRange>& ranges)
     : device_(std::move(device)), torch_device_(torch_device) {
   for (ParameterSpec& spec : parameters) {
     parameters_.emplace_back(std::move(spec.name), std::move(spec.parameter),
@@ -77,7 +56,7 @@ Engine::Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
 }
 
 std::vector<Engine::UnitParameters> Engine::cut(const Plan& plan,
-                                                std::vector<ParameterRange> ranges) const {
+                                                const std::vector<ParameterRange>& ranges) const {
   if (ranges.size() != plan.units.size()) {
     throw ValueError("expected parameters of " + std::to_string(plan.units.size()) +
                      " units, as many as the plan has, got " + std::to_string(ranges.size()));
@@ -192,7 +171,7 @@ std::vector<std::string> Engine::move_out() {
   return moved_elsewhere;
 }
 
-std::int64_t Engine::recut(Plan plan, std::vector<ParameterRange> ranges) {
+std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges) {
   check_at_rest("recut()");
   std::vector<UnitParameters> units = cut(plan, ranges);
   const std::vector<std::size_t> sizes = master_sizes(parameters_, plan, ranges);
@@ -261,297 +240,6 @@ void Engine::detach_log() {
 void Engine::close() {
   check_at_rest("remove()");
   let_go();  // a handle that is kept must keep neither weights nor masters
-}
-
-// --- one call ----------------------------------------------------------------------------------
-
-py::object Engine::call(UnitIndex unit, const py::handle& call_plain, const py::handle& module,
-                        const py::tuple& args, const py::dict& kwargs) {
-  std::vector<PyObject*> arguments{nullptr, module.ptr()};  // the first is for vectorcall's own use
-  arguments.insert(arguments.end(), PySequence_Fast_ITEMS(args.ptr()),
-                   PySequence_Fast_ITEMS(args.ptr()) + args.size());
-  CallToken token;
-  py::object output;
-  try {
-    acquire(token, unit);
-    output = py::reinterpret_steal<py::object>(PyObject_VectorcallDict(
-        call_plain.ptr(), arguments.data() + 1,
-        (arguments.size() - 1) | PY_VECTORCALL_ARGUMENTS_OFFSET, kwargs.ptr()));
-    if (!output) {
-      throw py::error_already_set();
-    }
-    if (unit != kNoUnit) {
-      const Stopwatch stopwatch(cpu_ns_);
-      output = outside_window(output, token.has_graph);
-    }
-    token.completed = true;
-  } catch (...) {
-    release_after_failure(token);
-    throw;
-  }
-  release(token);
-  return output;
-}
-
-void Engine::acquire(CallToken& token, UnitIndex unit) {
-  const Stopwatch stopwatch(cpu_ns_);
-  pipeline();
-  pipeline_->enter();  // first of all: it refuses a second thread before anything is read
-  token.entered = true;
-  if (unit == kNoUnit) {
-    return;
-  }
-  UnitParameters& entry = units_.at(unit);
-  if (entry.uses == 0) {
-    warn_of_backward(entry);
-    adopt_edits(unit);
-  }
-  std::byte* place = nullptr;
-  {
-    const py::gil_scoped_release no_gil;
-    place = pipeline_->acquire(unit);
-  }
-  token.unit = unit;
-  if (entry.uses++ == 0) {
-    auto offset = entry.offsets.begin();
-    for (StreamedParameter& parameter : parameters_of(entry)) {
-      parameter.note_acquired();
-      parameter.show_place(place + *offset++, torch_device_);
-    }
-  }
-  if (at::autocast::is_autocast_cache_enabled()) {
-    // The cache would keep a cast copy of every streamed weight: the model fills the device, and
-    // edits of the masters go unseen.
-    token.restores_autocast_cache = true;
-    at::autocast::set_autocast_cache_enabled(false);
-  }
-}
-
-void Engine::warn_of_backward(const UnitParameters& entry) {
-  if (has_warned_of_backward_ || !at::GradMode::is_enabled()) {
-    return;
-  }
-  for (const StreamedParameter& parameter : parameters_of(entry)) {
-    if (parameter.parameter().requires_grad()) {
-      has_warned_of_backward_ = true;
-      const int raised = PyErr_WarnEx(
-          PyExc_UserWarning,
-          "torch_offload: this forward runs in grad mode, but a backward through streamed weights "
-          "is not supported and will raise; use torch.no_grad() or torch.inference_mode()",
-          1);
-      if (raised != 0) {
-        throw py::error_already_set();
-      }
-      return;
-    }
-  }
-}
-
-/// Brings the masters up to date with what the user did to the parameters at rest.
-void Engine::adopt_edits(UnitIndex unit) {
-  UnitParameters& entry = units_[unit];
-  // Bytes that were copied in an earlier pass may be older than an edit that no counter shows:
-  // `weight.data += d`, fused optimizers, numpy. Within a pass nobody edits behind our back.
-  const bool compares = pipeline_->copied_before_this_pass(unit) && !entry.is_compared;
-  bool is_stale = false;
-  for (StreamedParameter& parameter : parameters_of(entry)) {
-    StreamedParameter::Edit edit = parameter.edit_since_copy();
-    if (edit == StreamedParameter::Edit::kReplaced) {
-      {
-        const py::gil_scoped_release no_gil;
-        pipeline_->synchronize_onload(unit);  // a copy may still read the master that is rewritten
-      }
-      const auto piece = static_cast<PieceIndex>(&parameter - parameters_.data());
-      device_->host_write(arena_->piece_memory(piece), parameter.size_bytes(), unit);
-      parameter.adopt_replacement();
-    }
-    is_stale = is_stale || edit != StreamedParameter::Edit::kNone ||
-               (compares && !(entry.is_sampled && parameter.sample_is_equal()));
-  }
-  entry.is_compared = true;
-  if (is_stale && pipeline_->is_whole(unit)) {
-    pipeline_->invalidate(unit);
-  }
-}
-
-StreamId Engine::load(UnitIndex unit, std::byte* place, StreamId copy_stream,
-                      std::uint64_t generation) {
-  UnitParameters& entry = units_[unit];
-  if (entry.segments.empty()) {
-    entry.segments = arena_->segments(entry.range.begin, entry.range.end);
-  }
-  for (const CopySegment& segment : entry.segments) {
-    device_->copy(copy_stream,
-                  {place + segment.offset, segment.source, segment.size_bytes, unit, generation});
-  }
-  for (StreamedParameter& parameter : parameters_of(entry)) {
-    parameter.note_copied();
-  }
-  entry.is_sampled = false;
-  entry.is_compared = true;
-  return copy_stream;
-}
-
-void Engine::release(CallToken& token) {
-  if (!std::exchange(token.entered, false)) {
-    return;
-  }
-  const Stopwatch stopwatch(cpu_ns_);
-  std::exception_ptr failure;
-  std::string edited;
-  std::vector<DroppedPlace> dropped;
-  if (token.restores_autocast_cache) {
-    at::autocast::set_autocast_cache_enabled(true);
-  }
-  if (const UnitIndex unit = token.unit; unit != kNoUnit) {
-    UnitParameters& entry = units_[unit];
-    if (--entry.uses == 0) {
-      // The parameters first: whatever fails later, the model is at rest. A graph may hold this
-      // use even if grad mode is off by now: the unit may have switched it on for itself.
-      const bool bumps = !c10::InferenceMode::is_enabled();
-      // A graph keeps views rightfully: a backward through them raises.
-      const bool refuses_views = token.completed && !token.has_graph && !at::GradMode::is_enabled();
-      for (StreamedParameter& parameter : parameters_of(entry)) {
-        if (edited.empty() && parameter.was_changed_in_forward()) {
-          edited = parameter.name();
-        }
-        parameter.show_master();
-        if (bumps) {
-          parameter.bump_version();
-        }
-        if (parameter.place_may_be_shared()) {
-          // The next use gets a tensor of its own, so that it does not see the views of this one.
-          DroppedPlace place{&parameter, parameter.drop_place()};
-          if (refuses_views) {
-            dropped.push_back(std::move(place));
-          }
-        }
-      }
-    }
-    try {
-      const py::gil_scoped_release no_gil;
-      pipeline_->release(unit);
-    } catch (...) {
-      failure = std::current_exception();
-    }
-  }
-  pipeline_->leave(token.completed && failure == nullptr && edited.empty());
-  if (!pipeline_->in_pass()) {
-    end_pass();
-  }
-  if (failure != nullptr) {
-    std::rethrow_exception(failure);
-  }
-  if (!edited.empty() && token.completed) {
-    throw StateError(
-        "expected a forward that leaves its streamed weights alone, got one that "
-        "changes '" +
-        edited +
-        "'; the change is lost and the weight is as before: "
-        "keep it on the device with resident=['" +
-        edited + "']");
-  }
-  refuse_kept_views(std::move(dropped));
-}
-
-/// Raises if somebody keeps a tensor over a place of one of these: the next units overwrite it, and
-/// nobody would notice.
-void Engine::refuse_kept_views(std::vector<DroppedPlace> dropped) {
-  const auto forget_what_is_gone = [&] {
-    const auto is_gone = [](const DroppedPlace& one) { return one.place.expired(); };
-    dropped.erase(std::remove_if(dropped.begin(), dropped.end(), is_gone), dropped.end());
-  };
-  forget_what_is_gone();
-  if (dropped.empty()) {
-    return;
-  }
-  py::module_::import("gc").attr("collect")();  // what only a cycle keeps, nobody reads
-  forget_what_is_gone();
-  if (!dropped.empty()) {
-    const std::string& name = dropped.front().parameter->name();
-    throw StateError("expected a forward that keeps no view of its streamed weights, got one of '" +
-                     name +
-                     "' that outlives the call of its unit (kept as an attribute, in an output or "
-                     "by a hook): the next units overwrite what it shows; keep a clone, or the "
-                     "weight on the device with resident=['" +
-                     name + "']");
-  }
-}
-
-/// The error that the call has raised is the one to be told; this one must not take its place.
-void Engine::release_after_failure(CallToken& token) noexcept {
-  try {
-    release(token);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr,
-                 "torch_offload: after a call that failed, its release failed as well: %s\n",
-                 error.what());
-  }
-}
-
-/// What is still whole may be used in the next pass without a copy: takes the samples that tell
-/// then whether its masters are still the same.
-void Engine::end_pass() {
-  for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
-    UnitParameters& entry = units_[unit];
-    entry.is_compared = false;
-    if (pipeline_->is_whole(unit) && !entry.is_sampled) {
-      for (StreamedParameter& parameter : parameters_of(entry)) {
-        parameter.take_sample();
-      }
-      entry.is_sampled = true;
-    }
-  }
-}
-
-// --- outputs -----------------------------------------------------------------------------------
-
-/// The same output, tensors whose storage lies in the window replaced by clones: the next unit
-/// would overwrite them. Looks into tuples, lists and dicts; notes whether a graph hangs on one.
-py::object Engine::outside_window(const py::handle& output, bool& has_graph) const {
-  if (THPVariable_Check(output.ptr())) {
-    const at::Tensor& tensor = THPVariable_Unpack(output.ptr());
-    has_graph = has_graph || (tensor.requires_grad() && !tensor.is_leaf());
-    if (tensor.has_storage()) {
-      if (pipeline_->owns(tensor.storage().data())) {
-        return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor.clone()));
-      }
-    }
-  } else if (PyTuple_Check(output.ptr())) {
-    const auto tuple = py::reinterpret_borrow<py::tuple>(output);
-    py::list items;
-    bool is_changed = false;
-    for (const py::handle item : tuple) {
-      py::object outside = outside_window(item, has_graph);
-      is_changed = is_changed || !outside.is(item);
-      items.append(std::move(outside));
-    }
-    if (is_changed) {
-      return PyTuple_CheckExact(output.ptr()) ? py::object(py::tuple(items))
-                                              : output.attr("_make")(items);
-    }
-  } else if (PyList_Check(output.ptr())) {
-    const auto list = py::reinterpret_borrow<py::list>(output);
-    for (std::size_t i = 0; i < list.size(); ++i) {
-      py::object outside = outside_window(list[i], has_graph);
-      if (!outside.is(list[i])) {
-        list[i] = outside;
-      }
-    }
-  } else if (PyDict_Check(output.ptr())) {
-    const auto dict = py::reinterpret_borrow<py::dict>(output);
-    py::dict changed;
-    for (const auto& [key, value] : dict) {
-      py::object outside = outside_window(value, has_graph);
-      if (!outside.is(value)) {
-        changed[key] = outside;
-      }
-    }
-    for (const auto& [key, value] : changed) {
-      output.attr("__setitem__")(key, value);
-    }
-  }
-  return py::reinterpret_borrow<py::object>(output);
 }
 
 // --- reports -----------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class Engine : private Loader {
   ///         fit together; MemoryError.
   Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
          const PipelineOptions& options, std::vector<ParameterSpec> parameters, Plan plan,
-         std::vector<ParameterRange> ranges);
+         const std::vector<ParameterRange>& ranges);
   ~Engine() override;
 
   /// Moves a streamed unit's parameters into the arena; units in order, each once.
@@ -64,7 +64,7 @@ class Engine : private Loader {
   /// Blocking: drains what is in flight, and copies what moves.
   /// Throws:   StateError during a forward; ValueError as the constructor, or for a larger window;
   ///           c10::OutOfMemoryError. Units and parameters are then as before.
-  std::int64_t recut(Plan plan, std::vector<ParameterRange> ranges);
+  std::int64_t recut(Plan plan, const std::vector<ParameterRange>& ranges);
 
   /// Calls `call_plain(module, *args, **kwargs)`. Until it returns or raises, the parameters of the
   /// unit show their places; kNoUnit: a call of the model's own or an ancestor's, which only
@@ -143,7 +143,8 @@ class Engine : private Loader {
 
   StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                 std::uint64_t generation) override;
-  std::vector<UnitParameters> cut(const Plan& plan, std::vector<ParameterRange> ranges) const;
+  std::vector<UnitParameters> cut(const Plan& plan,
+                                  const std::vector<ParameterRange>& ranges) const;
   ParametersView parameters_of(const UnitParameters& entry);
   void acquire(CallToken& token, UnitIndex unit);
   void release(CallToken& token);
