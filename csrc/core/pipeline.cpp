@@ -258,6 +258,9 @@ void Pipeline::release(UnitIndex unit) {
     }
     leave_compute_stream(state);
   } catch (...) {
+    if (is_last && state.left != kNoStream) {
+      device_.leave_stream(state.used_on);
+    }
     // Nobody can wait for this use any more, so it must have ended.
     quiesce(state.used_on, Step::kFailedReleaseDrain);
     for (const StreamId other : state.also_used_on) {
