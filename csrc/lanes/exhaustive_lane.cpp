@@ -206,6 +206,7 @@ LaneReport run(const ExhaustiveLane& lane) {
   const unsigned num_threads = std::max(1U, lane.num_threads);
   std::vector<LaneJudge> judges(num_threads, LaneJudge(lane.is_control));
   std::vector<std::thread> threads;
+  threads.reserve(num_threads);
   Shared shared{lane, {}, 0};
   for (unsigned i = 0; i < num_threads; ++i) {
     threads.emplace_back([&, i] { run_share(shared, i, num_threads, judges[i]); });

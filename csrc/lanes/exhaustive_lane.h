@@ -22,7 +22,7 @@ struct ExhaustiveLane {
   unsigned max_calls = 5;
   std::uint64_t stride = 1;  ///< Runs each stride-th schedule only: a slice.
   unsigned num_threads = 1;
-  bool is_control = false;                      ///< Leaves a wait out of each log.
+  bool is_control = false;  ///< Leaves the waits out of each log, from one of them on.
   std::function<void(std::uint64_t)> progress;  ///< As RandomLane::progress.
 };
 

@@ -54,8 +54,8 @@ LaneReport sum_of(std::vector<LaneJudge>& judges) {
   return sum;
 }
 
-/// The log without one of the waits of a stream or of the host: which one depends on the log alone.
-const OpLog& LaneJudge::without_a_wait(const OpLog& log) {
+/// The log without the waits of streams and host from one of them on: which one depends on the log.
+const OpLog& LaneJudge::without_waits(const OpLog& log) {
   const auto is_wait = [](const Op& op) {
     return op.kind == OpKind::kWait || op.kind == OpKind::kSynchronize;
   };
@@ -63,10 +63,12 @@ const OpLog& LaneJudge::without_a_wait(const OpLog& log) {
   for (const Op& op : log.ops()) {
     num_waits += is_wait(op) ? 1U : 0U;
   }
-  std::uint64_t left_out = num_waits == 0 ? 0 : hash_of(log) % num_waits;
+  const std::uint64_t num_kept = num_waits == 0 ? 0 : hash_of(log) % num_waits;
+  std::uint64_t num_seen = 0;
   shorter_.clear();
   for (const Op& op : log.ops()) {
-    if (!is_wait(op) || left_out-- != 0) {
+    num_seen += is_wait(op) ? 1U : 0U;
+    if (!is_wait(op) || num_seen <= num_kept) {
       shorter_.append(op);
     }
   }

@@ -30,7 +30,7 @@ class LaneJudge {
   template <typename What>
   void judge(const OpLog& log, const What& what) {
     const std::vector<Finding>& findings =
-        checker_.check(leaves_out_waits_ ? without_a_wait(log) : log);
+        checker_.check(leaves_out_waits_ ? without_waits(log) : log);
     ++report_.num_schedules;
     report_.num_ops += log.ops().size();
     if (!findings.empty()) {
@@ -51,7 +51,7 @@ class LaneJudge {
   static std::uint64_t hash_of(const OpLog& log);
 
  private:
-  const OpLog& without_a_wait(const OpLog& log);
+  const OpLog& without_waits(const OpLog& log);
 
   const bool leaves_out_waits_;
   HazardChecker checker_;

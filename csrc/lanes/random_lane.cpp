@@ -225,6 +225,7 @@ LaneReport run(const RandomLane& lane) {
   const unsigned num_threads = std::max(1U, lane.num_threads);
   std::vector<LaneJudge> judges(num_threads, LaneJudge(lane.is_control));
   std::vector<std::thread> threads;
+  threads.reserve(num_threads);
   std::mutex mutex;
   std::uint64_t num_done = 0;  // guarded by mutex
   for (unsigned i = 0; i < num_threads; ++i) {

@@ -14,7 +14,7 @@ struct RandomLane {
   std::uint64_t first_seed = 0;
   std::uint64_t num_schedules = 0;
   unsigned num_threads = 1;
-  bool is_control = false;  ///< Leaves a wait out of each log.
+  bool is_control = false;  ///< Leaves the waits out of each log, from one of them on.
   /// Told now and then how many schedules are done; may be empty. Called on any thread, one at a
   /// time.
   std::function<void(std::uint64_t)> progress;

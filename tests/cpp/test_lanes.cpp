@@ -56,7 +56,7 @@ TEST(RandomLaneTest, ControlIsCaught) {
   lane.num_schedules = 1000;
   lane.is_control = true;
   const LaneReport report = run(lane);
-  EXPECT_GT(report.num_bad, 200U) << "of logs with one wait less, some of which order nothing";
+  EXPECT_GT(report.num_bad, 500U);
   EXPECT_EQ(report.examples.size(), 5U);
   EXPECT_EQ(report.examples[0].rfind("seed ", 0), 0U) << report.examples[0];
 }
@@ -117,7 +117,7 @@ TEST_P(ExhaustiveLaneTest, ControlIsCaught) {
   lane_.max_units = lane_.max_calls = 2;
   lane_.is_control = true;
   const LaneReport report = run(lane_);
-  EXPECT_GT(report.num_bad, 0U);
+  EXPECT_GT(report.num_bad * 4, report.num_schedules);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, ExhaustiveLaneTest,
