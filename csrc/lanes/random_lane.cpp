@@ -30,6 +30,7 @@ class RandomSchedule {
     options.layout =
         options.mode != Mode::kSync && draw(2) == 0 ? StreamLayout::kSplit : StreamLayout::kShared;
     options.poison_on_release = draw(5) == 0;
+    options.wait_for_each = draw(12) == 0;
     num_units_ = 1 + draw(8);
     rig_ = std::make_unique<ScheduleRig>(plan(), options);
     routine_ = sequence();
