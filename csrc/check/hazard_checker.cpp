@@ -331,7 +331,7 @@ void HazardChecker::wait(OpIndex index, const Op& op, StreamIndex stream) {
 }
 
 void HazardChecker::go_on(OpIndex index, OpKind kind, StreamIndex stream) {
-  if (left_.op != ShadowMemory::kNone &&  // else the log begins in between
+  if (left_.op != ShadowMemory::kNone &&  // else there were no kernels, or the log begins here
       clocks_.of_stream(stream)[left_.stream] < left_.epoch) {
     report(FindingKind::kHandedOverEarly, left_.op, index, {});
   }
@@ -344,6 +344,7 @@ void HazardChecker::go_on(OpIndex index, OpKind kind, StreamIndex stream) {
       report(FindingKind::kNotReturned, stay.left.op, index, {});
     }
   }
+  left_ = {};
 }
 
 void HazardChecker::expect_returned() {

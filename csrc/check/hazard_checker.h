@@ -106,7 +106,7 @@ class HazardChecker {
   ShadowMemory memory_;
   std::vector<OpenRead> open_reads_;
 
-  Departure left_;          // the last kLeave
+  Departure left_;          // the last kLeave, until the caller has gone on
   std::vector<Stay> away_;  // those that have not ended, the outermost first
 };
 

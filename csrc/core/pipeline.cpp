@@ -258,6 +258,9 @@ void Pipeline::release(UnitIndex unit) {
     }
     leave_compute_stream(state);
   } catch (...) {
+    if (is_last && state.left != kNoStream) {
+      device_.leave_stream(state.used_on);
+    }
     // Nobody can wait for this use any more, so it must have ended.
     quiesce(state.used_on, Step::kFailedReleaseDrain);
     for (const StreamId other : state.also_used_on) {
@@ -375,17 +378,22 @@ void Pipeline::onload(UnitIndex unit) {
   }
 
   ++state.generation;
+  StreamId loaded_on = stream;
   try {
-    state.loaded_on = loader_.load(unit, state.memory, stream, state.generation);
-    record(state.ready, state.loaded_on, Step::kReadyRecord);
+    loaded_on = loader_.load(unit, state.memory, stream, state.generation);
+    record(state.ready, loaded_on, Step::kReadyRecord);
     if (options_.wait_for_each) {
-      device_.synchronize(state.loaded_on);
+      device_.synchronize(loaded_on);
     }
   } catch (...) {
     // Part of the copy may be under way, and no event tells when it ends.
     quiesce(stream, Step::kFailedOnloadDrain);
+    if (loaded_on != stream) {
+      quiesce(loaded_on, Step::kFailedOnloadDrain);
+    }
     throw;
   }
+  state.loaded_on = loaded_on;
   for (std::size_t i = 0; i < kNumKinds; ++i) {
     const bool is_ordered_already = policy_.host_synchronizes ||
                                     copy_streams_[i] == state.loaded_on ||

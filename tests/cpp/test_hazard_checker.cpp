@@ -479,6 +479,22 @@ TEST(HazardCheckerTest, CallerReturnedToAnotherStream) {
   }
 }
 
+/// A unit that could not be acquired had no kernels: the caller goes on where it was.
+TEST(HazardCheckerTest, ReturnWithoutKernelsNeedsNoOrder) {
+  LogBuilder build;
+  build.leave(kCompute);
+  build.synchronize(kCompute);
+  build.enter(2);
+  build.leave(3);  // a unit called inside, by a caller who is elsewhere by now
+  build.synchronize(3);
+  build.enter(4);
+  build.leave(4);
+  build.synchronize(4);
+  build.return_to(3);
+  build.return_to(kCompute);
+  expect_clean(build);
+}
+
 /// A unit may call another, and itself, any number of times.
 TEST(HazardCheckerTest, StaysOnStreamsOfOursNest) {
   LogBuilder build;

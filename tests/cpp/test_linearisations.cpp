@@ -111,9 +111,11 @@ class Judge {
     for (std::size_t i = 0; i < ops_.size(); ++i) {
       if (ops_[i].kind == OpKind::kLeave) {
         left = i;
-      } else if ((ops_[i].kind == OpKind::kEnter || ops_[i].kind == OpKind::kReturn) &&
-                 left != kNoOp && !orders_.always_before(left, i)) {
-        verdict.handed_over.insert({left, i});
+      } else if (ops_[i].kind == OpKind::kEnter || ops_[i].kind == OpKind::kReturn) {
+        if (left != kNoOp && !orders_.always_before(left, i)) {
+          verdict.handed_over.insert({left, i});
+        }
+        left = kNoOp;
       }
     }
     return verdict;

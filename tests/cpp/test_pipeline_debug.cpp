@@ -64,6 +64,22 @@ INSTANTIATE_TEST_SUITE_P(All, PipelineDebugTest,
                                            std::tuple(Mode::kPipeline, StreamLayout::kShared),
                                            std::tuple(Mode::kPipeline, StreamLayout::kSplit)));
 
+/// The copy went off, its event did not: there is nothing to ask yet.
+TEST(PipelineDebugFaultTest, UnitWhoseFirstOnloadFailedCanBeWaitedFor) {
+  for (int call = 1; call < 6; ++call) {
+    SCOPED_TRACE("fault at call " + std::to_string(call));
+    Rig rig(plan_of(layers_of(2, 1, 1)), debugging(Mode::kPipeline, StreamLayout::kShared));
+    rig.device.fail_at(call);
+    EXPECT_THROW(rig.pass({0, 1}), testing::InjectedFault);
+    rig.pipeline->synchronize_onload(0);
+    rig.pipeline->synchronize_onload(1);
+    rig.masters.edit(0);
+    rig.pipeline->invalidate(0);
+    rig.pass({0, 1, 2, 3});
+    rig.expect_at_rest_and_right();
+  }
+}
+
 TEST(PipelineDebugWarningTest, CopyThatIsUnderWayAfterItsWaitIsNamed) {
   const Plan plan = plan_of(layers_of(2, 1, 1));
   Rig rig(plan, debugging(Mode::kEvents, StreamLayout::kShared));

@@ -1,0 +1,78 @@
+#include "lanes/lane.h"
+
+namespace torch_offload {
+
+namespace {
+
+constexpr std::size_t kMaxExamples = 5;
+
+/// The finalizer of splitmix64: every bit of the input stirs every bit of the output.
+std::uint64_t mixed(std::uint64_t value) {
+  value = (value ^ (value >> 30U)) * 0xBF58476D1CE4E5B9U;
+  value = (value ^ (value >> 27U)) * 0x94D049BB133111EBU;
+  return value ^ (value >> 31U);
+}
+
+}  // namespace
+
+void LaneJudge::add_bad(const std::string& example) {
+  ++report_.num_bad;
+  if (report_.examples.size() < kMaxExamples) {
+    report_.examples.push_back(example);
+  }
+}
+
+std::uint64_t LaneJudge::hash_of(const OpLog& log) {
+  std::uint64_t hash = log.ops().size();
+  for (const Op& op : log.ops()) {
+    const std::uint64_t ids = (static_cast<std::uint64_t>(op.kind) << 56U) ^
+                              (static_cast<std::uint64_t>(op.stream) << 36U) ^
+                              (static_cast<std::uint64_t>(op.event) << 18U) ^ op.unit;
+    hash = mixed(hash ^ ids);
+    hash = mixed(hash ^ op.memory.begin ^ (op.memory.end << 20U) ^ (op.generation << 50U));
+    hash = mixed(hash ^ op.source.begin);
+  }
+  return hash;
+}
+
+LaneReport sum_of(std::vector<LaneJudge>& judges) {
+  LaneReport sum;
+  std::unordered_set<std::uint64_t> hashes;
+  for (LaneJudge& judge : judges) {
+    const LaneReport& report = judge.report();
+    sum.num_schedules += report.num_schedules;
+    sum.num_ops += report.num_ops;
+    sum.num_bad += report.num_bad;
+    for (const std::string& example : report.examples) {
+      if (sum.examples.size() < kMaxExamples) {
+        sum.examples.push_back(example);
+      }
+    }
+    hashes.insert(judge.hashes().begin(), judge.hashes().end());
+  }
+  sum.num_distinct = hashes.size();
+  return sum;
+}
+
+/// The log without the waits of streams and host from one of them on: which one depends on the log.
+const OpLog& LaneJudge::without_waits(const OpLog& log) {
+  const auto is_wait = [](const Op& op) {
+    return op.kind == OpKind::kWait || op.kind == OpKind::kSynchronize;
+  };
+  std::uint64_t num_waits = 0;
+  for (const Op& op : log.ops()) {
+    num_waits += is_wait(op) ? 1U : 0U;
+  }
+  const std::uint64_t num_kept = num_waits == 0 ? 0 : hash_of(log) % num_waits;
+  std::uint64_t num_seen = 0;
+  shorter_.clear();
+  for (const Op& op : log.ops()) {
+    num_seen += is_wait(op) ? 1U : 0U;
+    if (!is_wait(op) || num_seen <= num_kept) {
+      shorter_.append(op);
+    }
+  }
+  return shorter_;
+}
+
+}  // namespace torch_offload

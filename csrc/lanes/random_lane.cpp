@@ -1,0 +1,241 @@
+#include "lanes/random_lane.h"
+
+#include <algorithm>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "lanes/schedule_rig.h"
+
+namespace torch_offload {
+
+namespace {
+
+constexpr std::size_t kSlice = kAlignmentBytes;
+constexpr int kDeepestNesting = 3;
+constexpr std::uint64_t kBatch = 1000;  // schedules between two words of progress
+
+class RandomSchedule {
+ public:
+  explicit RandomSchedule(std::uint64_t seed) : random_(seed) {
+    constexpr Mode kModes[] = {Mode::kSync,   Mode::kStreams,  Mode::kEvents,
+                               Mode::kEvents, Mode::kPipeline, Mode::kPipeline};
+    PipelineOptions options;
+    options.mode = kModes[draw(6)];
+    options.layout =
+        options.mode != Mode::kSync && draw(2) == 0 ? StreamLayout::kSplit : StreamLayout::kShared;
+    options.poison_on_release = draw(5) == 0;
+    options.wait_for_each = draw(12) == 0;
+    num_units_ = 1 + draw(8);
+    rig_ = std::make_unique<ScheduleRig>(plan(), options);
+    routine_ = sequence();
+  }
+
+  const OpLog& run() {
+    for (std::size_t passes = 1 + draw(5); passes > 0; --passes) {
+      between_passes();
+      pass();
+    }
+    return rig_->finish();
+  }
+
+ private:
+  std::size_t draw(std::size_t bound) { return random_() % bound; }
+  UnitIndex unit() { return static_cast<UnitIndex>(draw(num_units_)); }
+  Pipeline& pipeline() { return rig_->pipeline(); }
+
+  std::vector<Unit> units() {
+    std::vector<Unit> units(num_units_);
+    for (std::size_t i = 0; i < num_units_; ++i) {
+      units[i].name = std::to_string(i);
+      units[i].size_bytes = (1 + draw(6)) * kSlice;
+      units[i].layer_index = static_cast<std::uint32_t>(i / 2);
+      units[i].kind = draw(2) == 0 ? UnitKind::kMha : UnitKind::kFfn;
+    }
+    return units;
+  }
+
+  Plan plan() {
+    PlanRequest request;
+    request.units = units();
+    request.depth_bytes = draw(20) * kSlice;
+    if (draw(2) == 0) {
+      return make_plan(request);
+    }
+    // Places that no planner would choose: safety must not hang on the plan's kindness.
+    std::vector<ByteRange> places;
+    for (const Unit& unit : request.units) {
+      const std::size_t begin = draw(12) * kSlice;
+      places.push_back({begin, begin + unit.size_bytes});
+    }
+    Plan plan;
+    plan.depth_bytes = draw(20) * kSlice;
+    plan.overlaps.resize(num_units_);
+    for (UnitIndex one = 0; one < num_units_; ++one) {
+      plan.places.emplace_back(places[one]);
+      plan.window_bytes = std::max(plan.window_bytes, places[one].end);
+      for (UnitIndex other = 0; other < num_units_; ++other) {
+        if (one != other && places[one].overlaps(places[other])) {
+          plan.overlaps[one].push_back(other);
+        }
+      }
+    }
+    plan.units = std::move(request.units);
+    return plan;
+  }
+
+  std::vector<UnitIndex> sequence() {
+    std::vector<UnitIndex> sequence(draw(12));
+    for (UnitIndex& called : sequence) {
+      called = unit();
+    }
+    return sequence;
+  }
+
+  void between_passes() {
+    if (draw(4) == 0) {
+      rig_->edit(unit());
+    }
+    if (draw(8) == 0) {
+      rig_->device().set_current_stream(rig_->callers()[draw(2)]);
+    }
+    if (draw(16) == 0) {
+      Plan other = plan();
+      // The masters stay as large as they are.
+      if (sizes_are_those_of(other) && other.window_bytes <= pipeline().window_bytes()) {
+        pipeline().replan(std::move(other));
+      }
+    }
+  }
+
+  bool sizes_are_those_of(Plan& other) {
+    for (UnitIndex i = 0; i < num_units_; ++i) {
+      if (other.units[i].size_bytes != pipeline().plan().units[i].size_bytes) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  void pass() {
+    if (draw(6) == 0) {
+      rig_->fail_at(static_cast<int>(1 + draw(60)));
+    }
+    pipeline().enter();
+    bool completed = false;
+    const StreamId found = rig_->device().current_stream();
+    try {
+      for (const UnitIndex called : draw(3) == 0 ? sequence() : routine_) {
+        call(called, 0);
+      }
+      completed = true;
+    } catch (const PlantedFailure&) {
+      rig_->fail_at(0);
+      rig_->device().set_current_stream(found);
+    }
+    rig_->fail_at(0);
+    pipeline().leave(completed);
+  }
+
+  /// One unit, perhaps with others inside it, perhaps on another stream, perhaps failing.
+  void call(UnitIndex called, int nesting) {
+    const StreamId found = rig_->device().current_stream();
+    if (draw(8) == 0) {
+      rig_->device().set_current_stream(rig_->callers()[draw(2)]);
+    }
+    if (draw(5) != 0) {
+      rig_->call(called);
+    } else {
+      rig_->call(called, [&] { inside(called, nesting); });
+    }
+    // Between units a caller may stay on another stream; inside one, it comes back.
+    if (nesting > 0 || draw(2) == 0) {
+      rig_->device().set_current_stream(found);
+    }
+  }
+
+  void inside(UnitIndex called, int nesting) {
+    switch (draw(6)) {
+      case 0:
+        throw PlantedFailure();
+      case 1:
+        go_on_elsewhere();
+        break;
+      default:
+        if (nesting < kDeepestNesting) {
+          call(draw(2) == 0 ? called : unit(), nesting + 1);
+        }
+    }
+  }
+
+  /// A module that changes streams orders them itself.
+  void go_on_elsewhere() {
+    Device& device = rig_->device();
+    const EventId here = device.create_event();
+    const StreamId other = rig_->callers()[draw(2)];
+    device.record(here, device.current_stream());
+    device.wait(other, here);
+    device.set_current_stream(other);
+  }
+
+  std::mt19937_64 random_;
+  std::size_t num_units_ = 0;
+  std::unique_ptr<ScheduleRig> rig_;
+  std::vector<UnitIndex> routine_;
+};
+
+/// Schedules first_seed, first_seed + stride, ... for one thread.
+void run_share(const RandomLane& lane, std::uint64_t first, std::uint64_t stride, LaneJudge& judge,
+               std::mutex& mutex, std::uint64_t& num_done) {
+  std::uint64_t since = 0;
+  const auto tell = [&] {
+    const std::lock_guard<std::mutex> lock(mutex);
+    num_done += std::exchange(since, 0);
+    if (lane.progress) {
+      lane.progress(num_done);
+    }
+  };
+  for (std::uint64_t i = first; i < lane.num_schedules; i += stride) {
+    const std::uint64_t seed = lane.first_seed + i;
+    const auto what = [&] { return "seed " + std::to_string(seed); };
+    try {
+      RandomSchedule schedule(seed);
+      const OpLog& log = schedule.run();
+      judge.judge(log, what);
+      judge.note_distinct(log);
+    } catch (const std::exception& error) {
+      judge.add_bad(what() + ": " + error.what());
+    }
+    if (++since == kBatch) {
+      tell();
+    }
+  }
+  tell();
+}
+
+}  // namespace
+
+OpLog random_schedule(std::uint64_t seed) { return RandomSchedule(seed).run(); }
+
+LaneReport run(const RandomLane& lane) {
+  const unsigned num_threads = std::max(1U, lane.num_threads);
+  std::vector<LaneJudge> judges(num_threads, LaneJudge(lane.is_control));
+  std::vector<std::thread> threads;
+  threads.reserve(num_threads);
+  std::mutex mutex;
+  std::uint64_t num_done = 0;  // guarded by mutex
+  for (unsigned i = 0; i < num_threads; ++i) {
+    threads.emplace_back([&, i] { run_share(lane, i, num_threads, judges[i], mutex, num_done); });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  return sum_of(judges);
+}
+
+}  // namespace torch_offload

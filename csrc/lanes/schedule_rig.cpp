@@ -1,0 +1,150 @@
+#include "lanes/schedule_rig.h"
+
+#include <utility>
+
+namespace torch_offload {
+
+namespace {
+
+constexpr std::size_t kPageBytes = 4096;
+
+SimCosts no_costs() {
+  SimCosts costs;
+  costs.copy_bytes_per_second = 1e12;
+  return costs;
+}
+
+}  // namespace
+
+// --- the device --------------------------------------------------------------------------------
+
+void ScheduleRig::FailingDevice::count_down() {
+  if (calls_until_failure > 0) {
+    --calls_until_failure;
+    if (calls_until_failure == 0) {
+      throw PlantedFailure();
+    }
+  }
+}
+
+void ScheduleRig::FailingDevice::do_set_current_stream(StreamId stream) {
+  count_down();
+  SimDevice::do_set_current_stream(stream);
+}
+
+void ScheduleRig::FailingDevice::do_record(EventId event, StreamId stream) {
+  count_down();
+  SimDevice::do_record(event, stream);
+}
+
+void ScheduleRig::FailingDevice::do_wait(StreamId stream, EventId event) {
+  count_down();
+  SimDevice::do_wait(stream, event);
+}
+
+void ScheduleRig::FailingDevice::do_synchronize(StreamId stream) {
+  count_down();
+  SimDevice::do_synchronize(stream);
+}
+
+void ScheduleRig::FailingDevice::do_copy(StreamId stream, const Copy& copy) {
+  count_down();
+  SimDevice::do_copy(stream, copy);
+}
+
+void ScheduleRig::FailingDevice::do_fill(StreamId stream, void* memory, std::size_t size_bytes,
+                                         std::uint8_t value) {
+  count_down();
+  SimDevice::do_fill(stream, memory, size_bytes, value);
+}
+
+void* ScheduleRig::FailingDevice::do_allocate(std::size_t size_bytes) {
+  count_down();
+  return SimDevice::do_allocate(size_bytes);
+}
+
+/// In two copies: the second may fail when the first is under way.
+StreamId ScheduleRig::MasterLoader::load(UnitIndex unit, std::byte* place, StreamId copy_stream,
+                                         std::uint64_t generation) {
+  rig_.generations_[unit] = generation;
+  const std::size_t size_bytes = rig_.sizes_[unit];
+  const std::size_t half = size_bytes / 2 / kAlignmentBytes * kAlignmentBytes;
+  const std::byte* master = rig_.masters_ + rig_.offsets_[unit];
+  if (half > 0) {
+    rig_.device_.copy(copy_stream, {place, master, half, unit, generation});
+  }
+  rig_.device_.copy(copy_stream,
+                    {place + half, master + half, size_bytes - half, unit, generation});
+  return copy_stream;
+}
+
+// --- the rig -----------------------------------------------------------------------------------
+
+ScheduleRig::ScheduleRig(Plan plan, const PipelineOptions& options)
+    : device_(no_costs()), loader_(*this), generations_(plan.units.size(), 0) {
+  device_.attach_log(&log_);
+  std::size_t size_bytes = 0;
+  for (const Unit& unit : plan.units) {
+    offsets_.push_back(size_bytes);
+    sizes_.push_back(unit.size_bytes);
+    size_bytes += unit.size_bytes;
+  }
+  size_bytes = (size_bytes / kPageBytes + 1) * kPageBytes;
+  masters_ = static_cast<std::byte*>(device_.make_host_memory(size_bytes));
+  device_.register_host(masters_, size_bytes);
+  device_.host_write(masters_, size_bytes, kNoUnit);
+  callers_ = {device_.create_stream({"caller", StreamRole::kCompute, 0}),
+              device_.create_stream({"other_caller", StreamRole::kCompute, 0})};
+  device_.set_current_stream(callers_[0]);
+  pipeline_ = std::make_unique<Pipeline>(device_, loader_, std::move(plan), options);
+}
+
+ScheduleRig::~ScheduleRig() { finish(); }
+
+const OpLog& ScheduleRig::finish() {
+  if (pipeline_) {
+    fail_at(0);
+    pipeline_.reset();
+    device_.unregister_host(masters_);
+    device_.attach_log(nullptr);
+  }
+  return log_;
+}
+
+void ScheduleRig::kernel(UnitIndex unit, const std::byte* place) {
+  const StreamId stream = device_.current_stream();
+  device_.begin_read(stream, place, sizes_[unit], unit, generations_[unit]);
+  device_.end_read(stream, place, sizes_[unit], unit, generations_[unit]);
+}
+
+void ScheduleRig::call(UnitIndex unit) {
+  const std::byte* place = pipeline_->acquire(unit);
+  kernel(unit, place);
+  pipeline_->release(unit);
+}
+
+void ScheduleRig::call(UnitIndex unit, const std::function<void()>& inside) {
+  const std::byte* place = pipeline_->acquire(unit);
+  const StreamId found = device_.current_stream();
+  try {
+    kernel(unit, place);
+    inside();
+    kernel(unit, place);
+  } catch (...) {
+    // A module that fails puts back the stream that it switched from, as torch's guard does.
+    const int calls_until_failure = std::exchange(device_.calls_until_failure, 0);
+    device_.set_current_stream(found);
+    device_.calls_until_failure = calls_until_failure;
+    pipeline_->release(unit);
+    throw;
+  }
+  pipeline_->release(unit);
+}
+
+void ScheduleRig::edit(UnitIndex unit) {
+  pipeline_->synchronize_onload(unit);
+  device_.host_write(masters_ + offsets_[unit], sizes_[unit], unit);
+  pipeline_->invalidate(unit);
+}
+
+}  // namespace torch_offload

@@ -1,0 +1,97 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "core/loader.h"
+#include "core/op_log.h"
+#include "core/pipeline.h"
+#include "core/plan.h"
+#include "sim/sim_device.h"
+
+namespace torch_offload {
+
+/// What a lane throws where a model or a device would.
+class PlantedFailure : public std::runtime_error {
+ public:
+  PlantedFailure() : std::runtime_error("planted failure") {}
+};
+
+/// The real pipeline on a SimDevice whose costs are nothing, and kernels that the log is told of.
+///
+/// The log is attached from before the window is allocated until after masters are unregistered:
+/// what comes before the first pass and after the last is checked as well.
+class ScheduleRig {
+ public:
+  ScheduleRig(Plan plan, const PipelineOptions& options);
+  ScheduleRig(const ScheduleRig&) = delete;
+  ScheduleRig& operator=(const ScheduleRig&) = delete;
+  ~ScheduleRig();
+
+  Pipeline& pipeline() { return *pipeline_; }
+  Device& device() { return device_; }
+  const std::vector<StreamId>& callers() const { return callers_; }
+
+  /// One call of a unit, as the wrapper makes it: whatever was acquired is released. `inside` is
+  /// called between two kernels of the unit.
+  void call(UnitIndex unit, const std::function<void()>& inside);
+  /// One call whose module does nothing but its kernels.
+  void call(UnitIndex unit);
+  /// Gives the master new bytes, with the care that its owner has to take.
+  void edit(UnitIndex unit);
+
+  /// The `call`-th submission from now on fails; 0: none does.
+  void fail_at(int call) { device_.calls_until_failure = call; }
+  bool has_failed() const { return device_.calls_until_failure == 0; }
+
+  /// Ends everything and returns its log.
+  const OpLog& finish();
+
+ private:
+  class FailingDevice : public SimDevice {
+   public:
+    using SimDevice::SimDevice;
+    int calls_until_failure = 0;
+
+   protected:
+    void do_set_current_stream(StreamId stream) override;
+    void do_record(EventId event, StreamId stream) override;
+    void do_wait(StreamId stream, EventId event) override;
+    void do_synchronize(StreamId stream) override;
+    void do_copy(StreamId stream, const Copy& copy) override;
+    void do_fill(StreamId stream, void* memory, std::size_t size_bytes,
+                 std::uint8_t value) override;
+    void* do_allocate(std::size_t size_bytes) override;
+
+   private:
+    void count_down();
+  };
+
+  class MasterLoader : public Loader {
+   public:
+    explicit MasterLoader(ScheduleRig& rig) : rig_(rig) {}
+    StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
+                  std::uint64_t generation) override;
+
+   private:
+    ScheduleRig& rig_;
+  };
+
+  void kernel(UnitIndex unit, const std::byte* place);
+
+  OpLog log_;
+  FailingDevice device_;
+  MasterLoader loader_;
+  std::vector<std::size_t> sizes_;
+  std::vector<std::size_t> offsets_;
+  std::vector<std::uint64_t> generations_;
+  std::byte* masters_ = nullptr;
+  std::vector<StreamId> callers_;
+  std::unique_ptr<Pipeline> pipeline_;
+};
+
+}  // namespace torch_offload
