@@ -37,7 +37,7 @@ bool needs_event(OpKind kind) {
 
 }  // namespace
 
-const std::vector<Finding>& HazardChecker::check(const OpLog& log) {
+const std::vector<Finding>& HazardChecker::check(const OpLog& log) & {
   log_ = &log;
   findings_.clear();
   index_ids(log);

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "check/clocks.h"
@@ -38,7 +39,12 @@ class HazardChecker {
   /// Returns the findings as they come to light, at most `max_findings` of them; valid until the
   /// next check.
   /// Throws: ValueError if an op lacks the stream or event that its kind needs, or has a wild one.
-  const std::vector<Finding>& check(const OpLog& log);
+  const std::vector<Finding>& check(const OpLog& log) &;
+  /// Likewise of a checker for once, whose findings outlive it.
+  std::vector<Finding> check(const OpLog& log) && {
+    check(log);  // *this is an lvalue in here
+    return std::move(findings_);
+  }
 
  private:
   using OpIndex = ShadowMemory::OpIndex;
