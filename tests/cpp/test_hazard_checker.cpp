@@ -8,57 +8,22 @@
 
 #include "check/hazard_checker.h"
 #include "core/error.h"
+#include "expect_findings.h"
 #include "log_builder.h"
 
 namespace torch_offload {
 namespace {
 
+using testing::check;
+using testing::expect_clean;
+using testing::expect_fault;
+using testing::kCompute;
+using testing::kCopies;
+using testing::kFree;
+using testing::kReady;
 using testing::LogBuilder;
 using testing::masters;
 using testing::slices;
-
-constexpr StreamId kCopies = 0;
-constexpr StreamId kCompute = 1;
-constexpr EventId kReady = 0;
-constexpr EventId kFree = 1;
-
-std::vector<Finding> check(OpLog log) {
-  log.set_stream_names({"weight_h2d", "caller"});
-  log.set_unit_names({"mha", "ffn"});
-  return HazardChecker().check(log);
-}
-
-void expect_clean(const LogBuilder& build) {
-  for (const Finding& finding : check(build.log)) {
-    ADD_FAILURE() << name_of(finding.kind) << ": " << finding.message;
-  }
-}
-
-/// Exactly one finding, which names both ops, the bytes, and a way out.
-void expect_fault(const LogBuilder& build, FindingKind kind, std::size_t first, std::size_t second,
-                  AddressRange memory, const std::string& advice) {
-  const std::vector<Finding> findings = check(build.log);
-  ASSERT_EQ(findings.size(), 1U) << (findings.empty() ? "" : findings[1].message);
-  const Finding& finding = findings[0];
-  EXPECT_STREQ(name_of(finding.kind), name_of(kind));
-  EXPECT_EQ(finding.first, first);
-  EXPECT_EQ(finding.second, second);
-  EXPECT_EQ(finding.second_kind, build.log.ops()[second].kind);
-  EXPECT_EQ(finding.second_unit, build.log.ops()[second].unit);
-  if (first != kNoOp) {
-    EXPECT_EQ(finding.first_kind, build.log.ops()[first].kind);
-    EXPECT_EQ(finding.first_unit, build.log.ops()[first].unit);
-    EXPECT_NE(finding.message.find("op " + std::to_string(first) + " ("), std::string::npos)
-        << finding.message;
-  }
-  EXPECT_NE(finding.message.find("op " + std::to_string(second) + " ("), std::string::npos)
-      << finding.message;
-  EXPECT_EQ(finding.memory.begin, memory.begin);
-  EXPECT_EQ(finding.memory.end, memory.end);
-  EXPECT_NE(finding.message.find(advice), std::string::npos) << finding.message;
-  EXPECT_EQ(finding.message.find('\n'), std::string::npos);
-  EXPECT_EQ(finding.message.back(), '.');
-}
 
 TEST(HazardCheckerTest, ReadBeforeItsCopyIsDone) {
   for (const bool waits : {true, false}) {
@@ -226,131 +191,6 @@ TEST(HazardCheckerTest, QueryOrdersOnlyIfTheAnswerWasYes) {
                    "synchronize stream 'weight_h2d' before op 3");
     }
   }
-}
-
-TEST(HazardCheckerTest, HostReadsWhatACopyMayStillWrite) {
-  for (const bool waits : {true, false}) {
-    LogBuilder build;
-    const std::size_t copy = build.copy(kCopies, masters(0), slices(0), 0, 1);
-    if (waits) {
-      build.synchronize(kCopies);
-    }
-    const std::size_t read = build.host_read(masters(0));
-    if (waits) {
-      expect_clean(build);
-    } else {
-      expect_fault(build, FindingKind::kHostReadInFlight, copy, read, masters(0), "synchronize");
-    }
-  }
-}
-
-TEST(HazardCheckerTest, HostWritesAMasterThatACopyMayStillRead) {
-  for (const bool waits : {true, false}) {
-    LogBuilder build;
-    build.host_write(masters(0, 2));
-    const std::size_t copy = build.copy(kCopies, slices(0, 2), masters(0, 2), 0, 1);
-    if (waits) {
-      build.synchronize(kCopies);
-    }
-    const std::size_t write = build.host_write(masters(1));
-    if (waits) {
-      expect_clean(build);
-    } else {
-      expect_fault(build, FindingKind::kHostWriteInFlight, copy, write, masters(1), "synchronize");
-    }
-  }
-}
-
-TEST(HazardCheckerTest, HostReadsAMasterBesideTheCopy) {
-  LogBuilder build;
-  build.copy(kCopies, slices(0), masters(0), 0, 1);
-  build.host_read(masters(0));
-  expect_clean(build);
-}
-
-TEST(HazardCheckerTest, MemoryGivenUpInFlight) {
-  for (const bool waits : {true, false}) {
-    LogBuilder build;
-    const std::size_t copy = build.copy(kCopies, slices(0), masters(0), 0, 1);
-    if (waits) {
-      build.synchronize(kCopies);
-    }
-    const std::size_t give_up =
-        waits ? build.free(slices(0, 3)) : build.unregister_host(masters(0, 3));
-    if (waits) {
-      expect_clean(build);
-    } else {
-      expect_fault(build, FindingKind::kFreedInFlight, copy, give_up, masters(0),
-                   "synchronize stream 'weight_h2d'");
-    }
-  }
-}
-
-TEST(HazardCheckerTest, MemoryFreedWhileAUnitIsInUse) {
-  LogBuilder build;
-  const std::size_t read = build.read(kCompute, slices(0), 0);
-  const std::size_t free = build.free(slices(0));
-  build.read_end(kCompute, slices(0), 0);
-  expect_fault(build, FindingKind::kFreedInFlight, read, free, slices(0),
-               "end the use and synchronize stream 'caller'");
-}
-
-TEST(HazardCheckerTest, MemoryTouchedAfterItWasGivenUp) {
-  for (const bool again : {true, false}) {
-    LogBuilder build;
-    build.allocate(kCopies, slices(0));
-    const std::size_t free = build.free(slices(0));
-    if (again) {
-      build.allocate(kCopies, slices(0));
-    }
-    const std::size_t copy = build.copy(kCopies, slices(0), masters(0), 0, 1);
-    if (again) {
-      expect_clean(build);
-    } else {
-      expect_fault(build, FindingKind::kUsedAfterFree, free, copy, slices(0), "give the memory up");
-    }
-  }
-  for (const bool again : {true, false}) {
-    LogBuilder build;
-    const std::size_t unregister = build.unregister_host(masters(0));
-    if (again) {
-      build.register_host(masters(0));
-    }
-    const std::size_t copy = build.copy(kCopies, slices(0), masters(0), 0, 1);
-    if (again) {
-      expect_clean(build);
-    } else {
-      expect_fault(build, FindingKind::kUsedAfterFree, unregister, copy, masters(0), "give the");
-    }
-  }
-}
-
-/// An allocator hands out memory behind the kernels of the stream that asked, and of no other.
-TEST(HazardCheckerTest, MemoryOfTheAllocatorUsedOnAnotherStream) {
-  for (const int way : {0, 1, 2}) {
-    LogBuilder build;
-    const std::size_t allocate = build.allocate(kCompute, slices(0));
-    if (way == 1) {
-      build.synchronize(kCompute);
-    } else if (way == 2) {
-      build.record(kFree, kCompute);
-      build.wait(kCopies, kFree);
-    }
-    const std::size_t copy = build.copy(kCopies, slices(0), masters(0), 0, 1);
-    if (way == 0) {
-      expect_fault(build, FindingKind::kReusedInFlight, allocate, copy, slices(0),
-                   "record an event on stream 'caller'");
-    } else {
-      expect_clean(build);
-    }
-  }
-}
-
-TEST(HazardCheckerTest, MemoryHandedOutAgainInFlight) {
-  LogBuilder build;
-  const std::size_t copy = build.copy(kCopies, slices(0), masters(0), 0, 1);
-  const std::size_t allocate = build.allocate(kCompute, slices(0));
-  expect_fault(build, FindingKind::kReusedInFlight, copy, allocate, slices(0), "record an event");
 }
 
 /// Kernels may be submitted until the use ends: no event can stand for them before.

@@ -1,0 +1,189 @@
+// Steps that are taken, but at the wrong moment: each record before what it is to cover, each wait
+// behind what it is to hold back. Some make no difference, as another step keeps that order as
+// well; which ones is decided by searching the log for a way from one op to the other.
+
+#include <gtest/gtest.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "brute_force.h"
+#include "check/hazard_checker.h"
+#include "core/steps.h"
+#include "mutant_run.h"
+#include "schedules.h"
+
+namespace torch_offload {
+
+bool is_left_out(Step /*step*/) { return false; }
+
+namespace {
+
+using testing::all_schedules;
+using testing::Answer;
+using testing::Choice;
+using testing::disagreements;
+using testing::Schedule;
+
+/// What comes before what in a log, by following its edges one after the other.
+class Reachability {
+ public:
+  explicit Reachability(const OpLog& log) : ops_(log.ops()) {
+    for (std::size_t i = 0; i < ops_.size(); ++i) {
+      std::vector<bool> before(ops_.size(), false);
+      for (const std::size_t j : needs(i)) {
+        before[j] = true;
+        for (std::size_t k = 0; k < j; ++k) {
+          before[k] = before[k] || before_[j][k];
+        }
+      }
+      before_.push_back(before);
+    }
+  }
+
+  bool always_before(std::size_t first, std::size_t second) const { return before_[second][first]; }
+
+  /// Of logs without a race, in which all orders leave the same bytes.
+  bool finds_other_bytes(std::size_t read) const {
+    const Op& op = ops_[read];
+    if (op.kind != OpKind::kRead || op.generation == 0) {
+      return false;
+    }
+    std::map<std::uintptr_t, const Op*> contents;
+    for (std::size_t i = 0; i < read; ++i) {
+      const OpKind kind = ops_[i].kind;
+      if (kind == OpKind::kCopy || kind == OpKind::kFill || kind == OpKind::kAllocate) {
+        for (std::uintptr_t at = ops_[i].memory.begin; at < ops_[i].memory.end;
+             at += kAlignmentBytes) {
+          contents[at] = &ops_[i];
+        }
+      }
+    }
+    for (std::uintptr_t at = op.memory.begin; at < op.memory.end; at += kAlignmentBytes) {
+      const Op* writer = contents[at];
+      if (writer->kind != OpKind::kCopy || writer->unit != op.unit ||
+          writer->generation != op.generation) {
+        return true;
+      }
+    }
+    return false;
+  }
+  bool meets_given_up_memory(std::size_t /*op*/) const { return false; }  // only at the very end
+
+ private:
+  static bool is_of_stream(const Op& op) {
+    return op.stream != kNoStream && op.kind != OpKind::kSynchronize;
+  }
+
+  std::vector<std::size_t> needs(std::size_t i) const {
+    const Op& op = ops_[i];
+    std::vector<std::size_t> needed;
+    for (std::size_t j = 0; j < i; ++j) {
+      const Op& earlier = ops_[j];
+      const bool is_of_same_stream = is_of_stream(earlier) && earlier.stream == op.stream;
+      if (!is_of_stream(earlier) || is_of_same_stream) {
+        needed.push_back(j);
+      }
+    }
+    for (std::size_t j = i; op.kind == OpKind::kWait && j-- > 0;) {
+      if (ops_[j].kind == OpKind::kRecord && ops_[j].event == op.event) {
+        needed.push_back(j);
+        break;
+      }
+    }
+    return needed;
+  }
+
+  const std::vector<Op>& ops_;
+  std::vector<std::vector<bool>> before_;
+};
+
+/// Without the reads by which a run tells of each kernel: they end at once, inside a unit's own.
+std::vector<Op> without_kernels(const std::vector<Op>& ops) {
+  std::vector<Op> rest;
+  for (std::size_t i = 0; i < ops.size(); ++i) {
+    if (ops[i].kind == OpKind::kRead && ops[i + 1].kind == OpKind::kReadEnd) {
+      ++i;
+    } else {
+      rest.push_back(ops[i]);
+    }
+  }
+  return rest;
+}
+
+OpLog log_of(const std::vector<Op>& ops) {
+  OpLog log;
+  for (const Op& op : ops) {
+    log.append(op);
+  }
+  return log;
+}
+
+std::vector<Op> moved(std::vector<Op> ops, std::size_t from, std::size_t to) {
+  const Op op = ops[from];
+  ops.erase(ops.begin() + static_cast<std::ptrdiff_t>(from));
+  ops.insert(ops.begin() + static_cast<std::ptrdiff_t>(to), op);
+  return ops;
+}
+
+/// Where a step would do no good: a record before the op in front of it on its stream, a wait
+/// behind the next one on its stream, the host's behind whatever comes next. Its own place if there
+/// is none.
+std::size_t wrong_place(const std::vector<Op>& ops, std::size_t step) {
+  const Op& op = ops[step];
+  if (op.kind == OpKind::kSynchronize) {
+    return step + 1 < ops.size() ? step + 1 : step;
+  }
+  if (op.kind == OpKind::kRecord) {
+    for (std::size_t i = step; i-- > 0;) {
+      if (ops[i].stream == op.stream && ops[i].kind != OpKind::kSynchronize) {
+        return i;
+      }
+    }
+    return step;
+  }
+  for (std::size_t i = step + 1; i < ops.size(); ++i) {
+    if (ops[i].stream == op.stream && ops[i].kind != OpKind::kSynchronize) {
+      return i;
+    }
+  }
+  return step;
+}
+
+TEST(MovedStepsTest, AreNoticedUnlessAnotherKeepsTheOrder) {
+  HazardChecker checker(100'000);
+  std::map<OpKind, int> num_moved;
+  std::map<OpKind, int> num_noticed;
+  for (const Schedule& schedule : all_schedules()) {
+    if (!schedule.runs_in_turn || schedule.may_fail) {
+      continue;  // uses of several streams, which the brute force does not tell apart
+    }
+    const std::vector<Op> ops = without_kernels(run(schedule, Choice{}).log.ops());
+    ASSERT_TRUE(checker.check(log_of(ops)).empty());
+    for (std::size_t i = 0; i < ops.size(); ++i) {
+      const OpKind kind = ops[i].kind;
+      if (kind != OpKind::kRecord && kind != OpKind::kWait && kind != OpKind::kSynchronize) {
+        continue;
+      }
+      const OpLog log = log_of(moved(ops, i, wrong_place(ops, i)));
+      const std::vector<Finding>& findings = checker.check(log);
+      ASSERT_EQ(disagreements(Answer(findings), log, Reachability(log)), "")
+          << schedule.name << ", op " << i << ", a " << name_of(kind);
+      ++num_moved[kind];
+      num_noticed[kind] += findings.empty() ? 0 : 1;
+    }
+  }
+  for (const auto& [kind, count] : num_moved) {
+    std::printf("%s: %d of %d noticed, the others are kept by another\n", name_of(kind),
+                num_noticed[kind], count);
+    EXPECT_GT(count, 50);
+    EXPECT_GT(num_noticed[kind] * 4, count);
+  }
+  EXPECT_EQ(num_moved.size(), 3U);
+}
+
+}  // namespace
+}  // namespace torch_offload
