@@ -6,7 +6,7 @@ the exception, as long as it checks the versions of what it saved: a backward th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch.compiler import is_dynamo_compiling
-from torch.fx import _symbolic_trace
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.utils._pytree import tree_iter
 
 from torch_offload.guards import refusal
+
+# Untyped in some versions of torch.
+_is_fx_tracing: Callable[[], bool] = is_fx_symbolic_tracing
 
 
 def refuse_tracing(module: nn.Module | None, expected_type: type[nn.Module]) -> None:
@@ -39,7 +42,7 @@ def refuse_tracing(module: nn.Module | None, expected_type: type[nn.Module]) -> 
             "a recorded call would read weights from where they are no more (a function around "
             "the model may be compiled if it calls it through torch.compiler.disable)",
         )()
-    if _is_tracing() or _symbolic_trace._is_fx_tracing_flag:
+    if _is_tracing() or _is_fx_tracing():
         refusal("jit.trace or fx", "a recorded call would read weights where they are no more")()
     if type(module) is not expected_type:
         refusal(
