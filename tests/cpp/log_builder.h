@@ -98,4 +98,18 @@ class LogBuilder {
   }
 };
 
+/// The ops without those by which rigs tell of each kernel: reads that end at once, inside a unit's
+/// own.
+inline std::vector<Op> without_kernels(const std::vector<Op>& ops) {
+  std::vector<Op> rest;
+  for (std::size_t at = 0; at < ops.size(); ++at) {
+    if (ops[at].kind == OpKind::kRead && ops[at + 1].kind == OpKind::kReadEnd) {
+      ++at;
+    } else {
+      rest.push_back(ops[at]);
+    }
+  }
+  return rest;
+}
+
 }  // namespace torch_offload::testing

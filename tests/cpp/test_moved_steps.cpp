@@ -13,6 +13,7 @@
 #include "brute_force.h"
 #include "check/hazard_checker.h"
 #include "core/steps.h"
+#include "log_builder.h"
 #include "mutant_run.h"
 #include "schedules.h"
 
@@ -27,6 +28,7 @@ using testing::Answer;
 using testing::Choice;
 using testing::disagreements;
 using testing::Schedule;
+using testing::without_kernels;
 
 /// What comes before what in a log, by following its edges one after the other.
 class Reachability {
@@ -100,19 +102,6 @@ class Reachability {
   const std::vector<Op>& ops_;
   std::vector<std::vector<bool>> before_;
 };
-
-/// Without the reads by which a run tells of each kernel: they end at once, inside a unit's own.
-std::vector<Op> without_kernels(const std::vector<Op>& ops) {
-  std::vector<Op> rest;
-  for (std::size_t i = 0; i < ops.size(); ++i) {
-    if (ops[i].kind == OpKind::kRead && ops[i + 1].kind == OpKind::kReadEnd) {
-      ++i;
-    } else {
-      rest.push_back(ops[i]);
-    }
-  }
-  return rest;
-}
 
 OpLog log_of(const std::vector<Op>& ops) {
   OpLog log;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "log_builder.h"
 #include "pipeline_fixture.h"
 #include "sim/simulate.h"
 
@@ -19,6 +20,7 @@ using testing::layers_of;
 using testing::plan_of;
 using testing::Rig;
 using testing::sequence_of;
+using testing::without_kernels;
 
 // SPEC.md, section 2: one layer of Llama-3.1-70B.
 constexpr std::int64_t kMhaCopyNs = 6'740'000;
@@ -218,19 +220,6 @@ TEST(SimulateTest, LinkBoundForwardTakesAsLongAsItsBytes) {
   request.passes.resize(4, request.passes[0]);
   const SimResult result = simulate(request);
   EXPECT_EQ(result.pass_end_ns[3] - result.pass_end_ns[2], 5 * 3000);
-}
-
-/// The ops without those by which the rig tells of each kernel: a read that ends at once.
-std::vector<Op> without_kernels(const std::vector<Op>& ops) {
-  std::vector<Op> rest;
-  for (std::size_t at = 0; at < ops.size(); ++at) {
-    if (ops[at].kind == OpKind::kRead && ops[at + 1].kind == OpKind::kReadEnd) {
-      ++at;
-    } else {
-      rest.push_back(ops[at]);
-    }
-  }
-  return rest;
 }
 
 /// One pipeline: the scheduler makes the same calls here as on a device that really copies.
