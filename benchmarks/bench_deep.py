@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ def bench_forward_deep(
             streamed_run,
             forwards=2,
             rounds=part.rounds(3, round_s),
-            link=lambda: reference.link.copy(streamed.streamed_bytes),
+            masters=functools.partial(reference.link.copy_from, streamed.masters),
         )
     costs = {}
     for name, run in (("plain", plain_run), ("streamed", streamed_run)):
@@ -53,15 +54,15 @@ def bench_forward_deep(
         synchronize()
     calls = runtime_calls(plain_run, 1), runtime_calls(streamed_run, 1)
     resident, ours = spread(times.plain_ms), spread(times.streamed_ms)
-    link = spread(times.link_ms)
-    roofline_ms = max(link["median"], resident["median"])
+    masters = spread(times.masters_ms)
+    roofline_ms = max(masters["median"], resident["median"])
     part.figures.update(
         what="deep",
         shape=shape_id(shape),
         shape_index=shape_index,
         **streamed.describe(),
         link_bytes_per_s=reference.link_bytes_per_s,
-        floor_ms=link,
+        floor_ms=masters,
         plain_ms=resident,
         streamed_ms=ours,
         roofline_ms=roofline_ms,

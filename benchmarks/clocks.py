@@ -78,12 +78,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def device_ms(run: Run, *, forwards: int, rounds: int) -> list[float]:
+def device_ms(run: Run, *, forwards: int, rounds: int, lead_in: bool = True) -> list[float]:
     """Device time of one call, in ms, round by round; see `alternate` for what a round is."""
     times = []
     for _ in range(rounds):
         synchronize()
-        run()
+        if lead_in:
+            run()
         begin = Stamp()
         for _ in range(forwards):
             run()
@@ -97,6 +98,7 @@ class Alternation:
 
     plain_ms: list[float]
     streamed_ms: list[float]
+    masters_ms: list[float]
     link_ms: list[float]
 
 
@@ -108,6 +110,7 @@ def alternate(
     forwards: int,
     rounds: int,
     lead_in: bool = True,
+    masters: Run | None = None,
     link: Run | None = None,
 ) -> Alternation:
     """Times `forwards` calls of each model per round, the two taking turns round by round.
@@ -116,17 +119,20 @@ def alternate(
     of the timed calls goes one that is not timed and not waited for: copies run ahead of the
     kernels, so the first forward after a pause starts with its first units in place, and only
     between the ends of two forwards do copies and kernels add up to whole forwards. What never
-    runs ahead of a forward needs no such `lead_in`. `link` takes its turn as well: what the wire
-    alone takes for the bytes of a forward, on hosts whose memory others use at the same time.
+    runs ahead of a forward needs no such `lead_in`. What the wire alone takes for the bytes of a
+    forward has its turns as well, because others use the host's memory at the same time: `masters`
+    copies the very bytes from where they lie, `link` as many from a small buffer.
     """
     plain_ms: list[float] = []
+    masters_ms: list[float] = []
     link_ms: list[float] = []
 
     def plain_round_then_lead_in() -> None:
         if plain is not None:
             plain_ms.extend(device_ms(plain, forwards=forwards, rounds=1))
-        if link is not None:
-            link_ms.extend(device_ms(link, forwards=1, rounds=1))
+        for run, times in ((masters, masters_ms), (link, link_ms)):
+            if run is not None:
+                times.extend(device_ms(run, forwards=1, rounds=1, lead_in=False))
         synchronize()
         if lead_in:
             streamed()
@@ -137,7 +143,7 @@ def alternate(
 
     benchmark.pedantic(timed, setup=plain_round_then_lead_in, rounds=rounds)
     streamed_ms = [s / forwards * 1e3 for s in round_seconds(benchmark)]
-    return Alternation(plain_ms, streamed_ms, link_ms)
+    return Alternation(plain_ms, streamed_ms, masters_ms, link_ms)
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,12 @@ class Link:
             part = min(size_bytes, self._source.numel())
             self._target[:part].copy_(self._source[:part], non_blocking=True)
             size_bytes -= part
+
+    def copy_from(self, sources: Sequence[torch.Tensor]) -> None:
+        """Submits a copy of each, from where it lies in page-locked memory, over one another."""
+        for source in sources:
+            data = source.detach().view(-1).view(torch.uint8)
+            self._target[: data.numel()].copy_(data, non_blocking=True)
 
     def rate(self, rounds: int = 7) -> dict[str, float]:
         """Bytes per second of copies as large as this memory."""

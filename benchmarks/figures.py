@@ -20,6 +20,7 @@ def _ratios(parts: Iterable[Figures]) -> str:
     return ", ".join(
         f"{tuple_of(part['shape'])} {part['ratio']:.3f}"
         f" ({part['ratio_min']:.3f}-{part['ratio_max']:.3f})"
+        + (f", {part['hot_ratio']:.3f} of a small buffer's rate" if "hot_ratio" in part else "")
         for part in parts
     )
 

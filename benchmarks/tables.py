@@ -19,7 +19,8 @@ def forward_table(results: Results) -> list[list[str]]:
 
     def any_of(shape: str, name: str) -> float | None:
         for what in ("forward", "mode", "peer"):
-            if (part := results.one(what, shape=shape)) is not None:
+            part = results.one(what, shape=shape)
+            if part is not None and name in part:
                 return _median(part[name])
         return None
 
@@ -38,6 +39,7 @@ def forward_table(results: Results) -> list[list[str]]:
 
     lines = [
         line("link floor", lambda shape: any_of(shape, "floor_ms")),
+        line("link floor, small buffer", lambda shape: any_of(shape, "hot_floor_ms")),
         line("resident", lambda shape: any_of(shape, "plain_ms")),
         *(line(f"pipeline, units: {name}", forward_of(name)) for name in GRANULARITIES),
         *(

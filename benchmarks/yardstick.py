@@ -151,6 +151,16 @@ class Streamed:
         """Bytes that one forward copies."""
         return sum(unit.size_bytes for unit in self.handle.units if unit.place is not None)
 
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        """The streamed parameters at rest."""
+        return [
+            self.model.get_parameter(name)
+            for unit in self.handle.units
+            if unit.place is not None
+            for name in unit.parameters
+        ]
+
     def describe(self) -> dict[str, Any]:
         """What every figure of this model is to be read with."""
         stats = self.handle.stats

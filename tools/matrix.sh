@@ -37,7 +37,9 @@ try_pair() {  # try_pair PYTHON TORCH FOLDER
     .venv/bin/python -m pip --disable-pip-version-check install --quiet "torch==$torch" || return 1
   local cuda
   cuda=$(.venv/bin/python -c 'import torch; print(torch.version.cuda or "")')
-  echo "torch==$torch" >>requirements/versions.txt
+  local setuptools
+  setuptools=$(.venv/bin/python -c 'from importlib import metadata; print(metadata.version("setuptools"))')
+  printf '%s\n' "torch==$torch" "setuptools==$setuptools" >>requirements/versions.txt
   [ -z "$cuda" ] || printf '%s\n' "nvidia-cuda-crt==$cuda.*" "nvidia-cuda-cccl==$cuda.*" \
     >>requirements/versions.txt
   make test PYTHON="$python"
