@@ -72,6 +72,9 @@ class Op:
         "fill",
         "read",
         "read_end",
+        "leave",
+        "enter",
+        "return",
         "record",
         "wait",
         "query",
@@ -89,6 +92,8 @@ class Op:
     def event(self) -> int | None: ...
     @property
     def unit(self) -> int | None: ...
+    @property
+    def is_done(self) -> bool: ...
     @property
     def generation(self) -> int: ...
     @property
