@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeAlias
 
 import torch
 
 from torch_offload import _C
+
+DeviceMaker: TypeAlias = Callable[[torch.device], _C.Device]
+
+_maker: ContextVar[DeviceMaker] = ContextVar("torch_offload_device_maker", default=_C.Device)
+
+
+def make_device(device: torch.device) -> _C.Device:
+    """Makes what an engine drives. May initialize CUDA."""
+    return _maker.get()(device)
+
+
+@contextmanager
+def devices_made_by(maker: DeviceMaker) -> Iterator[None]:
+    """Lets this thread's `offload` drive other devices: those with a planted fault."""
+    token = _maker.set(maker)
+    try:
+        yield
+    finally:
+        _maker.reset(token)
 
 
 def resolve_device(device: torch.device | str | int | None) -> torch.device:

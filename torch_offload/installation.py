@@ -13,6 +13,7 @@ from torch_offload import _C
 from torch_offload.calls import unwrap, wrap_ancestor, wrap_unit
 from torch_offload.config import Config
 from torch_offload.debugging import LOGGER
+from torch_offload.devices import make_device
 from torch_offload.guards import Probes, guard, unguard
 from torch_offload.handle import HANDLE_KEY, Handle
 from torch_offload.idle import IdleUnits
@@ -73,7 +74,7 @@ class _Installation:
         self._positions = {name: index for index, (name, _, _) in enumerate(slots)}
         self._budget = budget_for_units(model, device, specs, config)
         self._engine = _C.Engine(
-            device=_C.Device(device),
+            device=make_device(device),
             torch_device=device,
             mode=config.mode,
             streams=config.streams,

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "bindings/bind.h"
+#include "bindings/make_device.h"
 #include "core/error.h"
 #include "core/host_limits.h"
 #include "host/host_device.h"
@@ -16,19 +17,6 @@ namespace py = pybind11;
 namespace torch_offload {
 
 namespace {
-
-/// Deletes without the GIL: a destructor may wait for the driver or join threads.
-template <typename T, typename... Arguments>
-std::shared_ptr<Device> make_device(Arguments... arguments) {
-  return std::shared_ptr<Device>(new T(arguments...), [](Device* device) {
-    if (PyGILState_Check()) {
-      const py::gil_scoped_release no_gil;
-      delete device;
-    } else {
-      delete device;
-    }
-  });
-}
 
 std::shared_ptr<Device> device_for(const at::Device& device) {
   if (device.is_cpu()) {

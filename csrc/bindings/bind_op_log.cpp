@@ -33,6 +33,7 @@ void bind_op_log(py::module_& module) {
       .def_property_readonly("stream", optional_field(&Op::stream, kNoStream))
       .def_property_readonly("event", optional_field(&Op::event, kNoEvent))
       .def_property_readonly("unit", optional_field(&Op::unit, kNoUnit))
+      .def_readonly("is_done", &Op::is_done)
       .def_readonly("generation", &Op::generation)
       .def_property_readonly("memory", range_field(&Op::memory))
       .def_property_readonly("source", range_field(&Op::source))

@@ -42,6 +42,10 @@ struct UnitStats {
   std::uint64_t misses = 0;
 };
 
+#ifdef TORCH_OFFLOAD_MUTANTS
+inline namespace mutants {  // see steps.h
+#endif
+
 /// The scheduler: brings each unit into its place just before the device needs it.
 ///
 /// `enter` and `leave` bracket every call of a wrapped module; the outermost pair is a pass.
@@ -183,5 +187,9 @@ class Pipeline {
   std::uint32_t nesting_ = 0;             // wrapped calls under way; guarded by owner_
   std::atomic<std::thread::id> owner_{};  // thread whose pass is running, or none
 };
+
+#ifdef TORCH_OFFLOAD_MUTANTS
+}  // namespace mutants
+#endif
 
 }  // namespace torch_offload

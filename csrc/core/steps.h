@@ -6,10 +6,10 @@ namespace torch_offload {
 
 /// What keeps the pipeline's order: its waits, records, drains, and what it remembers for them.
 ///
-/// Each is named at the place where it is taken. Tests build the pipeline with
+/// Each is named at the place where it is taken. The lanes build the pipeline a second time with
 /// TORCH_OFFLOAD_MUTANTS, leave the steps out one at a time, and see that this is noticed: no step
-/// is there in vain, and none could go missing in silence. The product leaves nothing out and pays
-/// nothing.
+/// is there in vain, and none could go missing in silence. That pipeline lives in a namespace of
+/// its own, so that both can be linked together; the product's leaves nothing out and pays nothing.
 enum class Step : std::uint8_t {
   // A reader behind its copy.
   kReadyRecord,      ///< Behind the copy.
@@ -60,8 +60,10 @@ enum class Step : std::uint8_t {
 };
 
 #ifdef TORCH_OFFLOAD_MUTANTS
-/// Whether a test wants the pipeline to go wrong here.
+inline namespace mutants {
+/// Whether a lane wants the pipeline to go wrong here.
 bool is_left_out(Step step);
+}  // namespace mutants
 #else
 constexpr bool is_left_out(Step /*step*/) { return false; }
 #endif

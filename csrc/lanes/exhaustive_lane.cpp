@@ -1,14 +1,14 @@
 #include "lanes/exhaustive_lane.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <exception>
-#include <mutex>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
+#include "lanes/placed_plan.h"
 #include "lanes/schedule_rig.h"
 
 namespace torch_offload {
@@ -16,9 +16,6 @@ namespace torch_offload {
 namespace {
 
 constexpr std::size_t kSlice = kAlignmentBytes;
-constexpr std::uint64_t kBatch = 10000;  // schedules between two words of progress
-
-using Sequence = std::vector<UnitIndex>;
 
 /// Which place each unit lies in: the first in the first, the next in one that is in use already or
 /// in the next one. So no two are the same but for the places' names.
@@ -38,71 +35,38 @@ void collect_placements(unsigned num_units, unsigned max_places, std::vector<uns
 }
 
 Plan plan_of(const std::vector<unsigned>& placement) {
-  Plan plan;
-  plan.overlaps.resize(placement.size());
+  std::vector<Unit> units;
+  std::vector<ByteRange> places;
   for (UnitIndex unit = 0; unit < placement.size(); ++unit) {
-    plan.units.push_back(
+    units.push_back(
         {std::to_string(unit), kSlice, unit / 2, unit % 2 == 0 ? UnitKind::kMha : UnitKind::kFfn});
     const std::size_t begin = placement[unit] * kSlice;
-    plan.places.emplace_back(ByteRange{begin, begin + kSlice});
-    plan.window_bytes = std::max(plan.window_bytes, begin + kSlice);
-    for (UnitIndex other = 0; other < placement.size(); ++other) {
-      if (other != unit && placement[other] == placement[unit]) {
-        plan.overlaps[unit].push_back(other);
-      }
-    }
+    places.push_back({begin, begin + kSlice});
   }
+  Plan plan = lanes::plan_with_places(std::move(units), places, 0);
   plan.depth_bytes = plan.window_bytes;
   return plan;
 }
 
-/// All sequences of `length` calls, numbered.
-class Sequences {
- public:
-  Sequences(unsigned num_units, unsigned length) : num_units_(num_units), length_(length) {}
-
-  std::uint64_t count() const {
-    std::uint64_t count = 1;
-    for (unsigned i = 0; i < length_; ++i) {
-      count *= num_units_;
-    }
-    return count;
+std::uint64_t count_sequences(unsigned num_units, unsigned length) {
+  std::uint64_t count = 1;
+  for (unsigned i = 0; i < length; ++i) {
+    count *= num_units;
   }
-
-  Sequence at(std::uint64_t number) const {
-    Sequence sequence(length_);
-    for (UnitIndex& unit : sequence) {
-      unit = static_cast<UnitIndex>(number % num_units_);
-      number /= num_units_;
-    }
-    return sequence;
-  }
-
- private:
-  unsigned num_units_;
-  unsigned length_;
-};
-
-/// A first pass and whether it is completed.
-struct FirstPass {
-  Sequence sequence;
-  bool completed = true;
-};
-
-std::vector<FirstPass> first_passes(unsigned num_units, unsigned max_calls) {
-  std::vector<FirstPass> passes;
-  for (unsigned length = 0; length <= max_calls; ++length) {
-    const Sequences sequences(num_units, length);
-    for (std::uint64_t i = 0; i < sequences.count(); ++i) {
-      passes.push_back({sequences.at(i), true});
-      // An exception in a unit and one behind it are the same calls: release, leave(false).
-      passes.push_back({sequences.at(i), false});
-    }
-  }
-  return passes;
+  return count;
 }
 
-void pass(ScheduleRig& rig, const Sequence& sequence, bool completed) {
+/// One of all sequences of `length` calls, by its number.
+std::vector<UnitIndex> sequence_at(std::uint64_t number, unsigned num_units, unsigned length) {
+  std::vector<UnitIndex> sequence(length);
+  for (UnitIndex& unit : sequence) {
+    unit = static_cast<UnitIndex>(number % num_units);
+    number /= num_units;
+  }
+  return sequence;
+}
+
+void pass(ScheduleRig& rig, const std::vector<UnitIndex>& sequence, bool completed) {
   rig.pipeline().enter();
   for (const UnitIndex unit : sequence) {
     rig.call(unit);
@@ -110,7 +74,7 @@ void pass(ScheduleRig& rig, const Sequence& sequence, bool completed) {
   rig.pipeline().leave(completed);
 }
 
-std::string text_of(const Sequence& sequence) {
+std::string text_of(const std::vector<UnitIndex>& sequence) {
   std::string text;
   for (const UnitIndex unit : sequence) {
     text += text.empty() ? "" : " ";
@@ -119,102 +83,92 @@ std::string text_of(const Sequence& sequence) {
   return "[" + text + "]";
 }
 
-/// What threads share.
-struct Shared {
-  const ExhaustiveLane& lane;
-  std::mutex mutex;
-  std::uint64_t num_done = 0;  // guarded by mutex
-};
+}  // namespace
 
-/// All schedules of one plan that begin with one first pass; the first of them has this number.
-void run_first_pass(const Shared& shared, const Plan& plan, const FirstPass& first,
-                    const Sequences& second, std::uint64_t number, LaneJudge& judge) {
-  const ExhaustiveLane& lane = shared.lane;
+ExhaustiveLane::ExhaustiveLane(const ExhaustiveOptions& options)
+    : options_(options), judges_(std::max(1U, options.num_threads), LaneJudge(options.is_control)) {
+  for (unsigned num_units = 1; num_units <= options.max_units; ++num_units) {
+    add_level(num_units);
+  }
+}
+
+void ExhaustiveLane::add_level(unsigned num_units) {
+  Level level;
+  level.num_units = num_units;
+  std::vector<std::vector<unsigned>> placements;
+  std::vector<unsigned> placement;
+  collect_placements(num_units, options_.max_places, placement, placements);
+  for (const std::vector<unsigned>& one : placements) {
+    level.plans.push_back(plan_of(one));
+  }
+  for (unsigned length = 0; length <= options_.max_calls; ++length) {
+    for (std::uint64_t i = 0; i < count_sequences(num_units, length); ++i) {
+      const Sequence sequence = sequence_at(i, num_units, length);
+      level.firsts.push_back({sequence, true});
+      // An exception in a unit and one behind it are the same calls: release, leave(false).
+      level.firsts.push_back({sequence, false});
+    }
+  }
+  level.num_seconds = count_sequences(num_units, options_.max_calls);
+  level.first_block = num_blocks_;
+  level.first_schedule = num_schedules_;
+  num_blocks_ += level.num_blocks();
+  num_schedules_ += level.num_blocks() * level.num_seconds;
+  levels_.push_back(std::move(level));
+}
+
+bool ExhaustiveLane::advance(std::uint64_t num_schedules) {
+  std::atomic<std::uint64_t> next_block{next_block_};
+  std::atomic<std::uint64_t> num_done{0};
+  work_in_parallel(judges_, [&](LaneJudge& judge, std::size_t) {
+    while (num_done < num_schedules) {
+      const std::uint64_t block = next_block++;
+      if (block >= num_blocks_) {
+        break;
+      }
+      num_done += run_block(block, judge);
+    }
+  });
+  next_block_ = std::min(next_block.load(), num_blocks_);
+  return next_block_ < num_blocks_;
+}
+
+/// Returns how many schedules it has run.
+std::uint64_t ExhaustiveLane::run_block(std::uint64_t block, LaneJudge& judge) const {
+  const auto above = std::find_if(levels_.begin(), levels_.end(), [block](const Level& level) {
+    return level.first_block > block;
+  });
+  const Level& level = *(above - 1);
+  const std::uint64_t index = block - level.first_block;
+  const Plan& plan = level.plans[index / level.firsts.size()];
+  const FirstPass& first = level.firsts[index % level.firsts.size()];
+  const std::uint64_t number = level.first_schedule + index * level.num_seconds;
   PipelineOptions options;
-  options.mode = lane.mode;
-  options.layout = lane.layout;
-  const std::uint64_t skipped = (lane.stride - number % lane.stride) % lane.stride;
-  for (std::uint64_t i = skipped; i < second.count(); i += lane.stride) {
-    const Sequence sequence = second.at(i);
+  options.mode = options_.mode;
+  options.layout = options_.layout;
+  std::uint64_t num_run = 0;
+  const std::uint64_t skipped = (options_.stride - number % options_.stride) % options_.stride;
+  for (std::uint64_t i = skipped; i < level.num_seconds; i += options_.stride) {
+    const Sequence second = sequence_at(i, level.num_units, options_.max_calls);
     const auto what = [&] {
       std::string places;
       for (const auto& place : plan.places) {
         places += std::to_string(place->begin / kSlice);
       }
       return "places " + places + ", passes " + text_of(first.sequence) +
-             (first.completed ? "" : " cut short") + " and " + text_of(sequence);
+             (first.completed ? "" : " cut short") + " and " + text_of(second);
     };
     try {
       ScheduleRig rig(plan, options);
       pass(rig, first.sequence, first.completed);
-      pass(rig, sequence, true);
+      pass(rig, second, true);
       judge.judge(rig.finish(), what);
     } catch (const std::exception& error) {
       judge.add_bad(what() + ": " + error.what());
     }
+    ++num_run;
   }
-}
-
-void run_share(Shared& shared, unsigned thread, unsigned num_threads, LaneJudge& judge) {
-  const ExhaustiveLane& lane = shared.lane;
-  std::uint64_t num_told = 0;
-  std::uint64_t number = 0;
-  for (unsigned num_units = 1; num_units <= lane.max_units; ++num_units) {
-    std::vector<std::vector<unsigned>> placements;
-    std::vector<unsigned> placement;
-    collect_placements(num_units, lane.max_places, placement, placements);
-    const std::vector<FirstPass> firsts = first_passes(num_units, lane.max_calls);
-    const Sequences second(num_units, lane.max_calls);
-    std::size_t share = 0;
-    for (const std::vector<unsigned>& one : placements) {
-      const Plan plan = plan_of(one);
-      for (const FirstPass& first : firsts) {
-        const std::uint64_t first_number = std::exchange(number, number + second.count());
-        if (share++ % num_threads != thread) {
-          continue;
-        }
-        run_first_pass(shared, plan, first, second, first_number, judge);
-        const std::uint64_t num_new = judge.report().num_schedules - num_told;
-        if (num_new >= kBatch) {
-          num_told += num_new;
-          const std::lock_guard<std::mutex> lock(shared.mutex);
-          shared.num_done += num_new;
-          if (lane.progress) {
-            lane.progress(shared.num_done);
-          }
-        }
-      }
-    }
-  }
-}
-
-}  // namespace
-
-std::uint64_t count_schedules(const ExhaustiveLane& lane) {
-  std::uint64_t count = 0;
-  for (unsigned num_units = 1; num_units <= lane.max_units; ++num_units) {
-    std::vector<std::vector<unsigned>> placements;
-    std::vector<unsigned> placement;
-    collect_placements(num_units, lane.max_places, placement, placements);
-    count += placements.size() * first_passes(num_units, lane.max_calls).size() *
-             Sequences(num_units, lane.max_calls).count();
-  }
-  return (count + lane.stride - 1) / lane.stride;
-}
-
-LaneReport run(const ExhaustiveLane& lane) {
-  const unsigned num_threads = std::max(1U, lane.num_threads);
-  std::vector<LaneJudge> judges(num_threads, LaneJudge(lane.is_control));
-  std::vector<std::thread> threads;
-  threads.reserve(num_threads);
-  Shared shared{lane, {}, 0};
-  for (unsigned i = 0; i < num_threads; ++i) {
-    threads.emplace_back([&, i] { run_share(shared, i, num_threads, judges[i]); });
-  }
-  for (std::thread& thread : threads) {
-    thread.join();
-  }
-  return sum_of(judges);
+  return num_run;
 }
 
 }  // namespace torch_offload

@@ -1,10 +1,10 @@
 #include "lanes/lane.h"
 
+#include <thread>
+
 namespace torch_offload {
 
 namespace {
-
-constexpr std::size_t kMaxExamples = 5;
 
 /// The finalizer of splitmix64: every bit of the input stirs every bit of the output.
 std::uint64_t mixed(std::uint64_t value) {
@@ -22,7 +22,7 @@ void LaneJudge::add_bad(const std::string& example) {
   }
 }
 
-std::uint64_t LaneJudge::hash_of(const OpLog& log) {
+std::uint64_t hash_of(const OpLog& log) {
   std::uint64_t hash = log.ops().size();
   for (const Op& op : log.ops()) {
     const std::uint64_t ids = (static_cast<std::uint64_t>(op.kind) << 56U) ^
@@ -54,8 +54,19 @@ LaneReport sum_of(std::vector<LaneJudge>& judges) {
   return sum;
 }
 
-/// The log without the waits of streams and host from one of them on: which one depends on the log.
-const OpLog& LaneJudge::without_waits(const OpLog& log) {
+void work_in_parallel(std::vector<LaneJudge>& judges,
+                      const std::function<void(LaneJudge&, std::size_t)>& work) {
+  std::vector<std::thread> threads;
+  threads.reserve(judges.size());
+  for (std::size_t i = 0; i < judges.size(); ++i) {
+    threads.emplace_back([&, i] { work(judges[i], i); });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+}
+
+OpLog without_waits(const OpLog& log) {
   const auto is_wait = [](const Op& op) {
     return op.kind == OpKind::kWait || op.kind == OpKind::kSynchronize;
   };
@@ -65,14 +76,14 @@ const OpLog& LaneJudge::without_waits(const OpLog& log) {
   }
   const std::uint64_t num_kept = num_waits == 0 ? 0 : hash_of(log) % num_waits;
   std::uint64_t num_seen = 0;
-  shorter_.clear();
+  OpLog shorter;
   for (const Op& op : log.ops()) {
     num_seen += is_wait(op) ? 1U : 0U;
     if (!is_wait(op) || num_seen <= num_kept) {
-      shorter_.append(op);
+      shorter.append(op);
     }
   }
-  return shorter_;
+  return shorter;
 }
 
 }  // namespace torch_offload

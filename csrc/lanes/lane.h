@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <unordered_set>
 #include <vector>
@@ -11,6 +12,9 @@
 
 namespace torch_offload {
 
+/// How many faults a report gives as examples.
+constexpr std::size_t kMaxExamples = 5;
+
 /// What a lane has tried: schedules of the real pipeline, each with its log checked.
 struct LaneReport {
   std::uint64_t num_schedules = 0;
@@ -19,6 +23,13 @@ struct LaneReport {
   std::uint64_t num_bad = 0;  ///< Schedules with a finding, or that did not end as they must.
   std::vector<std::string> examples;  ///< The first few of those, in words.
 };
+
+/// Everything of a log but the host's times.
+std::uint64_t hash_of(const OpLog& log);
+
+/// The log without the waits of streams and host from one of them on: which one depends on the log.
+/// The planted control of lanes.
+OpLog without_waits(const OpLog& log);
 
 /// Checks logs for a lane and keeps its report.
 class LaneJudge {
@@ -30,7 +41,7 @@ class LaneJudge {
   template <typename What>
   void judge(const OpLog& log, const What& what) {
     const std::vector<Finding>& findings =
-        checker_.check(leaves_out_waits_ ? without_waits(log) : log);
+        leaves_out_waits_ ? checker_.check(without_waits(log)) : checker_.check(log);
     ++report_.num_schedules;
     report_.num_ops += log.ops().size();
     if (!findings.empty()) {
@@ -47,20 +58,18 @@ class LaneJudge {
   }
   const std::unordered_set<std::uint64_t>& hashes() const { return hashes_; }
 
-  /// Everything of a log but the host's times.
-  static std::uint64_t hash_of(const OpLog& log);
-
  private:
-  const OpLog& without_waits(const OpLog& log);
-
   const bool leaves_out_waits_;
   HazardChecker checker_;
-  OpLog shorter_;
   LaneReport report_;
   std::unordered_set<std::uint64_t> hashes_;
 };
 
 /// The reports of several judges as one.
 LaneReport sum_of(std::vector<LaneJudge>& judges);
+
+/// Lets each judge work on a thread of its own. Blocking: until all are done.
+void work_in_parallel(std::vector<LaneJudge>& judges,
+                      const std::function<void(LaneJudge&, std::size_t)>& work);
 
 }  // namespace torch_offload

@@ -3,13 +3,12 @@
 #include <algorithm>
 #include <exception>
 #include <memory>
-#include <mutex>
 #include <random>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
+#include "lanes/placed_plan.h"
 #include "lanes/schedule_rig.h"
 
 namespace torch_offload {
@@ -18,7 +17,6 @@ namespace {
 
 constexpr std::size_t kSlice = kAlignmentBytes;
 constexpr int kDeepestNesting = 3;
-constexpr std::uint64_t kBatch = 1000;  // schedules between two words of progress
 
 class RandomSchedule {
  public:
@@ -73,20 +71,8 @@ class RandomSchedule {
       const std::size_t begin = draw(12) * kSlice;
       places.push_back({begin, begin + unit.size_bytes});
     }
-    Plan plan;
-    plan.depth_bytes = draw(20) * kSlice;
-    plan.overlaps.resize(num_units_);
-    for (UnitIndex one = 0; one < num_units_; ++one) {
-      plan.places.emplace_back(places[one]);
-      plan.window_bytes = std::max(plan.window_bytes, places[one].end);
-      for (UnitIndex other = 0; other < num_units_; ++other) {
-        if (one != other && places[one].overlaps(places[other])) {
-          plan.overlaps[one].push_back(other);
-        }
-      }
-    }
-    plan.units = std::move(request.units);
-    return plan;
+    const std::size_t depth_bytes = draw(20) * kSlice;
+    return lanes::plan_with_places(std::move(request.units), places, depth_bytes);
   }
 
   std::vector<UnitIndex> sequence() {
@@ -189,53 +175,29 @@ class RandomSchedule {
   std::vector<UnitIndex> routine_;
 };
 
-/// Schedules first_seed, first_seed + stride, ... for one thread.
-void run_share(const RandomLane& lane, std::uint64_t first, std::uint64_t stride, LaneJudge& judge,
-               std::mutex& mutex, std::uint64_t& num_done) {
-  std::uint64_t since = 0;
-  const auto tell = [&] {
-    const std::lock_guard<std::mutex> lock(mutex);
-    num_done += std::exchange(since, 0);
-    if (lane.progress) {
-      lane.progress(num_done);
-    }
-  };
-  for (std::uint64_t i = first; i < lane.num_schedules; i += stride) {
-    const std::uint64_t seed = lane.first_seed + i;
-    const auto what = [&] { return "seed " + std::to_string(seed); };
-    try {
-      RandomSchedule schedule(seed);
-      const OpLog& log = schedule.run();
-      judge.judge(log, what);
-      judge.note_distinct(log);
-    } catch (const std::exception& error) {
-      judge.add_bad(what() + ": " + error.what());
-    }
-    if (++since == kBatch) {
-      tell();
-    }
-  }
-  tell();
-}
-
 }  // namespace
 
 OpLog random_schedule(std::uint64_t seed) { return RandomSchedule(seed).run(); }
 
-LaneReport run(const RandomLane& lane) {
-  const unsigned num_threads = std::max(1U, lane.num_threads);
-  std::vector<LaneJudge> judges(num_threads, LaneJudge(lane.is_control));
-  std::vector<std::thread> threads;
-  threads.reserve(num_threads);
-  std::mutex mutex;
-  std::uint64_t num_done = 0;  // guarded by mutex
-  for (unsigned i = 0; i < num_threads; ++i) {
-    threads.emplace_back([&, i] { run_share(lane, i, num_threads, judges[i], mutex, num_done); });
-  }
-  for (std::thread& thread : threads) {
-    thread.join();
-  }
-  return sum_of(judges);
+RandomLane::RandomLane(unsigned num_threads, bool is_control)
+    : judges_(std::max(1U, num_threads), LaneJudge(is_control)) {}
+
+void RandomLane::advance(std::uint64_t num_schedules) {
+  const std::uint64_t end = next_seed_ + num_schedules;
+  work_in_parallel(judges_, [&](LaneJudge& judge, std::size_t thread) {
+    for (std::uint64_t seed = next_seed_ + thread; seed < end; seed += judges_.size()) {
+      const auto what = [&] { return "seed " + std::to_string(seed); };
+      try {
+        RandomSchedule schedule(seed);
+        const OpLog& log = schedule.run();
+        judge.judge(log, what);
+        judge.note_distinct(log);
+      } catch (const std::exception& error) {
+        judge.add_bad(what() + ": " + error.what());
+      }
+    }
+  });
+  next_seed_ = end;
 }
 
 }  // namespace torch_offload

@@ -4,22 +4,16 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <stdexcept>
 #include <vector>
 
 #include "core/loader.h"
 #include "core/op_log.h"
 #include "core/pipeline.h"
 #include "core/plan.h"
+#include "lanes/planted_failure.h"
 #include "sim/sim_device.h"
 
 namespace torch_offload {
-
-/// What a lane throws where a model or a device would.
-class PlantedFailure : public std::runtime_error {
- public:
-  PlantedFailure() : std::runtime_error("planted failure") {}
-};
 
 /// The real pipeline on a SimDevice whose costs are nothing, and kernels that the log is told of.
 ///

@@ -8,9 +8,11 @@
 #include <vector>
 
 #include "check/hazard_checker.h"
-#include "log_builder.h"
+#include "lanes/log_builder.h"
 
 namespace torch_offload::testing {
+
+using lanes::LogBuilder;
 
 constexpr StreamId kCopies = 0;
 constexpr StreamId kCompute = 1;

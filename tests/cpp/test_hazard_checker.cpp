@@ -9,11 +9,14 @@
 #include "check/hazard_checker.h"
 #include "core/error.h"
 #include "expect_findings.h"
-#include "log_builder.h"
+#include "lanes/log_builder.h"
 
 namespace torch_offload {
 namespace {
 
+using lanes::LogBuilder;
+using lanes::masters;
+using lanes::slices;
 using testing::check;
 using testing::expect_clean;
 using testing::expect_fault;
@@ -21,9 +24,6 @@ using testing::kCompute;
 using testing::kCopies;
 using testing::kFree;
 using testing::kReady;
-using testing::LogBuilder;
-using testing::masters;
-using testing::slices;
 
 TEST(HazardCheckerTest, ReadBeforeItsCopyIsDone) {
   for (const bool waits : {true, false}) {

@@ -4,19 +4,19 @@
 #include <gtest/gtest.h>
 
 #include "expect_findings.h"
-#include "log_builder.h"
+#include "lanes/log_builder.h"
 
 namespace torch_offload {
 namespace {
 
+using lanes::LogBuilder;
+using lanes::masters;
+using lanes::slices;
 using testing::expect_clean;
 using testing::expect_fault;
 using testing::kCompute;
 using testing::kCopies;
 using testing::kFree;
-using testing::LogBuilder;
-using testing::masters;
-using testing::slices;
 
 TEST(HazardMemoryTest, HostReadsWhatACopyMayStillWrite) {
   for (const bool waits : {true, false}) {

@@ -35,16 +35,13 @@ void expect_good(const LaneReport& report) {
 }
 
 TEST(RandomLaneTest, NoScheduleHasAHazard) {
-  RandomLane lane;
-  lane.num_schedules = from_environment("TORCH_OFFLOAD_SCHEDULES", 20'000);
-  lane.num_threads = num_threads();
-  std::uint64_t num_told = 0;
-  lane.progress = [&](std::uint64_t num_done) { num_told = num_done; };
-  const LaneReport report = run(lane);
+  const std::uint64_t num_schedules = from_environment("TORCH_OFFLOAD_SCHEDULES", 20'000);
+  RandomLane lane(num_threads());
+  lane.advance(num_schedules);
+  const LaneReport report = lane.report();
   expect_good(report);
-  EXPECT_EQ(report.num_schedules, lane.num_schedules);
-  EXPECT_EQ(num_told, lane.num_schedules);
-  EXPECT_GT(report.num_distinct, lane.num_schedules * 9 / 10);
+  EXPECT_EQ(report.num_schedules, num_schedules);
+  EXPECT_GT(report.num_distinct, num_schedules * 9 / 10);
   std::printf("%llu schedules, %llu of them distinct, of %llu ops\n",
               static_cast<unsigned long long>(report.num_schedules),
               static_cast<unsigned long long>(report.num_distinct),
@@ -52,10 +49,9 @@ TEST(RandomLaneTest, NoScheduleHasAHazard) {
 }
 
 TEST(RandomLaneTest, ControlIsCaught) {
-  RandomLane lane;
-  lane.num_schedules = 1000;
-  lane.is_control = true;
-  const LaneReport report = run(lane);
+  RandomLane lane(1, /*is_control=*/true);
+  lane.advance(1000);
+  const LaneReport report = lane.report();
   EXPECT_GT(report.num_bad, 500U);
   EXPECT_EQ(report.examples.size(), 5U);
   EXPECT_EQ(report.examples[0].rfind("seed ", 0), 0U) << report.examples[0];
@@ -64,60 +60,65 @@ TEST(RandomLaneTest, ControlIsCaught) {
 TEST(RandomLaneTest, SeedGivesTheSameScheduleAgainAndThreadsTheSameReport) {
   std::set<std::uint64_t> hashes;
   for (std::uint64_t seed = 0; seed < 200; ++seed) {
-    const std::uint64_t hash = LaneJudge::hash_of(random_schedule(seed));
-    EXPECT_EQ(LaneJudge::hash_of(random_schedule(seed)), hash);
+    const std::uint64_t hash = hash_of(random_schedule(seed));
+    EXPECT_EQ(hash_of(random_schedule(seed)), hash);
     hashes.insert(hash);
   }
   EXPECT_GT(hashes.size(), 180U);
 
-  RandomLane lane;
-  lane.num_schedules = 500;
-  const LaneReport alone = run(lane);
-  lane.num_threads = 3;
-  const LaneReport together = run(lane);
-  EXPECT_EQ(together.num_schedules, alone.num_schedules);
-  EXPECT_EQ(together.num_distinct, alone.num_distinct);
-  EXPECT_EQ(together.num_ops, alone.num_ops);
+  RandomLane alone;
+  alone.advance(500);
+  RandomLane together(3);
+  for (const int part : {200, 1, 299}) {
+    together.advance(static_cast<std::uint64_t>(part));
+  }
+  EXPECT_EQ(together.report().num_schedules, 500U);
+  EXPECT_EQ(together.report().num_distinct, alone.report().num_distinct);
+  EXPECT_EQ(together.report().num_ops, alone.report().num_ops);
 }
 
 class ExhaustiveLaneTest : public ::testing::TestWithParam<std::tuple<Mode, StreamLayout>> {
  protected:
   ExhaustiveLaneTest() {
-    lane_.mode = std::get<0>(GetParam());
-    lane_.layout = std::get<1>(GetParam());
-    lane_.num_threads = num_threads();
+    options_.mode = std::get<0>(GetParam());
+    options_.layout = std::get<1>(GetParam());
+    options_.num_threads = num_threads();
   }
 
-  ExhaustiveLane lane_;
+  ExhaustiveOptions options_;
 };
 
 TEST_P(ExhaustiveLaneTest, NoSmallScheduleHasAHazard) {
-  lane_.max_units = lane_.max_calls = 3;
-  const LaneReport report = run(lane_);
-  expect_good(report);
-  EXPECT_EQ(report.num_schedules, count_schedules(lane_));
+  options_.max_units = options_.max_calls = 3;
+  ExhaustiveLane lane(options_);
+  EXPECT_TRUE(lane.advance(1));
+  EXPECT_GE(lane.report().num_schedules, 1U);
+  while (lane.advance(10'000)) {
+  }
+  expect_good(lane.report());
+  EXPECT_EQ(lane.report().num_schedules, lane.count());
 }
 
 TEST_P(ExhaustiveLaneTest, NoScheduleOfASliceHasAHazard) {
-  lane_.stride = from_environment("TORCH_OFFLOAD_STRIDE", 100'003);
-  lane_.progress = [](std::uint64_t num_done) {
-    if (num_done % 10'000'000 < 10'000) {
-      std::printf("%llu\n", static_cast<unsigned long long>(num_done));
-      std::fflush(stdout);
-    }
-  };
-  const LaneReport report = run(lane_);
+  options_.stride = from_environment("TORCH_OFFLOAD_STRIDE", 100'003);
+  ExhaustiveLane lane(options_);
+  while (lane.advance(10'000'000)) {
+    std::printf("%llu\n", static_cast<unsigned long long>(lane.report().num_schedules));
+    std::fflush(stdout);
+  }
+  const LaneReport report = lane.report();
   expect_good(report);
-  EXPECT_EQ(report.num_schedules, count_schedules(lane_));
+  EXPECT_EQ(report.num_schedules, lane.count());
   std::printf("%llu schedules, %llu ops\n", static_cast<unsigned long long>(report.num_schedules),
               static_cast<unsigned long long>(report.num_ops));
 }
 
 TEST_P(ExhaustiveLaneTest, ControlIsCaught) {
-  lane_.max_units = lane_.max_calls = 2;
-  lane_.is_control = true;
-  const LaneReport report = run(lane_);
-  EXPECT_GT(report.num_bad * 4, report.num_schedules);
+  options_.max_units = options_.max_calls = 2;
+  options_.is_control = true;
+  ExhaustiveLane lane(options_);
+  EXPECT_FALSE(lane.advance(lane.count()));
+  EXPECT_GT(lane.report().num_bad * 4, lane.report().num_schedules);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, ExhaustiveLaneTest,
@@ -134,19 +135,16 @@ INSTANTIATE_TEST_SUITE_P(All, ExhaustiveLaneTest,
                          });
 
 TEST(ExhaustiveLaneCountTest, CountsWhatCanBeCountedByHand) {
-  ExhaustiveLane lane;
-  lane.max_units = 2;
-  lane.max_places = 2;
-  lane.max_calls = 1;
+  ExhaustiveOptions options;
+  options.max_units = 2;
+  options.max_places = 2;
+  options.max_calls = 1;
   // One unit: 1 placement, first passes [] and [0], each completed or not, second passes [0].
   // Two units: 2 placements, first passes [], [0] and [1], second passes [0] and [1].
-  EXPECT_EQ(count_schedules(lane), 1U * 4U * 1U + 2U * 6U * 2U);
-  lane.max_units = 5;
-  lane.max_places = 3;
-  lane.max_calls = 5;
+  EXPECT_EQ(ExhaustiveLane(options).count(), 1U * 4U * 1U + 2U * 6U * 2U);
   // Placements: 1, 2, 5, 14 and 41; first passes: twice 6, 63, 364, 1365 and 3906.
-  EXPECT_EQ(count_schedules(lane), 1U * 12U * 1U + 2U * 126U * 32U + 5U * 728U * 243U +
-                                       14U * 2730U * 1024U + 41U * 7812U * 3125U);
+  EXPECT_EQ(ExhaustiveLane({}).count(), 1U * 12U * 1U + 2U * 126U * 32U + 5U * 728U * 243U +
+                                            14U * 2730U * 1024U + 41U * 7812U * 3125U);
 }
 
 }  // namespace

@@ -10,25 +10,22 @@
 #include <string>
 #include <vector>
 
-#include "brute_force.h"
 #include "check/hazard_checker.h"
-#include "core/steps.h"
-#include "log_builder.h"
-#include "mutant_run.h"
-#include "schedules.h"
+#include "lanes/brute_force.h"
+#include "lanes/log_builder.h"
+#include "lanes/mutant_run.h"
+#include "lanes/mutant_schedules.h"
 
 namespace torch_offload {
 
-bool is_left_out(Step /*step*/) { return false; }
-
 namespace {
 
-using testing::all_schedules;
-using testing::Answer;
-using testing::Choice;
-using testing::disagreements;
-using testing::Schedule;
-using testing::without_kernels;
+using lanes::all_schedules;
+using lanes::Answer;
+using lanes::Choice;
+using lanes::disagreements;
+using lanes::Schedule;
+using lanes::without_kernels;
 
 /// What comes before what in a log, by following its edges one after the other.
 class Reachability {

@@ -6,152 +6,28 @@
 
 #include <algorithm>
 #include <bitset>
-#include <ostream>
 #include <string>
 #include <vector>
 
 #include "check/hazard_checker.h"
 #include "core/steps.h"
-#include "mutant_run.h"
-#include "schedules.h"
+#include "lanes/mutant_lane.h"
+#include "lanes/mutant_run.h"
+#include "lanes/mutant_schedules.h"
+#include "lanes/mutants.h"
 
 namespace torch_offload {
 
-bool is_left_out(Step step) {
-  ++testing::mutation.num_reached[step];
-  return step != Step::kNone && testing::mutation.is_armed && testing::mutation.step == step;
-}
-
 namespace {
 
-using testing::all_schedules;
-using testing::Choice;
-using testing::mutation;
-using testing::Outcome;
-using testing::Schedule;
-
-struct Mutant {
-  Step step;
-  const char* name;
-  const char* schedule = "";  // that shows wrong bytes,
-  Choice choice{};            // run like this
-
-  friend std::ostream& operator<<(std::ostream& out, const Mutant& mutant) {
-    return out << mutant.name;
-  }
-};
-
-/// By Step. Bits of the streams held: callers 0 and 1, then the pipeline's, as it lists them.
-const std::vector<Mutant>& all_mutants() {
-  static const std::vector<Mutant> mutants{
-      {Step::kReadyRecord, "kReadyRecord", "passes, pipeline, shared", {0b000001, false, true, 0}},
-      {Step::kReadyWait, "kReadyWait", "passes, pipeline, shared", {0b000001, false, true, 0}},
-      {Step::kNestedReadyWait,
-       "kNestedReadyWait",
-       "nested on another stream, events, shared",
-       {0b000100, false, true, 0}},
-      {Step::kHostReadyWait,
-       "kHostReadyWait",
-       "passes, streams, shared",
-       {0b000100, false, true, 0}},
-      {Step::kFreeRecord, "kFreeRecord", "passes, pipeline, shared", {0b000001, false, true, 0}},
-      {Step::kPendingFree, "kPendingFree", "passes, pipeline, shared", {0b000001, false, true, 0}},
-      {Step::kPendingReady,
-       "kPendingReady",
-       "other ways, pipeline, split",
-       {0b000001, false, true, 0}},
-      {Step::kOwnPendingWait,
-       "kOwnPendingWait",
-       "poison, pipeline, shared",
-       {0b000001, false, true, 0}},
-      {Step::kOverlapPendingWait,
-       "kOverlapPendingWait",
-       "passes, pipeline, shared",
-       {0b000001, false, true, 0}},
-      {Step::kOverlapForget,
-       "kOverlapForget",
-       "passes, pipeline, shared",
-       {0b000000, false, true, 0}},
-      {Step::kHeldGuard, "kHeldGuard", "other ways, pipeline, shared", {0b000000, false, true, 0}},
-      {Step::kHostFreeWait, "kHostFreeWait", "passes, streams, shared", {0b000001, false, true, 0}},
-      {Step::kPoisonForget,
-       "kPoisonForget",
-       "poison, pipeline, shared",
-       {0b000000, false, true, 0}},
-      {Step::kEarlierStreamWait,
-       "kEarlierStreamWait",
-       "streams between uses, events, shared",
-       {0b000001, false, true, 0}},
-      {Step::kLaterStreamsNote,
-       "kLaterStreamsNote",
-       "streams in a use, events, shared",
-       {0b000010, false, true, 0}},
-      {Step::kLaterStreamsJoin,
-       "kLaterStreamsJoin",
-       "streams in a use, events, shared",
-       {0b000010, false, true, 0}},
-      {Step::kEnterOrder, "kEnterOrder", "passes, pipeline, split", {0b000001, false, true, 0}},
-      {Step::kReturnOrder, "kReturnOrder", "passes, pipeline, split", {0b000001, false, true, 0}},
-      {Step::kCallerReturn,
-       "kCallerReturn",
-       "failures, pipeline, split",
-       {0b000001, false, true, 13}},
-      {Step::kHandoverRecord,
-       "kHandoverRecord",
-       "passes, pipeline, split",
-       {0b000001, false, true, 0}},
-      {Step::kHandoverWait,
-       "kHandoverWait",
-       "nested overlapping units, pipeline, shared",
-       {0b000000, true, true, 0}},
-      {Step::kNewWindowDrain,
-       "kNewWindowDrain",
-       "passes, pipeline, shared",
-       {0b000000, true, false, 0}},
-      {Step::kNewPlaceOrder,
-       "kNewPlaceOrder",
-       "nested overlapping units, pipeline, shared",
-       {0b000000, true, true, 0}},
-      {Step::kOldPlaceWait,
-       "kOldPlaceWait",
-       "old place, pipeline, split",
-       {0b000001, false, true, 0}},
-      {Step::kDrainOwnStreams,
-       "kDrainOwnStreams",
-       "passes, pipeline, split",
-       {0b000001, false, true, 0}},
-      {Step::kDrainUsedStreams,
-       "kDrainUsedStreams",
-       "passes without copies, pipeline, shared",
-       {0b000001, false, true, 0}},
-      {Step::kReplanDrain,
-       "kReplanDrain",
-       "replanned, pipeline, shared",
-       {0b000001, false, true, 0}},
-      {Step::kOnloadDrain, "kOnloadDrain", "edits, pipeline, shared", {0b000100, false, false, 0}},
-      {Step::kFailedOnloadDrain,
-       "kFailedOnloadDrain",
-       "failures, pipeline, split",
-       {0b000001, false, true, 38}},
-      {Step::kFailedAcquireDrain,
-       "kFailedAcquireDrain",
-       "failures, streams, split",
-       {0b000100, false, true, 4}},
-      {Step::kFailedReleaseDrain,
-       "kFailedReleaseDrain",
-       "failures, pipeline, shared",
-       {0b000001, false, true, 6}},
-      {Step::kFailedAcquireReturn,
-       "kFailedAcquireReturn",
-       "failures, pipeline, split",
-       {0b000001, false, true, 9}},
-      {Step::kFailedReleaseReturn,
-       "kFailedReleaseReturn",
-       "failures, pipeline, split",
-       {0b010000, false, true, 10}},
-  };
-  return mutants;
-}
+using lanes::all_mutants;
+using lanes::all_schedules;
+using lanes::Choice;
+using lanes::find_schedule;
+using lanes::Mutant;
+using lanes::mutation;
+using lanes::Outcome;
+using lanes::Schedule;
 
 /// Which streams stand still: none, one or two of them, or all, in either order of being let go.
 std::vector<Choice> orders_of(const Schedule& schedule) {
@@ -169,16 +45,6 @@ std::vector<Choice> orders_of(const Schedule& schedule) {
     }
   }
   return choices;
-}
-
-const Schedule* find_schedule(const std::string& name) {
-  static const std::vector<Schedule> schedules = all_schedules();
-  for (const Schedule& schedule : schedules) {
-    if (schedule.name == name) {
-      return &schedule;
-    }
-  }
-  return nullptr;
 }
 
 std::string describe(const Schedule& schedule, const Choice& choice) {
@@ -313,6 +179,20 @@ TEST(MutantsTest, PlanWithoutOneOverlapIsNoticedAndYieldsWrongBytes) {
     }
   }
   EXPECT_EQ(num_edges, 2 * 4 + 2 * 6);
+}
+
+/// The same through the door that bindings use; a twin is neither wrong nor noticed.
+TEST(MutantsTest, LaneTellsMutantsFromTheirTwins) {
+  for (std::size_t i = 0; i < num_mutants(); ++i) {
+    const MutantOutcome mutant = run_mutant(i, /*leaves_out=*/true);
+    EXPECT_TRUE(mutant.is_reached) << mutant.step;
+    EXPECT_GT(mutant.num_wrong, 0) << mutant.step;
+    EXPECT_FALSE(mutant.findings.empty()) << mutant.step;
+    const MutantOutcome twin = run_mutant(i, /*leaves_out=*/false);
+    EXPECT_TRUE(twin.is_reached) << mutant.step;
+    EXPECT_EQ(twin.num_wrong, 0) << mutant.step;
+    EXPECT_TRUE(twin.findings.empty()) << mutant.step;
+  }
 }
 
 /// A step without a mutant would be a step without a proof.

@@ -9,18 +9,18 @@
 #include <vector>
 
 #include "core/error.h"
-#include "log_builder.h"
+#include "lanes/log_builder.h"
 #include "pipeline_fixture.h"
 #include "sim/simulate.h"
 
 namespace torch_offload {
 namespace {
 
+using lanes::without_kernels;
 using testing::layers_of;
 using testing::plan_of;
 using testing::Rig;
 using testing::sequence_of;
-using testing::without_kernels;
 
 // SPEC.md, section 2: one layer of Llama-3.1-70B.
 constexpr std::int64_t kMhaCopyNs = 6'740'000;

@@ -14,16 +14,7 @@ import torch_offload
 from tests.gpu import models
 from tests.python import expect
 from torch_offload import Config, Handle
-
-# `sync` knows one stream, so it has no split.
-MODES = [
-    ("sync", "shared"),
-    *(
-        (mode, streams)
-        for mode in ("streams", "events", "pipeline")
-        for streams in ("shared", "split")
-    ),
-]
+from torch_offload.selfcheck.uses import Uses
 
 
 @contextmanager
@@ -109,24 +100,11 @@ def assert_all_equal(outputs: Sequence[torch.Tensor], must: torch.Tensor) -> Non
     assert not wrong, f"of {len(outputs)} outputs these differ: {', '.join(wrong)}"
 
 
-class Uses:
-    """Counts over a run of like forwards with poisoned places: each use needs a copy of its own."""
-
-    def __init__(self, handle: Handle) -> None:
-        self._handle = handle
-        self._before = self._now()
-
-    def _now(self) -> tuple[int, int]:
-        engine, units = self._handle._engine, self._handle.units
-        whole = sum(engine.is_whole(i) for i, unit in enumerate(units) if unit.place)
-        uses = sum(unit.acquired for unit in units)
-        return uses, self._handle.stats.onloads - whole
-
-    def assert_copied_each(self, least: int) -> None:
-        """Asserts one copy for each of at least `least` uses, and nothing copied in vain."""
-        uses, copies = (now - was for now, was in zip(self._now(), self._before, strict=True))
-        assert uses >= least, f"{uses} uses of units, expected at least {least}"
-        assert copies == uses, f"{copies} copies were used up by {uses} uses of units"
+def assert_copied_each(uses: Uses, least: int) -> None:
+    """Asserts one copy for each of at least `least` uses, and nothing copied in vain."""
+    num_uses, num_copies = uses.counts()
+    assert num_uses >= least, f"{num_uses} uses of units, expected at least {least}"
+    assert num_copies == num_uses, f"{num_copies} copies were used up by {num_uses} uses of units"
 
 
 def requested_bytes(device: torch.device, which: str = "current") -> int:

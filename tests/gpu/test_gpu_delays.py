@@ -12,10 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.gpu import models
-from tests.gpu.harness import MODES, Uses, assert_all_equal, offloaded
-from tests.gpu.streams import RandomDelays, copy_streams, delay, mark
+from tests.gpu.harness import assert_all_equal, assert_copied_each, offloaded
+from tests.gpu.streams import mark
 from tests.python import expect
 from torch_offload import StateError
+from torch_offload.selfcheck.delays import RandomDelays, copy_streams, delay
+from torch_offload.selfcheck.schedules import MODES
+from torch_offload.selfcheck.uses import Uses
 
 pytestmark = pytest.mark.needs_cuda
 
@@ -45,7 +48,7 @@ def test_delayed_streams_change_nothing(
         assert delays.count > 0, "nothing was delayed"
         assert_all_equal(outputs, must)
         if options["poison"]:
-            uses.assert_copied_each(least=3 * len(handle.units))
+            assert_copied_each(uses, least=3 * len(handle.units))
         else:
             expect.assert_streams_exactly(calls)
 

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from tests.gpu import models
-from tests.gpu.harness import MODES, assert_all_equal, offloaded
-from tests.gpu.streams import Gate, copy_streams, mark
+from tests.gpu.harness import assert_all_equal, offloaded
+from tests.gpu.streams import Gate, mark
 from torch_offload import Handle
+from torch_offload.selfcheck.delays import copy_streams
+from torch_offload.selfcheck.schedules import MODES
 
 pytestmark = pytest.mark.needs_cuda
 

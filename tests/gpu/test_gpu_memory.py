@@ -15,9 +15,10 @@ from torch import nn
 
 import torch_offload
 from tests.gpu import models
-from tests.gpu.harness import MODES, assert_all_equal, offloaded, requested_bytes
+from tests.gpu.harness import assert_all_equal, offloaded, requested_bytes
 from tests.python import expect
 from tests.python.dropin import Stack
+from torch_offload.selfcheck.schedules import MODES
 
 pytestmark = pytest.mark.needs_cuda
 

@@ -10,15 +10,16 @@ import torch
 
 from tests.gpu import models
 from tests.gpu.harness import (
-    MODES,
     PlaceProbe,
-    Uses,
     assert_all_equal,
+    assert_copied_each,
     assert_rests_in_locked_memory,
     offloaded,
     settle,
 )
 from tests.python import expect
+from torch_offload.selfcheck.schedules import MODES
+from torch_offload.selfcheck.uses import Uses
 
 _GRANULARITIES = ("sublayer", "layer", "module")
 
@@ -75,7 +76,7 @@ def test_poisoned_places_change_nothing(
         uses = Uses(handle)
         outputs += [models.run(model, kwargs) for _ in range(3)]
         assert_all_equal(outputs, must)
-        uses.assert_copied_each(least=3 * len(handle.units))
+        assert_copied_each(uses, least=3 * len(handle.units))
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

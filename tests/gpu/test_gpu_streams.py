@@ -7,9 +7,10 @@ import torch
 
 import torch_offload
 from tests.gpu import models
-from tests.gpu.harness import MODES, assert_all_equal, assert_rests_in_locked_memory, offloaded
-from tests.gpu.streams import RandomDelays, delay
+from tests.gpu.harness import assert_all_equal, assert_rests_in_locked_memory, offloaded
 from tests.python import expect
+from torch_offload.selfcheck.delays import RandomDelays, delay
+from torch_offload.selfcheck.schedules import MODES
 
 pytestmark = pytest.mark.needs_cuda
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import torch_offload
 from tests.python import expect
+from torch_offload.selfcheck.subjects import Stack
 
 VOCAB = 64
 # The beginning of what is said of units that the first forward leaves out.
@@ -39,47 +40,6 @@ def tiny_llama(**changes: Any) -> Any:
         torch.manual_seed(11)
         model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
     return torch_offload.align(model.eval())
-
-
-class Mlp(nn.Module):
-    """Two linear layers and an activation."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, 2 * width)
-        self.down = nn.Linear(2 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(nn.functional.gelu(self.up(x)))
-
-
-class Block(nn.Module):
-    """Attention-like and FFN-like halves; small, plain torch."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.attn = nn.Linear(width, width)
-        self.mlp = Mlp(width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(x)
-        return x + self.mlp(x)
-
-
-class Stack(nn.Module):
-    """Blocks in a list, called in an order that the test may change."""
-
-    def __init__(self, num_blocks: int = 4, width: int = 16) -> None:
-        super().__init__()
-        self.embed = nn.Linear(width, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(num_blocks))
-        self.sequence = list(range(num_blocks))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.embed(x)
-        for index in self.sequence:
-            x = self.blocks[index](x)
-        return x
 
 
 def tiny_stack(num_blocks: int = 4, width: int = 16) -> Stack:

@@ -11,7 +11,7 @@ from torch import nn
 
 import torch_offload
 from tests.python import expect
-from tests.python.dropin import IDLE_WARNING, Mlp, assert_equal, plain_on, rows, tiny_stack
+from tests.python.dropin import IDLE_WARNING, assert_equal, plain_on, rows, tiny_stack
 from tests.python.leaf_oracle import (
     assert_cut_streams,
     checked,
@@ -24,6 +24,7 @@ from tests.python.leaf_oracle import (
     stack_pair,
 )
 from tests.python.models import CASES
+from torch_offload.selfcheck.subjects import Mlp
 
 
 class TestCut:

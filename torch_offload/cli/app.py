@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from torch_offload.cli import compare, doctor, scripts, simulate, timeline
+from torch_offload.cli import compare, doctor, scripts, selfcheck, simulate, timeline
 
 app = typer.Typer(
     name="torch-offload",
@@ -36,3 +36,4 @@ simulate.register(app)
 timeline.register(app)
 compare.register(app)
 doctor.register(app)
+selfcheck.register(app)

@@ -52,7 +52,8 @@ def check_writable(*paths: str | Path | None) -> None:
             )
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
+    """A bar on standard error, which is gone afterwards."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -65,7 +66,7 @@ def _progress() -> Progress:
 
 def tracked(items: Sequence[Item], what: str) -> Iterator[Item]:
     """Goes through items with a bar on standard error, which is gone afterwards."""
-    with _progress() as progress:
+    with progress_bar() as progress:
         yield from progress.track(items, description=what)
 
 

@@ -11,7 +11,7 @@
 #include "check/finding.h"
 #include "core/op_log.h"
 
-namespace torch_offload::testing {
+namespace torch_offload::lanes {
 
 using Pair = std::pair<std::size_t, std::size_t>;
 
@@ -223,4 +223,4 @@ std::string disagreements(const Answer& answer, const OpLog& log, const Orders& 
   return text;
 }
 
-}  // namespace torch_offload::testing
+}  // namespace torch_offload::lanes

@@ -4,10 +4,10 @@
 #include <string>
 #include <vector>
 
-#include "mutant_run.h"
-#include "plans.h"
+#include "lanes/mutant_run.h"
+#include "lanes/placed_plan.h"
 
-namespace torch_offload::testing {
+namespace torch_offload::lanes {
 
 /// Calls that a model makes of the pipeline, for every step of the latter to have its hour.
 struct Schedule {
@@ -194,7 +194,7 @@ inline void fail_somewhere(MutantRun& run, const std::function<void()>& calls) {
   try {
     calls();
     completed = true;
-  } catch (const InjectedFailure&) {
+  } catch (const PlantedFailure&) {
   }
   run.end_failing();
   run.pipeline->leave(completed);
@@ -270,4 +270,4 @@ inline std::vector<Schedule> all_schedules() {
   return schedules;
 }
 
-}  // namespace torch_offload::testing
+}  // namespace torch_offload::lanes

@@ -7,7 +7,7 @@
 #include "core/op_log.h"
 #include "core/unit.h"
 
-namespace torch_offload::testing {
+namespace torch_offload::lanes {
 
 constexpr std::size_t kSlice = kAlignmentBytes;
 
@@ -112,4 +112,4 @@ inline std::vector<Op> without_kernels(const std::vector<Op>& ops) {
   return rest;
 }
 
-}  // namespace torch_offload::testing
+}  // namespace torch_offload::lanes

@@ -10,15 +10,19 @@
 #include <utility>
 #include <vector>
 
-#include "adversary_device.h"
 #include "check/hazard_checker.h"
 #include "core/error.h"
 #include "core/loader.h"
 #include "core/pipeline.h"
 #include "core/steps.h"
-#include "plans.h"
+#include "lanes/adversary_device.h"
+#include "lanes/placed_plan.h"
 
-namespace torch_offload::testing {
+#ifndef TORCH_OFFLOAD_MUTANTS
+#error "a mutant needs the pipeline whose steps can be left out"
+#endif
+
+namespace torch_offload::lanes {
 
 /// Which step the pipeline leaves out, from when on. Only the submitting thread looks at it.
 struct Mutation {
@@ -226,4 +230,4 @@ class MutantRun {
   int num_kernels_run_ = 0;
 };
 
-}  // namespace torch_offload::testing
+}  // namespace torch_offload::lanes

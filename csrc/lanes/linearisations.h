@@ -9,7 +9,7 @@
 
 #include "core/op_log.h"
 
-namespace torch_offload::testing {
+namespace torch_offload::lanes {
 
 /// Runs a small log in every order that streams, events and the host allow, by brute force.
 ///
@@ -171,4 +171,4 @@ class Linearisations {
   std::set<std::size_t> after_free_;
 };
 
-}  // namespace torch_offload::testing
+}  // namespace torch_offload::lanes

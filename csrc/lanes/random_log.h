@@ -9,10 +9,10 @@
 #include <string>
 #include <vector>
 
-#include "linearisations.h"
-#include "log_builder.h"
+#include "lanes/linearisations.h"
+#include "lanes/log_builder.h"
 
-namespace torch_offload::testing {
+namespace torch_offload::lanes {
 
 /// One random log, drawn from its seed alone.
 class RandomLog {
@@ -210,4 +210,4 @@ inline std::string text_of(const OpLog& log) {
   return text.str();
 }
 
-}  // namespace torch_offload::testing
+}  // namespace torch_offload::lanes

@@ -9,18 +9,13 @@
 #include <iterator>
 #include <map>
 #include <memory>
-#include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include "host/host_device.h"
+#include "lanes/planted_failure.h"
 
-namespace torch_offload::testing {
-
-class InjectedFailure : public std::runtime_error {
- public:
-  InjectedFailure() : std::runtime_error("injected failure") {}
-};
+namespace torch_offload::lanes {
 
 /// A HostDevice that runs its streams in the worst order there is, and in the same one each time.
 ///
@@ -177,7 +172,7 @@ class AdversaryDevice : public HostDevice {
 
   void count_down() {
     if (calls_until_failure_ > 0 && --calls_until_failure_ == 0) {
-      throw InjectedFailure();
+      throw PlantedFailure();
     }
   }
 
@@ -189,4 +184,4 @@ class AdversaryDevice : public HostDevice {
   std::vector<void*> freed_;
 };
 
-}  // namespace torch_offload::testing
+}  // namespace torch_offload::lanes

@@ -1,0 +1,10 @@
+"""`torch-offload selfcheck`: the proof that no schedule can go wrong, run on this machine."""
+
+from __future__ import annotations
+
+from torch_offload.selfcheck.lane import Effort, Lane, Tally
+from torch_offload.selfcheck.lanes import all_lanes
+from torch_offload.selfcheck.report import LaneResult, Report
+from torch_offload.selfcheck.runner import run_lanes
+
+__all__ = ["Effort", "Lane", "LaneResult", "Report", "Tally", "all_lanes", "run_lanes"]

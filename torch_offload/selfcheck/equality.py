@@ -1,0 +1,289 @@
+"""Lanes of the whole product: streamed under delays, it gives the plain model's bits."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_offload import _C
+from torch_offload.config import Config
+from torch_offload.devices import devices_made_by
+from torch_offload.offload import offload_with
+from torch_offload.selfcheck.delays import RandomDelays, copy_streams, delay
+from torch_offload.selfcheck.lane import Effort, Lane, Tally
+from torch_offload.selfcheck.schedules import MODES
+from torch_offload.selfcheck.subjects import SUBJECTS, Subject
+from torch_offload.selfcheck.uses import Uses
+from torch_offload.storage import align
+
+_GRANULARITIES = ("sublayer", "layer", "module")
+# Wide enough for a copy on a GPU to take its time; the host only has to be right.
+_WIDTH_CUDA, _WIDTH_HOST = 256, 16
+# Of copies on the host device.
+_LONGEST_DELAY_US = 500
+# Long against the submission of a forward.
+_FAULT_DELAY_MS = 60
+
+
+def _width(device: torch.device) -> int:
+    return _WIDTH_CUDA if device.type == "cuda" else _WIDTH_HOST
+
+
+@cache
+def _prototype(subject: Subject, width: int) -> nn.Module:
+    return subject.model(width)
+
+
+@cache
+def _plain(subject: Subject, device: torch.device) -> nn.Module:
+    plain = copy.deepcopy(_prototype(subject, _width(device))).to(device)
+    align(plain)
+    # A module with hooks gives up torch's fast path, and the streamed one has hooks for delays.
+    for module in plain.modules():
+        if not any(True for _ in module.children()):
+            module.register_forward_pre_hook(lambda *_: None)
+    return plain
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to stream one model."""
+
+    subject: Subject
+    mode: Any
+    streams: Any
+    granularity: Any = "sublayer"
+
+    def __str__(self) -> str:
+        return f"{self.subject.name}, {self.mode}, {self.streams}, {self.granularity}"
+
+
+def all_cases() -> Iterator[Case]:
+    """All models in all modes, layouts and granularities."""
+    for subject, (mode, streams), granularity in itertools.product(SUBJECTS, MODES, _GRANULARITIES):
+        yield Case(subject, mode, streams, granularity)
+
+
+class StreamedModel:
+    """A case on a device, which may have a fault, with its plain model beside it."""
+
+    def __init__(self, case: Case, device: torch.device, seed: int, fault: str = "none") -> None:
+        self._case = case
+        self._device = device
+        self._seed = seed
+        self._fault = _C.DeviceFault(fault)
+        self._model: Any = align(copy.deepcopy(_prototype(case.subject, _width(device))))
+
+    @contextmanager
+    def offloaded(self, longest_delay_us: int = _LONGEST_DELAY_US) -> Iterator[StreamedModel]:
+        """Offloads the model, with poisoned places, and removes it at the end."""
+        config = Config(
+            mode=self._case.mode,
+            streams=self._case.streams,
+            granularity=self._case.granularity,
+            depth=0 if self._seed % 2 == 0 else None,
+            poison=True,
+        )
+
+        def make(device: torch.device) -> _C.Device:
+            return _C.faulty_device(
+                device, self._fault, seed=self._seed, longest_delay_us=longest_delay_us
+            )
+
+        with warnings.catch_warnings(), devices_made_by(make):
+            warnings.filterwarnings("ignore", "torch_offload: the first forward called")
+            with offload_with(self._model, self._device, config) as self.handle:
+                yield self
+
+    def forwards(self, count: int, first_seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Runs forwards of other inputs each, all submitted before any is looked at.
+
+        Returns:
+            What the streamed model gave, and what the plain one gives.
+        """
+        seeds = range(first_seed, first_seed + count)
+        width = _width(self._device)
+        inputs = [self._case.subject.rows(width, seed, self._device) for seed in seeds]
+        plain = _plain(self._case.subject, self._device)
+        musts = [plain(x) for x in inputs]
+        self._synchronize()
+        delays = RandomDelays(self.handle, self._seed)
+        outputs = []
+        with delays.inside(self._model):
+            for x in inputs:
+                delays.before_forward()
+                outputs.append(self._model(x))
+        self._synchronize()
+        return list(zip(outputs, musts, strict=True))
+
+    def forward_with_fault(self, held: str, *, armed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """One forward with the fault switched on, or not, and with copies or kernels held back."""
+        x = self._case.subject.rows(_width(self._device), 99, self._device)
+        must = _plain(self._case.subject, self._device)(x)
+        self._synchronize()
+        if self._device.type == "cuda":
+            caller = [torch.cuda.current_stream(self._device)]
+            for stream in copy_streams(self.handle) if held == "copies" else caller:
+                delay(stream, _FAULT_DELAY_MS)
+        self._fault.is_armed = armed
+        try:
+            output = self._model(x)
+            self._synchronize()
+        finally:
+            self._fault.is_armed = False
+        return output, must
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+class Equality(Lane):
+    """Real streams, real copies, random delays on both sides, and NaN where nobody may read."""
+
+    tried = "models in all modes, layouts and granularities: random delays, poisoned places"
+    counts = "runs bit-equal"
+
+    def __init__(self, device: torch.device) -> None:
+        self.name = f"equality on {device.type}"
+        self._device = device
+
+    def why_not(self) -> str | None:
+        """The GPU's needs one."""
+        return why_no_gpu() if self._device.type == "cuda" else None
+
+    @torch.no_grad()
+    def control(self) -> Tally:
+        """A device whose kernels do not wait for copies."""
+        tally = Tally()
+        case = Case(SUBJECTS[0], "pipeline", "shared")
+        with StreamedModel(case, self._device, 0, "compute_waits").offloaded(20_000) as streamed:
+            streamed.forwards(2)
+            output, must = streamed.forward_with_fault("copies", armed=True)
+        tally.must(torch.equal(output, must), "the outputs differ")
+        return tally
+
+    @torch.no_grad()
+    def run(self, effort: Effort) -> Tally:
+        """So many forwards of each case; all of a case are submitted before any is looked at."""
+        tally = Tally()
+        cases = list(all_cases())
+        num_forwards = effort.pick(3, 12)
+        num_uses = num_copies = 0
+        for number, case in enumerate(cases):
+            uses, copies = self._try(tally, case, number, num_forwards)
+            num_uses += uses
+            num_copies += copies
+            effort.progress(number + 1, len(cases))
+        tally.figures = {"cases": len(cases), "uses": num_uses, "copies": num_copies}
+        tally.note = f"{len(cases)} cases; {num_copies:,} copies for {num_uses:,} uses of units"
+        return tally
+
+    def _try(self, tally: Tally, case: Case, seed: int, num_forwards: int) -> tuple[int, int]:
+        with StreamedModel(case, self._device, seed).offloaded() as streamed:
+            # Leaves are cut, and the order is learned, in the first ones.
+            pairs = streamed.forwards(2)
+            uses = Uses(streamed.handle)
+            pairs += streamed.forwards(num_forwards - 2 if num_forwards > 2 else 1, 2)
+            num_uses, num_copies = uses.counts()
+        for number, (output, must) in enumerate(pairs):
+            tally.must(torch.equal(output, must), f"{case}: forward {number} differs")
+        if num_copies < num_uses or num_uses == 0:
+            tally.add_fault(f"{case}: {num_copies} copies for {num_uses} uses of units")
+        return num_uses, num_copies
+
+
+@dataclass(frozen=True)
+class PlantedFault:
+    """A fault of a device, where it shows, and what has to be held back for it to show."""
+
+    kind: str
+    mode: str
+    streams: str
+    held: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.mode}, {self.streams}"
+
+
+_FAULTS_HOST = (
+    PlantedFault("compute_waits", "pipeline", "shared", "copies"),
+    PlantedFault("records", "pipeline", "shared", "copies"),
+    PlantedFault("synchronizes", "streams", "shared", "copies"),
+)
+# The host computes on the calling thread, where no kernel can be late.
+_FAULTS_CUDA = (
+    *_FAULTS_HOST,
+    PlantedFault("copy_waits", "pipeline", "shared", "kernels"),
+    PlantedFault("copy_waits", "pipeline", "split", "kernels"),
+    PlantedFault("handovers", "pipeline", "split", "kernels"),
+)
+
+
+class VisibleRaces(Lane):
+    """That a comparison of numbers bites: each planted race becomes visible as wrong numbers."""
+
+    tried = "the product on a device that leaves waits or records out: wrong numbers must show"
+    counts = "planted races visible"
+
+    def __init__(self, device: torch.device) -> None:
+        self.name = f"visible races on {device.type}"
+        self._device = device
+        self._faults = _FAULTS_CUDA if device.type == "cuda" else _FAULTS_HOST
+
+    def why_not(self) -> str | None:
+        """The GPU's needs one."""
+        return why_no_gpu() if self._device.type == "cuda" else None
+
+    @torch.no_grad()
+    def control(self) -> Tally:
+        """A fault that is not switched on, which must not be taken for one that is."""
+        tally = Tally()
+        self._try(tally, self._faults[:1], armed=False)
+        return tally
+
+    @torch.no_grad()
+    def run(self, effort: Effort) -> Tally:
+        """Each fault switched on, for a forward between others which are right."""
+        tally = Tally()
+        self._try(tally, self._faults, armed=True, effort=effort)
+        tally.note = f"{tally.count - tally.num_faults} of {tally.count} visible"
+        return tally
+
+    def _try(
+        self,
+        tally: Tally,
+        faults: Sequence[PlantedFault],
+        *,
+        armed: bool,
+        effort: Effort | None = None,
+    ) -> None:
+        for number, fault in enumerate(faults, 1):
+            case = Case(SUBJECTS[0], fault.mode, fault.streams)
+            with StreamedModel(case, self._device, 0, fault.kind).offloaded(20_000) as streamed:
+                before = streamed.forwards(2)
+                twin = streamed.forward_with_fault(fault.held, armed=False)
+                output, must = streamed.forward_with_fault(fault.held, armed=armed)
+            tally.must(not torch.equal(output, must), f"{fault}: the numbers are right")
+            if not all(torch.equal(*pair) for pair in (*before, twin)):
+                tally.add_fault(f"{fault}: numbers are wrong without it")
+            if effort is not None:
+                effort.progress(number, len(faults))
+
+
+def why_no_gpu() -> str | None:
+    """Why nothing can be tried on a GPU here; None if it can."""
+    if not _C.has_cuda:
+        return "this build of torch_offload was made against a torch without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return None
