@@ -12,5 +12,6 @@ void bind_op_log(pybind11::module_& module);
 void bind_check(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 void bind_sim(pybind11::module_& module);
+void bind_planner(pybind11::module_& module);
 
 }  // namespace torch_offload

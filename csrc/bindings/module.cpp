@@ -9,4 +9,5 @@ PYBIND11_MODULE(_C, module) {
   torch_offload::bind_check(module);
   torch_offload::bind_engine(module);
   torch_offload::bind_sim(module);
+  torch_offload::bind_planner(module);
 }
