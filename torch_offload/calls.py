@@ -88,10 +88,10 @@ def wrap_ancestor(
             if outermost is not None:
                 outermost.failed(error)
             raise
-        if outermost is not None:
-            outermost.after()
         if idle_units is not None:
             idle_units.tell(engine, stacklevel=3 if leaf_cut is None else 4)
+        if outermost is not None:
+            outermost.after()
         return output
 
     def _call_impl_observed(*args: Any, **kwargs: Any) -> Any:

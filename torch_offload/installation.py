@@ -147,7 +147,8 @@ class _Installation:
         for embedding in embeddings:
             self._wrapped.append(weakref.ref(embedding))
             wrap_table(embedding, self._device)
-        inner = {id(spec.module) for _, spec in streamed} | set(map(id, embeddings))
+        # Above a unit that stays as well: it may be given back when memory runs out.
+        inner = {id(spec.module) for spec in planned.specs} | set(map(id, embeddings))
         for module in _above(model, inner):
             self._wrapped.append(weakref.ref(module))
             idle_units = self._idle_units if module is model else None
@@ -166,8 +167,9 @@ class _Installation:
                 answer_device(module, self._device)
 
     def _guard(self, model: nn.Module, planned: Planned) -> None:
-        """Guards every module with weights below it that are not on the device."""
-        away = _parameter_ids(_streamed(planned)) | {id(table.weight) for table in planned.tables}
+        """Guards every module with weights below it that are, or may come to be, elsewhere."""
+        away = _parameter_ids(list(enumerate(planned.specs)))
+        away |= {id(table.weight) for table in planned.tables}
         probes = Probes(self._device)
         for module in model.modules():
             if any(id(parameter) in away for parameter in module.parameters()):
@@ -261,9 +263,13 @@ class _Installation:
         return self._bytes_resident + self._engine.window_bytes
 
     def _grow(self, model: nn.Module, budget: int) -> None:
-        """Takes what has turned out to be free. What does not work out leaves all as it is."""
+        """Takes what has turned out to be free, or gives back what is not; at the least the window.
+
+        What does not work out leaves all as it is.
+        """
+        cut = self._cut.find(model)
         try:
-            self._apply(model, plan_cut(self._cut.find(model), self._config, budget))
+            self._apply(model, plan_cut(cut, self._config, max(budget, least_budget(cut))))
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
             LOGGER.info("kept the plan: %s", error)
 
