@@ -373,6 +373,8 @@ class Handle:
         """
         from torch_offload.explanation import explain
 
+        if self._engine.is_closed:
+            raise StateError("expected a live handle, got one after remove(); call offload() again")
         return explain(self, self._placed(), self._profiled(), link)
 
     def refresh(self) -> None:

@@ -23,7 +23,7 @@ from tests.python.trace_event_format import faults_of
 from torch_offload.cli import BAD_ANSWER, BAD_INPUT, INTERRUPTED, NOT_HERE, main
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("demo", "bench", "simulate", "timeline", "compare", "doctor")
+COMMANDS = ("demo", "bench", "plan", "simulate", "timeline", "compare", "doctor")
 
 LLAMA = {
     "model_type": "llama",
