@@ -284,9 +284,47 @@ def simulate(
 def make_plan(
     units: Sequence[Unit],
     depth_bytes: int | None = None,
-    budget_bytes: int | None = None,
     window_bytes: int | None = None,
+    resident: Sequence[bool] = ...,
 ) -> Plan: ...
+
+class Alternative:
+    @property
+    def rule(self) -> str: ...
+    @property
+    def window_bytes(self) -> int: ...
+    @property
+    def resident_bytes(self) -> int: ...
+    @property
+    def score_ns(self) -> float: ...
+
+class Choice:
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def rule(self) -> str: ...
+    @property
+    def forward_ns(self) -> list[int]: ...
+    @property
+    def score_ns(self) -> float: ...
+    @property
+    def alternatives(self) -> list[Alternative]: ...
+    @property
+    def num_simulated(self) -> int: ...
+
+def choose_plan(
+    units: Sequence[Unit],
+    *,
+    forwards: Sequence[tuple[Sequence[int], float]],
+    link_bytes_per_second: float,
+    copy_latency_ns: int = 0,
+    copy_ns: Sequence[int] | None = None,
+    sequence: Sequence[int] = ...,
+    budget_bytes: int | None = None,
+    depth_bytes: int | None = None,
+    mode: str = "pipeline",
+    streams: str = "shared",
+) -> Choice: ...
 def least_budget_bytes(units: Sequence[Unit]) -> int: ...
 def aligned_size(size_bytes: int) -> int: ...
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from torch_offload import _C
+from torch_offload.adapting import Adaptation
 from torch_offload.debugging import in_ranges
 from torch_offload.idle import IdleUnits
 from torch_offload.leaves import LeafCut
@@ -57,6 +58,7 @@ def wrap_ancestor(
     explainer: MismatchExplainer,
     leaf_cut: LeafCut | None,
     idle_units: IdleUnits | None = None,
+    between: Adaptation | None = None,
 ) -> None:
     """Makes every call of `module` count, so that the outermost one begins and ends a pass.
 
@@ -66,6 +68,7 @@ def wrap_ancestor(
         explainer: Told of errors.
         leaf_cut: With ``granularity="module"``, what observes passes until leaves are cut.
         idle_units: For the whole model, what looks at the first forward afterwards.
+        between: Told of the outermost calls.
     """
     reference = weakref.ref(module)
     module_type = type(module)
@@ -74,13 +77,21 @@ def wrap_ancestor(
     def _call_impl(*args: Any, **kwargs: Any) -> Any:
         module = reference()
         refuse_tracing(module, module_type)
+        outermost = None if engine.in_pass else between
+        if outermost is not None:
+            outermost.before(args, kwargs)
         try:
             output = engine.call_ancestor(call_plain, module, args, kwargs)
-        except RuntimeError as error:
-            explainer.explain(error, args, kwargs)
+        except BaseException as error:
+            if isinstance(error, RuntimeError):
+                explainer.explain(error, args, kwargs)
+            if outermost is not None:
+                outermost.failed(error)
             raise
         if idle_units is not None:
             idle_units.tell(engine, stacklevel=3 if leaf_cut is None else 4)
+        if outermost is not None:
+            outermost.after()
         return output
 
     def _call_impl_observed(*args: Any, **kwargs: Any) -> Any:

@@ -8,10 +8,12 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from torch_offload.budget import AUTO, check_budget
 from torch_offload.sizes import parse_size
 
 Mode = Literal["sync", "streams", "events", "pipeline"]
-Granularity = Literal["sublayer", "layer", "module"]
+Granularity = Literal["auto", "sublayer", "layer", "module"]
+OnOom = Literal["shrink", "raise"]
 Streams = Literal["shared", "split"]
 
 
@@ -29,14 +31,23 @@ class Config:
         mode: Who waits for whom. ``"pipeline"`` lets copies run ahead across layers and forwards;
             ``"sync"`` copies, waits, computes, waits, and is the baseline to debug against.
         granularity: What moves as one: ``"sublayer"`` (attention and FFN apart), ``"layer"``, or
-            ``"module"`` (leaves, for the smallest window).
+            ``"module"`` (leaves, for the smallest window). ``"auto"`` takes leaves where they are
+            predicted to be faster, and sublayers otherwise; `Handle.explain` says which.
         streams: ``"shared"`` (one copy stream, kernels stay on the caller's stream) or ``"split"``
             (a copy and a compute stream for each half of a layer).
         depth: How many bytes copies may run ahead: ``2**30``, ``"2GiB"``, or None for the
             largest layer, or 2.5 times the largest unit where that is less.
             The next unit is always copied ahead, so ``0`` is allowed.
         gpu_budget: What the weights may take on the device, resident ones and window together:
-            ``"10GiB"`` keeps as many whole units resident as fit. None streams every unit.
+            bytes, ``"10GiB"``, or a fraction of the device's memory such as ``0.5``. ``"auto"``
+            takes what is free, less what forwards have been seen to need and less `headroom`.
+            None streams every unit; so does ``"auto"`` on the host device, where a window saves
+            nothing.
+        headroom: Device memory that ``gpu_budget="auto"`` leaves free beyond what forwards have
+            been seen to need, for a cache that grows: ``"1GiB"``.
+        on_oom: What follows when a forward runs out of device memory. ``"shrink"`` gives back all
+            resident units, so that the next forward has that room, and raises; ``"raise"`` says
+            what to set. The failed forward is never repeated: its cache is half written.
         units: Names, patterns or modules to stream, for models that no rule fits:
             ``["encoder.blocks.*"]``. None finds them by structure.
         resident: Names or patterns of modules and parameters that stay on the device:
@@ -51,7 +62,9 @@ class Config:
     granularity: Granularity = "sublayer"
     streams: Streams = "shared"
     depth: int | str | None = None
-    gpu_budget: int | str | None = None
+    gpu_budget: int | float | str | None = AUTO
+    headroom: int | str = "1GiB"
+    on_oom: OnOom = "shrink"
     units: Sequence[str | nn.Module] | None = None
     resident: Sequence[str] = ()
     debug: bool = False
@@ -62,6 +75,7 @@ class Config:
         _check_choice("mode", self.mode, get_args(Mode))
         _check_choice("granularity", self.granularity, get_args(Granularity))
         _check_choice("streams", self.streams, get_args(Streams))
+        _check_choice("on_oom", self.on_oom, get_args(OnOom))
         if self.mode == "sync" and self.streams == "split":
             raise ValueError(
                 "expected mode='sync' with streams='shared', got streams='split': sync knows one "
@@ -70,7 +84,8 @@ class Config:
         for what in ("units", "resident"):
             if isinstance(getattr(self, what), str | nn.Module):
                 raise TypeError(f"expected {what} as a list, got one item; write {what}=[...]")
-        _ = self.depth_bytes, self.budget_bytes
+        check_budget(self.gpu_budget)
+        _ = self.depth_bytes, self.headroom_bytes
 
     @property
     def depth_bytes(self) -> int | None:
@@ -78,6 +93,6 @@ class Config:
         return None if self.depth is None else parse_size(self.depth, "depth")
 
     @property
-    def budget_bytes(self) -> int | None:
-        """`gpu_budget` in bytes."""
-        return None if self.gpu_budget is None else parse_size(self.gpu_budget, "gpu_budget")
+    def headroom_bytes(self) -> int:
+        """`headroom` in bytes."""
+        return parse_size(self.headroom, "headroom")

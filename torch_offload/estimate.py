@@ -10,18 +10,17 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from torch_offload import _C
+from torch_offload.budget import budget_in_bytes
 from torch_offload.config import Config
 from torch_offload.hardware import Peak, peak_named
-from torch_offload.planning import planned_units
+from torch_offload.planning import bytes_outside, cut_model
 from torch_offload.prediction import Prediction, Scenario, predict
 from torch_offload.profile import Profile, scenario_of, units_of
 from torch_offload.profile_file import read_profile
 from torch_offload.rates import format_byte_rate, parse_byte_rate, parse_flop_rate
 from torch_offload.sizes import format_size
-from torch_offload.units import UnitSpec, find_units, leaf_units
 from torch_offload.workload import Workload, compute_times
 
 
@@ -171,11 +170,9 @@ def _of_model(request: ModelRequest, config: Config, profile: Profile | None) ->
     link = _link(request, peak, profile)
     model_config = read_config(request.model)
     model = build_on_meta(model_config)
-    specs = find_units(model, config.granularity)
-    if config.granularity == "module":
-        specs = leaf_units(model, specs, {name for name, _ in model.named_modules()})
-    units = planned_units(specs)
-    outside = _bytes_outside(model, specs)
+    cut = cut_model(model, config, has_budget=False, knows_leaves=True)[0]
+    specs, units = cut.specs, cut.units
+    outside = bytes_outside(model, specs, set())
     if profile is not None:
         compute_ns = _times_by_name(profile, [spec.name for spec in specs])
         basis = [f"compute times from {request.profile}, measured on {profile.measured.device}"]
@@ -204,13 +201,6 @@ def _of_model(request: ModelRequest, config: Config, profile: Profile | None) ->
         tokens=work.total_tokens,
         prediction=predict(scenario),
     )
-
-
-def _bytes_outside(model: nn.Module, specs: Sequence[UnitSpec]) -> int:
-    """What always stays on the device. On `meta` tied weights are one object, not one storage."""
-    in_units = {id(parameter) for spec in specs for _, parameter in spec.parameters}
-    others = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    return sum(size for key, size in others.items() if key not in in_units)
 
 
 def _peak(request: ModelRequest) -> Peak:
@@ -248,7 +238,7 @@ def _link(request: ModelRequest, peak: Peak | None, profile: Profile | None) -> 
 
 def _budget(config: Config, outside_bytes: int, units: Sequence[_C.Unit]) -> int | None:
     """What the budget leaves for window and resident units."""
-    budget = config.budget_bytes
+    budget = budget_in_bytes(config.gpu_budget, None)
     if budget is None:
         return None
     least = outside_bytes + _C.least_budget_bytes(units)

@@ -5,24 +5,33 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
 from torch import nn
 
 from torch_offload import _C
+from torch_offload._C import StateError
 from torch_offload.config import Config
 from torch_offload.description import UnitDescription, describe_unit
 from torch_offload.hazards import Finding, check
+from torch_offload.placed import Placed
 from torch_offload.profiling import Profiler
 from torch_offload.recording import Recorder
 from torch_offload.report import report_of
 from torch_offload.sizes import format_size
 from torch_offload.trace import Trace, trace_of
+
+if TYPE_CHECKING:
+    from torch_offload.explanation import Explanation
+    from torch_offload.profile import Profile
+
+#: Of `Handle.replan`: leave an option as it is.
+KEEP: Any = object()
 
 # Key in `vars(model)`. The model keeps its handle alive, never the other way round.
 HANDLE_KEY = "_torch_offload_handle"
@@ -106,12 +115,17 @@ class Handle:
         bytes_resident: Callable[[], int],
         undo: Callable[[nn.Module], None],
         recorder: Recorder,
+        replan: Callable[[nn.Module, Config], None],
+        placed: Callable[[], Placed],
     ) -> None:
         self._model = weakref.ref(model)
         self._engine = engine
         self._undo = undo
         self._bytes_resident = bytes_resident
         self._recorder = recorder
+        self._replan = replan
+        self._placed = placed
+        self._last_profiler: Profiler | None = None
         self.device = device
         self.config = config
 
@@ -269,9 +283,17 @@ class Handle:
         Raises:
             StateError: At the start of the block, as `record`.
         """
-        return Profiler(
+        self._last_profiler = Profiler(
             self._engine, self._recorder, self.config, self.device, self._bytes_resident()
         )
+        return self._last_profiler
+
+    def _profiled(self) -> Profile | None:
+        """The last profile of the plan that is followed now."""
+        profile = None if self._last_profiler is None else self._last_profiler.profile_or_none
+        if profile is None or [u.name for u in profile.units] != [u.name for u in self.units]:
+            return None
+        return profile
 
     def describe(self, unit: str | int) -> UnitDescription:
         """Says of one unit where it lives, when it was onloaded, and who shares its place.
@@ -296,6 +318,64 @@ class Handle:
             overlaps=self._engine.plan.overlaps,
             trace=trace if trace is not None and trace.unit_names == names else None,
         )
+
+    def replan(
+        self,
+        *,
+        gpu_budget: int | float | str | None = KEEP,
+        depth: int | str | None = KEEP,
+    ) -> None:
+        """Plans anew between two forwards: what changes its home moves, the rest stays.
+
+        The results of later forwards have the same bits. Blocks while weights are copied.
+
+        Args:
+            gpu_budget: As in `offload`; as it is if not given.
+            depth: Likewise.
+
+        Raises:
+            ValueError: For a budget that cannot be; the message names the least.
+            MemoryError: If host or device memory is missing. All is then as it was.
+            StateError: During a forward, or after `remove`.
+
+        Example:
+            >>> handle.replan(gpu_budget="20GiB")  # doctest: +SKIP
+        """
+        config = self.config
+        if gpu_budget is not KEEP:
+            config = replace(config, gpu_budget=gpu_budget)
+        if depth is not KEEP:
+            config = replace(config, depth=depth)
+        model = self._model()
+        if self._engine.is_closed or self._engine.in_pass or model is None:
+            raise StateError(
+                "expected replan() of an offloaded model between two forwards, got it "
+                + ("after remove()" if self._engine.is_closed else "while one is running")
+            )
+        self._replan(model, config)
+        self.config = config
+
+    def explain(self, *, link: str | None = None) -> Explanation:
+        """Says what is resident and why, what bounds a forward, and what more memory would change.
+
+        Predicted by running plans in virtual time; with the measured durations of `profile` where
+        one was saved, see `torch_offload.explanation`. Takes some tenths of a second.
+
+        Args:
+            link: Rate of copies to the device, as ``"25GB/s"``; what PCIe 5 reaches if not given.
+
+        Raises:
+            ValueError: For a rate of no meaning.
+            StateError: After `remove`.
+
+        Example:
+            >>> print(handle.explain())  # doctest: +SKIP
+        """
+        from torch_offload.explanation import explain
+
+        if self._engine.is_closed:
+            raise StateError("expected a live handle, got one after remove(); call offload() again")
+        return explain(self, self._placed(), self._profiled(), link)
 
     def refresh(self) -> None:
         """Reads all weights anew at their next use.

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+# Kept free on the host: for the process's own activations, and for everybody else.
+HOST_RESERVE_BYTES = 256 * 2**20
+
 
 class _FileMappings:
     """Address ranges of this process that are backed by files: there is nothing to free in them."""

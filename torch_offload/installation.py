@@ -5,23 +5,32 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from torch_offload import _C
+from torch_offload.adapting import Adaptation
+from torch_offload.budget import AUTO, budget_in_bytes
 from torch_offload.calls import unwrap, wrap_ancestor, wrap_unit
 from torch_offload.config import Config
+from torch_offload.cut_names import CutNames
 from torch_offload.debugging import LOGGER
 from torch_offload.devices import make_device
+from torch_offload.execution_device import answer_device, give_class_back
 from torch_offload.guards import Probes, guard, unguard
 from torch_offload.handle import HANDLE_KEY, Handle
+from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes
 from torch_offload.idle import IdleUnits
 from torch_offload.leaves import LeafCut
+from torch_offload.memory import Memory, total_bytes_of
 from torch_offload.mismatch import MismatchExplainer
-from torch_offload.planning import budget_for_units, planned_units
+from torch_offload.placed import Placed
+from torch_offload.planning import Cut, Planned, least_budget, plan_cut, plan_in_window
 from torch_offload.recording import Recorder
 from torch_offload.storage import ResidentMove
+from torch_offload.tables import wrap_table
 from torch_offload.units import UnitSpec
 
 # transformers compiles the forward by itself for static caches; it asks this method before.
@@ -32,20 +41,31 @@ def install(
     model: nn.Module,
     device: torch.device,
     config: Config,
-    specs: Sequence[UnitSpec],
-    plan: _C.Plan,
+    cut: Cut,
+    planned: Planned,
+    memory: Memory | None = None,
+    *,
+    wants_leaves: bool = False,
 ) -> Handle:
     """Moves the weights, wraps the calls and guards the model. Blocks while copying.
+
+    Args:
+        model: Checked.
+        device: Where it is to run.
+        config: Of `offload`.
+        cut: What was planned.
+        planned: How its units are to lie.
+        memory: Of the device; None where there is nothing to adapt to.
+        wants_leaves: Whether the units are to be cut into leaves once a pass has proven them.
 
     Raises:
         MemoryError: If host or device memory is missing. As after any other exception, the model
             is exactly what it was.
     """
-    installation = _Installation(model, device, config, specs, plan)
+    installation = _Installation(model, device, config, cut, planned, memory, wants_leaves)
     try:
-        installation.move_weights(model, specs, plan)
-        installation.wrap(model, specs, plan)
-        installation.guard(model, specs, plan)
+        installation.move_weights(model, planned)
+        installation.wrap(model, planned)
         return installation.commit(model)
     except BaseException:
         installation.undo(model)
@@ -60,19 +80,24 @@ class _Installation:
         model: nn.Module,
         device: torch.device,
         config: Config,
-        specs: Sequence[UnitSpec],
-        plan: _C.Plan,
+        cut: Cut,
+        planned: Planned,
+        memory: Memory | None,
+        wants_leaves: bool,
     ) -> None:
         self._device = device
         self._config = config
+        self._memory = memory
+        self._cut = CutNames.of(cut)
+        self._placed = Placed.of(planned)
         self._residents = ResidentMove(device)
+        self._gathered = ResidentMove(torch.device("cpu"))
         self._bytes_resident = 0
         self._former_devices: list[tuple[weakref.ref[torch.Tensor], torch.device]] = []
         self._wrapped: list[weakref.ref[nn.Module]] = []
         self._guarded: list[weakref.ref[nn.Module]] = []
-        slots = [slot for spec in specs for slot in _parameter_slots(spec)]
+        slots = [slot for spec in planned.specs for slot in _parameter_slots(spec)]
         self._positions = {name: index for index, (name, _, _) in enumerate(slots)}
-        self._budget = budget_for_units(model, device, specs, config)
         self._engine = _C.Engine(
             device=make_device(device),
             torch_device=device,
@@ -80,50 +105,75 @@ class _Installation:
             streams=config.streams,
             poison_on_release=config.poison or config.debug,
             parameters=slots,
-            plan=plan,
-            ranges=self._ranges(specs),
+            plan=planned.plan,
+            ranges=self._ranges(planned.specs),
             wait_for_each=config.debug,
         )
         self._recorder = Recorder(self._engine)
         self._idle_units = IdleUnits()
-        self._leaf_cut: LeafCut | None = None
-        if config.granularity == "module":
-            self._leaf_cut = LeafCut(model, specs, self._cut_anew)
-
-    def move_weights(self, model: nn.Module, specs: Sequence[UnitSpec], plan: _C.Plan) -> None:
-        """Streamed weights to the arena, everything else to the device."""
-        streamed = _streamed(specs, plan)
-        moving = _parameter_ids(streamed)
-        self._residents.move(
-            tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in moving
+        self._leaf_cut = LeafCut(model, cut.specs, self._cut_anew) if wants_leaves else None
+        self._adaptation = Adaptation(
+            model, memory, config, self._weights_bytes, self._shrink, self._grow
         )
+
+    def move_weights(self, model: nn.Module, planned: Planned) -> None:
+        """Streamed weights to the arena, everything else to the device."""
+        streamed = _streamed(planned)
+        tables = {id(table.weight) for table in planned.tables}
+        elsewhere = _parameter_ids(streamed) | tables
+        self._residents.move(
+            tensor
+            for tensor in (*model.parameters(), *model.buffers())
+            if id(tensor) not in elsewhere
+        )
+        self._gathered.move(table.weight for table in planned.tables if not table.head)
         self._bytes_resident = self._residents.size_bytes
         for index, _ in streamed:
             self._engine.move_in(index)
 
-    def wrap(self, model: nn.Module, specs: Sequence[UnitSpec], plan: _C.Plan) -> None:
-        """Wraps the call of each streamed unit and of all that is above one."""
-        streamed = _streamed(specs, plan)
+    def wrap(self, model: nn.Module, planned: Planned) -> None:
+        """Wraps the call of each streamed unit, of each table, and of all that is above one."""
+        streamed = _streamed(planned)
         explainer = MismatchExplainer(
             self._device,
             ((*named, spec.module) for _, spec in streamed for named in spec.parameters),
             self._leaf_cut.distrust if self._leaf_cut else lambda names: None,
         )
+        self._answer_device(model, planned)
         for index, spec in streamed:
             # Noted before it is done: an interrupt in between must not leave it behind.
             self._wrapped.append(weakref.ref(spec.module))
             wrap_unit(spec.module, self._engine, index, spec.name if self._config.nvtx else None)
-        for module in _above(model, {id(spec.module) for _, spec in streamed}):
+        embeddings = [module for table in planned.tables for _, module in table.modules]
+        for embedding in embeddings:
+            self._wrapped.append(weakref.ref(embedding))
+            wrap_table(embedding, self._device)
+        # Above a unit that stays as well: it may be given back when memory runs out.
+        inner = {id(spec.module) for spec in planned.specs} | set(map(id, embeddings))
+        for module in _above(model, inner):
             self._wrapped.append(weakref.ref(module))
             idle_units = self._idle_units if module is model else None
-            wrap_ancestor(module, self._engine, explainer, self._leaf_cut, idle_units)
+            wrap_ancestor(
+                module, self._engine, explainer, self._leaf_cut, idle_units, self._adaptation
+            )
+        self._guard(model, planned)
 
-    def guard(self, model: nn.Module, specs: Sequence[UnitSpec], plan: _C.Plan) -> None:
-        """Guards every module with streamed weights below it."""
-        moving = _parameter_ids(_streamed(specs, plan))
+    def _answer_device(self, model: nn.Module, planned: Planned) -> None:
+        """Keeps ``model.device`` what it is without us, where a table is the first parameter."""
+        tables = {id(table.weight) for table in planned.tables}
+        for module in model.modules():
+            first = next(module.parameters(), None)
+            if first is not None and id(first) in tables:
+                self._wrapped.append(weakref.ref(module))
+                answer_device(module, self._device)
+
+    def _guard(self, model: nn.Module, planned: Planned) -> None:
+        """Guards every module with weights below it that are, or may come to be, elsewhere."""
+        away = _parameter_ids(list(enumerate(planned.specs)))
+        away |= {id(table.weight) for table in planned.tables}
         probes = Probes(self._device)
         for module in model.modules():
-            if any(id(parameter) in moving for parameter in module.parameters()):
+            if any(id(parameter) in away for parameter in module.parameters()):
                 self._guarded.append(weakref.ref(module))
                 guard(module, probes.of(module))
         if hasattr(model, _AUTO_COMPILE):
@@ -132,9 +182,12 @@ class _Installation:
     def commit(self, model: nn.Module) -> Handle:
         """Lets go of the former weights and returns the handle, which the model keeps."""
         self._former_devices = [
-            (weakref.ref(tensor), device) for tensor, device in self._residents.former_devices()
+            (weakref.ref(tensor), device)
+            for move in (self._residents, self._gathered)
+            for tensor, device in move.former_devices()
         ]
         self._residents.forget()
+        self._gathered.forget()
         handle = Handle(
             model,
             self._engine,
@@ -143,6 +196,8 @@ class _Installation:
             lambda: self._bytes_resident,
             self.undo,
             self._recorder,
+            self.replan,
+            lambda: self._placed,
         )
         if self._config.debug:
             self._recorder.keep()
@@ -153,12 +208,10 @@ class _Installation:
         """Gives the plain model back, from whatever point was reached. Blocks while copying."""
         elsewhere = self._engine.move_out()
         self._unwrap()
-        for reference in self._guarded:
-            if (module := reference()) is not None:
-                unguard(module)
         vars(model).pop(_AUTO_COMPILE, None)
         vars(model).pop(HANDLE_KEY, None)
         self._residents.undo()
+        self._gathered.undo()
         with torch.inference_mode(False), torch.no_grad():
             for tensor_reference, device in self._former_devices:
                 tensor = tensor_reference()
@@ -177,7 +230,12 @@ class _Installation:
         for reference in self._wrapped:
             if (module := reference()) is not None:
                 unwrap(module)
+                give_class_back(module)
         self._wrapped.clear()
+        for reference in self._guarded:
+            if (module := reference()) is not None:
+                unguard(module)
+        self._guarded.clear()
 
     def _ranges(self, specs: Sequence[UnitSpec]) -> list[tuple[int, int]]:
         """Each unit's run of consecutive positions in the engine's list of parameters."""
@@ -187,18 +245,115 @@ class _Installation:
             ranges.append((first, first + len(spec.parameters)))
         return ranges
 
+    # --- other plans -------------------------------------------------------------------------
+
+    def replan(self, model: nn.Module, config: Config) -> None:
+        """Goes on with other options for budget and depth; see `Handle.replan`."""
+        planned = plan_cut(self._cut.find(model), config, self._budget(config))
+        self._apply(model, planned)
+        self._config = config
+        self._adaptation.configure(config)
+
+    def _budget(self, config: Config) -> int | None:
+        """What weights may take by these options; None where every unit is to stream."""
+        if config.gpu_budget == AUTO:
+            return self._adaptation.budget()
+        return budget_in_bytes(config.gpu_budget, total_bytes_of(self._memory))
+
+    def _weights_bytes(self) -> int:
+        return self._bytes_resident + self._engine.window_bytes
+
+    def _grow(self, model: nn.Module, budget: int) -> None:
+        """Takes what has turned out to be free, or gives back what is not; at the least the window.
+
+        What does not work out leaves all as it is.
+        """
+        cut = self._cut.find(model)
+        try:
+            self._apply(model, plan_cut(cut, self._config, max(budget, least_budget(cut))))
+        except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+            LOGGER.info("kept the plan: %s", error)
+
+    def _shrink(self, model: nn.Module) -> int:
+        """Gives back all resident units. Returns how many bytes that are."""
+        before = self._weights_bytes()
+        cut = self._cut.find(model)
+        config = replace(self._config, gpu_budget=None)
+        planned = plan_cut(cut, config, None)
+        if planned.device_bytes >= before:
+            planned = plan_cut(cut, self._config, least_budget(cut))
+        if planned.device_bytes < before:
+            self._apply(model, planned)
+        return before - self._weights_bytes()
+
+    def _apply(self, model: nn.Module, planned: Planned) -> None:
+        """Moves what changes its home, and nothing else. Blocks until that is done.
+
+        Raises:
+            MemoryError: If host or device memory is missing; all is then as it was.
+        """
+        LOGGER.info("planning anew: %d units", len(planned.specs))
+        streamed = [spec for _, spec in _streamed(planned)]
+        leaving: list[list[torch.Tensor]] = [
+            [parameter for _, parameter in spec.parameters if parameter.device.type != "cpu"]
+            for spec in streamed
+        ]
+        if any(leaving):
+            _C.check_host_memory(added_bytes(leaving), HOST_RESERVE_BYTES)
+        names = {table.name for table in planned.tables}
+        free = [table for table in self._cut.find(model).outsiders.tables if not table.head]
+        now = {table.name for table in free if table.name in self._placed.tables}
+        to_host = [t for t in free if t.name in names - now]
+        to_device = [t for t in free if t.name in now - names]
+        moves = [ResidentMove(torch.device("cpu")), ResidentMove(self._device)]
+        try:
+            moves[0].move(table.weight for table in to_host)
+            moved = self._engine.recut(planned.plan, self._ranges(planned.specs))
+            try:
+                moves[1].move(table.weight for table in to_device)
+            except BaseException:
+                former = self._placed
+                self._engine.recut(former.plan, self._ranges_of(former.parameters))
+                raise
+        except BaseException:
+            for move in moves:
+                move.undo()
+            raise
+        self._former_devices += [
+            (weakref.ref(tensor), device)
+            for move in moves
+            for tensor, device in move.former_devices()
+            if all(known() is not tensor for known, _ in self._former_devices)
+        ]
+        self._bytes_resident += moved - sum(t.size_bytes for t in to_host)
+        self._bytes_resident += sum(t.size_bytes for t in to_device)
+        self._placed = Placed.of(planned)
+        self._unwrap()
+        self.wrap(model, planned)
+        if self._config.debug:
+            self._recorder.keep()  # the former log tells of another plan
+
+    def _ranges_of(self, parameters: Sequence[Sequence[str]]) -> list[tuple[int, int]]:
+        firsts = [self._positions[names[0]] for names in parameters]
+        return [
+            (first, first + len(names)) for first, names in zip(firsts, parameters, strict=True)
+        ]
+
     def _cut_anew(self, model: nn.Module, specs: list[UnitSpec]) -> None:
-        """Goes on with other units, in the same window. Blocks until nothing is in flight.
+        """Goes on with other units. Blocks until nothing is in flight.
 
         Where the device has no room for what becomes resident, a warning says so and the units
         stay as they are.
         """
         LOGGER.info("cutting the units anew: %d leaves and sublayers", len(specs))
-        plan = _C.make_plan(
-            planned_units(specs), self._config.depth_bytes, self._budget, self._engine.window_bytes
-        )
+        cut = replace(self._cut.find(model), specs=tuple(specs), granularity="module")
+        budget = self._budget(self._config)
         try:
-            self._bytes_resident += self._engine.recut(plan, self._ranges(specs))
+            if budget is None:
+                planned = plan_in_window(cut, self._config, self._engine.window_bytes)
+            else:
+                planned = plan_cut(cut, self._config, budget)
+            self._apply(model, planned)
         except torch.OutOfMemoryError:
             warnings.warn(
                 "torch_offload: the units stay sublayers, as the device has no room for the small "
@@ -206,18 +361,16 @@ class _Installation:
                 stacklevel=2,
             )
             return
-        self._unwrap()
-        self.wrap(model, specs, plan)
-        if self._config.debug:
-            self._recorder.keep()  # the former log tells of units that are no more
+        self._cut = CutNames.of(cut)
 
 
 def _never(*args: object, **kwargs: object) -> bool:
     return False
 
 
-def _streamed(specs: Sequence[UnitSpec], plan: _C.Plan) -> list[tuple[int, UnitSpec]]:
-    return [(i, spec) for i, spec in enumerate(specs) if plan.places[i] is not None]
+def _streamed(planned: Planned) -> list[tuple[int, UnitSpec]]:
+    places = planned.plan.places
+    return [(i, spec) for i, spec in enumerate(planned.specs) if places[i] is not None]
 
 
 def _parameter_ids(streamed: Sequence[tuple[int, UnitSpec]]) -> set[int]:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from torch_offload.cut_names import UnitNames, specs_of
 from torch_offload.reads import trace_reads
 from torch_offload.units import UnitSpec, leaf_units
 
@@ -36,10 +37,7 @@ class LeafCut:
         apply: Callable[[nn.Module, list[UnitSpec]], None],
     ) -> None:
         self._model = weakref.ref(model)
-        self._sublayers = [
-            (spec.name, spec.layer_index, spec.kind, [name for name, _ in spec.parameters])
-            for spec in sublayers
-        ]
+        self._sublayers = [UnitNames.of(spec) for spec in sublayers]
         self._apply = weakref.WeakMethod(apply)
         self._proven: set[str] = set()
         self._called: set[str] = set()
@@ -69,7 +67,7 @@ class LeafCut:
         self._proven |= trace.proven_leaves()
         self._called |= {name for name, count in trace.calls.items() if count}
         self._traced_passes += 1
-        unseen = [name for name, *_ in self._sublayers if name not in self._called]
+        unseen = [unit.name for unit in self._sublayers if unit.name not in self._called]
         if unseen and self._traced_passes < _MOST_TRACED_PASSES:
             self.is_settled = False
         else:
@@ -83,17 +81,7 @@ class LeafCut:
             self.is_settled = False
 
     def _cut(self, model: nn.Module) -> None:
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        sublayers = [
-            UnitSpec(
-                name,
-                model.get_submodule(name),
-                layer_index,
-                kind,
-                tuple((parameter, parameters[parameter]) for parameter in streamed),
-            )
-            for name, layer_index, kind, streamed in self._sublayers
-        ]
+        sublayers = specs_of(model, self._sublayers)
         apply = self._apply()
         if apply is not None:
             apply(model, leaf_units(model, sublayers, self._proven))

@@ -14,6 +14,33 @@ class ModelFileError(ValueError):
     """A path that holds no model; the message says what was expected there."""
 
 
+def find_model(name: str) -> Path:
+    """Where a model is: a path, or a name of the hub whose config is in the local cache.
+
+    Raises:
+        ModelFileError: If it is neither. Nothing is downloaded.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ModuleNotFoundError:
+        cached = None
+    else:
+        try:
+            cached = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:
+            cached = None
+    if isinstance(cached, str):
+        return Path(cached).parent
+    raise ModelFileError(
+        f"expected a folder with a config.json, that file, or a model of the hub that is in the "
+        f"local cache, got {name!r}, which is none of them; nothing is downloaded here"
+    )
+
+
 def read_config(path: Path) -> Any:
     """Reads a transformers config from a folder or a JSON file. Nothing is downloaded.
 

@@ -9,18 +9,16 @@ import torch
 from torch import nn
 
 from torch_offload import _C
+from torch_offload.budget import AUTO, budget_in_bytes
 from torch_offload.checks import check_model
-from torch_offload.config import Config, Granularity, Mode, Streams
+from torch_offload.config import Config, Granularity, Mode, OnOom, Streams
 from torch_offload.debugging import LOGGER, debug_is_asked_for, report_environment
 from torch_offload.devices import resolve_device
 from torch_offload.handle import Handle
-from torch_offload.host_memory import added_bytes
+from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes
 from torch_offload.installation import install
-from torch_offload.planning import plan_units
-from torch_offload.units import find_units
-
-# Kept free on the host: for the process's own activations, and for everybody else.
-_HOST_RESERVE_BYTES = 256 * 2**20
+from torch_offload.memory import Memory, memory_of, total_bytes_of
+from torch_offload.planning import Cut, cut_model, plan_best, plan_cut
 
 
 def offload(
@@ -31,7 +29,9 @@ def offload(
     granularity: Granularity = "sublayer",
     streams: Streams = "shared",
     depth: int | str | None = None,
-    gpu_budget: int | str | None = None,
+    gpu_budget: int | float | str | None = AUTO,
+    headroom: int | str = "1GiB",
+    on_oom: OnOom = "shrink",
     units: Sequence[str | nn.Module] | None = None,
     resident: Sequence[str] = (),
     debug: bool = False,
@@ -52,12 +52,17 @@ def offload(
         device: Where to compute. None is the current CUDA device, or the host device where there
             is none.
         mode: ``"pipeline"`` (default), ``"events"``, ``"streams"`` or ``"sync"``; see `Config`.
-        granularity: ``"sublayer"`` (default), ``"layer"`` or ``"module"``.
+        granularity: ``"sublayer"`` (default), ``"layer"``, ``"module"`` or ``"auto"``.
         streams: ``"shared"`` (default) or ``"split"``.
         depth: Bytes that copies may run ahead: a number, ``"2GiB"``, or None for the largest
             layer, or 2.5 times the largest unit where that is less.
-        gpu_budget: Bytes that weights may take on the device, resident ones and window together;
-            None streams every unit through the default window.
+        gpu_budget: What weights may take on the device, resident ones and window together:
+            ``"auto"`` (default) takes what is free and what forwards leave; bytes, ``"12GiB"``, or
+            a fraction of the device's memory such as ``0.5``; None streams every unit through the
+            default window. On the host device ``"auto"`` streams every unit.
+        headroom: Device memory that ``gpu_budget="auto"`` leaves free, ``"1GiB"``.
+        on_oom: When a forward runs out of device memory: ``"shrink"`` (default) gives back all
+            resident units for the next one and raises, ``"raise"`` only says what to set.
         units: Names, patterns or modules to stream, for models that no rule fits.
         resident: Names or patterns of modules and parameters that stay on the device.
         debug: Hunt a bug: wait for every copy and use, poison places, keep the op log. Slow. Also
@@ -84,6 +89,8 @@ def offload(
         streams=streams,
         depth=depth,
         gpu_budget=gpu_budget,
+        headroom=headroom,
+        on_oom=on_oom,
         units=units,
         resident=resident,
         debug=debug,
@@ -93,22 +100,60 @@ def offload(
 
 
 def offload_with(
-    model: nn.Module, device: torch.device | str | int | None, config: Config
+    model: nn.Module,
+    device: torch.device | str | int | None,
+    config: Config,
+    memory: Memory | None = None,
 ) -> Handle:
-    """As `offload`, with the options in a `Config`."""
+    """As `offload`, with the options in a `Config`.
+
+    Args:
+        model: As in `offload`.
+        device: As in `offload`.
+        config: The options.
+        memory: What tells of the device's memory; None for the device itself.
+    """
     check_model(model)
     target = resolve_device(device)
     config = replace(config, debug=debug_is_asked_for(config.debug))
     report_environment(target, debug=config.debug)
-    specs = find_units(model, config.granularity, config.units, config.resident)
-    plan = plan_units(model, target, specs, config)
-    streamed = [spec for spec, place in zip(specs, plan.places, strict=True) if place is not None]
+    memory = memory or memory_of(target)
+    cuts = cut_model(
+        model,
+        config,
+        has_budget=config.gpu_budget is not None
+        and not (config.gpu_budget == AUTO and memory is None),
+    )
+    budget = _first_budget(cuts[0], config, memory)
+    wants_leaves = plan_best(cuts, config, budget).granularity == "module"
+    cut = cuts[0]  # of leaves only sublayers are known so far
+    planned = plan_cut(cut, config, budget)
+    streamed = [
+        spec
+        for spec, place in zip(planned.specs, planned.plan.places, strict=True)
+        if place is not None
+    ]
     _C.check_host_memory(
         added_bytes([parameter for _, parameter in spec.parameters] for spec in streamed),
-        _HOST_RESERVE_BYTES,
+        HOST_RESERVE_BYTES,
     )
     if config.units is not None:  # by name, so that the handle holds no module
-        config = replace(config, units=tuple(spec.name for spec in specs))
-    handle = install(model, target, config, specs, plan)
+        config = replace(config, units=tuple(spec.name for spec in cut.specs))
+    handle = install(model, target, config, cut, planned, memory, wants_leaves=wants_leaves)
     LOGGER.info("offloaded: %r", handle)
     return handle
+
+
+def _first_budget(cut: Cut, config: Config, memory: Memory | None) -> int | None:
+    """What weights may take before a forward has shown what it needs; None streams every unit.
+
+    Raises:
+        ValueError: If there is less than the least, and nobody has asked for it.
+    """
+    budget = budget_in_bytes(config.gpu_budget, total_bytes_of(memory))
+    if config.gpu_budget != AUTO or memory is None:
+        return budget
+    room = memory.available_bytes() - config.headroom_bytes
+    if plan_cut(cut, config, None).device_bytes <= room:
+        return None
+    return max(0, room)

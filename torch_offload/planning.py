@@ -1,16 +1,96 @@
-"""From units to a plan: sizes, budgets, and what always stays on the device."""
+"""From a model and a budget to a plan: what streams, what stays, what is gathered on the host."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from torch_offload import _C
+from torch_offload.choice import choose
 from torch_offload.config import Config
 from torch_offload.sizes import format_size
-from torch_offload.units import UnitSpec, leaf_units
+from torch_offload.tables import Outsiders, Table, find_outsiders
+from torch_offload.units import Granularity, UnitSpec, find_units, leaf_units
+
+# What gathering on the host adds to a forward: the host waits for the indices, and a small copy.
+_GATHER_NS = 200_000
+# A plan that is no faster than this does not pay for more, or odder, pieces.
+_WORTHWHILE = 0.995
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How a model is to lie.
+
+    Attributes:
+        specs: All units, heads last.
+        plan: For them, in this order.
+        tables: Embeddings that are gathered on the host.
+        outside_bytes: Weights and buffers that stay on the device and belong to no unit.
+        granularity: ``"sublayer"``, ``"layer"`` or ``"module"``.
+        choice: How the planner came to it; None where nothing was to be chosen.
+    """
+
+    specs: tuple[UnitSpec, ...]
+    plan: _C.Plan
+    tables: tuple[Table, ...]
+    outside_bytes: int
+    granularity: Granularity
+    choice: _C.Choice | None = None
+
+    @property
+    def device_bytes(self) -> int:
+        """All weights on the device, window included."""
+        return self.outside_bytes + self.plan.window_bytes + self.plan.resident_bytes
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model, cut into units, and what is large beside them.
+
+    Attributes:
+        model: It.
+        specs: Units of the layers.
+        outsiders: Heads and tables that may leave the device.
+        granularity: How it was cut.
+    """
+
+    model: nn.Module
+    specs: tuple[UnitSpec, ...]
+    outsiders: Outsiders
+    granularity: Granularity
+
+    @property
+    def units(self) -> list[_C.Unit]:
+        """All units, heads last, as the core knows them."""
+        return planned_units((*self.specs, *self.outsiders.heads))
+
+
+def cut_model(
+    model: nn.Module, config: Config, *, has_budget: bool, knows_leaves: bool = False
+) -> list[Cut]:
+    """Cuts a model as the options say; for ``granularity="auto"`` in each way that it may be cut.
+
+    Args:
+        model: With weights or on ``meta``.
+        config: Of `offload`.
+        has_budget: Whether heads and tables may leave the device, should a budget ask for it.
+        knows_leaves: Whether leaves are to be taken for proven, as in predictions.
+    """
+    auto = config.granularity == "auto"
+    granularity: Granularity = "sublayer" if config.granularity == "auto" else config.granularity
+    specs = find_units(model, granularity, config.units, config.resident)
+    outsiders = find_outsiders(model, specs, config.resident) if has_budget else Outsiders()
+    leaves = leaf_specs(model, specs) if auto or granularity == "module" else []
+    if granularity == "module" and knows_leaves:
+        specs = leaves
+    cuts = [Cut(model, tuple(specs), outsiders, granularity)]
+    if auto and len(leaves) > len(specs):
+        cuts.append(Cut(model, tuple(leaves), outsiders, "module"))
+    return cuts
 
 
 def planned_units(specs: Sequence[UnitSpec]) -> list[_C.Unit]:
@@ -26,79 +106,174 @@ def planned_units(specs: Sequence[UnitSpec]) -> list[_C.Unit]:
     ]
 
 
-def plan_units(
-    model: nn.Module, device: torch.device, specs: Sequence[UnitSpec], config: Config
-) -> _C.Plan:
-    """Returns the plan for the units of a model. Changes nothing, does not block.
+def plan_cut(cut: Cut, config: Config, budget: int | None) -> Planned:
+    """Plans one cut within a budget for everything; without one nothing of the units stays.
+
+    Raises:
+        ValueError: If the budget is below the least, which the message names.
+    """
+    if budget is None:
+        return _without_budget(cut, config)
+    found: list[tuple[float, Planned]] = []
+    for gathers in (False, True):
+        if gathers and not cut.outsiders.tables:
+            continue
+        planned = _within(cut, config, budget, gathers=gathers)
+        if planned is not None and planned.choice is not None:
+            score = planned.choice.score_ns
+            score += _GATHER_NS * len(planned.choice.forward_ns) if planned.tables else 0
+            found.append((score, planned))
+    if not found:
+        raise ValueError(_below_least(cut, budget))
+    (best, chosen), *others = found
+    for score, planned in others:
+        if score < best * _WORTHWHILE:
+            best, chosen = score, planned
+    return chosen
+
+
+def plan_in_window(cut: Cut, config: Config, window_bytes: int) -> Planned:
+    """Lays the units of a cut into a window that is there; heads and tables stay."""
+    resident = [False] * len(cut.specs) + [True] * len(cut.outsiders.heads)
+    plan = _C.make_plan(cut.units, config.depth_bytes, window_bytes=window_bytes, resident=resident)
+    return _with_nothing_chosen(cut, plan)
+
+
+def plan_best(cuts: Sequence[Cut], config: Config, budget: int | None) -> Planned:
+    """Plans the cut that does best; the first one where another does not pay.
+
+    Raises:
+        ValueError: As `plan_cut`, for the cut that needs least.
+    """
+    first, *others = cuts
+    plans: list[Planned] = []
+    refusal: ValueError | None = None
+    for cut in (first, *others):
+        try:
+            plans.append(plan_cut(cut, config, budget))
+        except ValueError as error:
+            refusal = error
+    if not plans:
+        assert refusal is not None
+        raise refusal
+    chosen = plans[0]
+    for planned in plans[1:]:
+        now, then = chosen.choice, planned.choice
+        if now and then and then.score_ns < now.score_ns * _WORTHWHILE:
+            chosen = planned
+    return chosen
+
+
+def least_budget(cut: Cut) -> int:
+    """The least budget for everything that `plan_cut` accepts."""
+    leasts = []
+    for gathers in (False, True):
+        free, outside = _freedom(cut, gathers=gathers)
+        units = [unit for unit, is_free in zip(cut.units, free, strict=True) if is_free]
+        leasts.append(outside + _C.least_budget_bytes(units))
+    return min(leasts)
+
+
+def _freedom(cut: Cut, *, gathers: bool) -> tuple[list[bool], int]:
+    """Which units may stream, and what stays on the device beside all of them."""
+    heads = cut.outsiders.heads
+    # A tied table is where its head is: with the table on the device, the head stays as well.
+    tied = {table.head for table in cut.outsiders.tables if table.head} if not gathers else set()
+    free = [True] * len(cut.specs) + [head.name not in tied for head in heads]
+    specs = [spec for spec, is_free in zip((*cut.specs, *heads), free, strict=True) if is_free]
+    gone = {id(table.weight) for table in cut.outsiders.tables} if gathers else set()
+    return free, bytes_outside(cut.model, specs, gone)
+
+
+def _within(cut: Cut, config: Config, budget: int, *, gathers: bool) -> Planned | None:
+    free, outside = _freedom(cut, gathers=gathers)
+    units = cut.units
+    chosen_from = [unit for unit, is_free in zip(units, free, strict=True) if is_free]
+    if budget < outside + _C.least_budget_bytes(chosen_from):
+        return None
+    choice = choose(
+        chosen_from,
+        budget_bytes=budget - outside,
+        depth_bytes=config.depth_bytes,
+        mode=config.mode,
+        streams=config.streams,
+    )
+    places = iter(choice.plan.places)
+    resident = [next(places) is None if is_free else True for is_free in free]
+    plan = _C.make_plan(
+        units, choice.plan.depth_bytes, window_bytes=choice.plan.window_bytes, resident=resident
+    )
+    specs = (*cut.specs, *cut.outsiders.heads)
+    streamed = {spec.name for spec, stays in zip(specs, resident, strict=True) if not stays}
+    tables = cut.outsiders.tables if gathers else ()
+    # A tied table whose head stays is on the device with it.
+    tables = tuple(table for table in tables if not table.head or table.head in streamed)
+    held = sum(unit.size_bytes for unit, is_free in zip(units, free, strict=True) if not is_free)
+    return Planned(specs, plan, tables, outside - held, cut.granularity, choice)
+
+
+def _without_budget(cut: Cut, config: Config) -> Planned:
+    """Every unit of the layers streams, heads and tables stay.
 
     For ``granularity="module"`` the units are still the sublayers, because leaves are proven by the
     first pass only; the window is already as small as leaves need it, or as the largest sublayer.
-
-    Raises:
-        ValueError: If the budget is below the least, which the message names, or above the device.
     """
-    units = planned_units(specs)
-    budget = budget_for_units(model, device, specs, config)
-    if config.granularity != "module":
-        return _C.make_plan(units, config.depth_bytes, budget)
-    window = max(
-        _C.make_plan(
-            planned_units(_leaf_specs(model, specs)), config.depth_bytes, budget
-        ).window_bytes,
-        max(unit.size_bytes for unit in units),
-    )
-    return _C.make_plan(units, config.depth_bytes, window_bytes=window)
-
-
-def budget_for_units(
-    model: nn.Module, device: torch.device, specs: Sequence[UnitSpec], config: Config
-) -> int | None:
-    """Returns what the budget leaves for window and resident units; None without a budget.
-
-    Raises:
-        ValueError: If the budget is below the least, which the message names, or above the device.
-    """
-    budget = config.budget_bytes
-    if budget is None:
-        return None
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        if budget > total:
-            raise ValueError(
-                f"expected gpu_budget of at most {format_size(total)}, the memory of {device}, "
-                f"got {format_size(budget)}"
-            )
-    units = planned_units(specs)
-    if config.granularity == "module":
-        # The first pass streams sublayers, one at a time if need be; what joins no leaf stays then.
-        leaves = _leaf_specs(model, specs)
-        largest = max(unit.size_bytes for unit in units)
-        outside = _bytes_outside(model, leaves)
-        least = outside + max(largest, _C.least_budget_bytes(planned_units(leaves)))
-    else:
-        outside = _bytes_outside(model, specs)
-        least = outside + _C.least_budget_bytes(units)
-    if budget < least:
-        raise ValueError(
-            f"expected gpu_budget of at least {least} bytes ({format_size(least)}: "
-            f"{format_size(outside)} that always stay, and the least window), got {budget} bytes "
-            f"({format_size(budget)}); raise it, or use granularity='module' or units=[...] with "
-            "smaller units"
+    units = cut.units
+    num_heads = len(cut.outsiders.heads)
+    resident = [False] * len(cut.specs) + [True] * num_heads
+    window = None
+    if cut.granularity == "module":
+        leaves = planned_units(leaf_specs(cut.model, cut.specs))
+        window = max(
+            _C.make_plan(leaves, config.depth_bytes).window_bytes,
+            *(unit.size_bytes for unit in units[: len(cut.specs)]),
         )
-    return budget - outside
+    depth = config.depth_bytes
+    if depth is None:  # of the layers alone: a head that stays says nothing
+        depth = _C.make_plan(units[: len(cut.specs)]).depth_bytes
+    plan = _C.make_plan(units, depth, window_bytes=window, resident=resident)
+    return _with_nothing_chosen(cut, plan)
 
 
-def _leaf_specs(model: nn.Module, specs: Sequence[UnitSpec]) -> list[UnitSpec]:
+def _with_nothing_chosen(cut: Cut, plan: _C.Plan) -> Planned:
+    specs = (*cut.specs, *cut.outsiders.heads)
+    held = sum(unit.size_bytes for unit in cut.units[len(cut.specs) :])
+    outside = bytes_outside(cut.model, cut.specs, set()) - held
+    return Planned(specs, plan, (), outside, cut.granularity)
+
+
+def _below_least(cut: Cut, budget: int) -> str:
+    least = least_budget(cut)
+    largest = _C.least_budget_bytes(cut.units)
+    return (
+        f"expected gpu_budget of at least {least} bytes ({format_size(least)}: what always stays, "
+        f"and a window for the largest unit, {format_size(min(least, largest))}), got {budget} "
+        f"bytes ({format_size(budget)}); raise it, or use granularity='module' or units=[...] with "
+        "smaller units"
+    )
+
+
+def leaf_specs(model: nn.Module, specs: Sequence[UnitSpec]) -> list[UnitSpec]:
     """The units as they are once every leaf is proven."""
     return leaf_units(model, specs, {name for name, _ in model.named_modules()})
 
 
-def _bytes_outside(model: nn.Module, specs: Sequence[UnitSpec]) -> int:
-    """Bytes of weights and buffers that no unit holds: they stay on the device whatever happens."""
-    in_units = {id(parameter) for spec in specs for _, parameter in spec.parameters}
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in (*model.parameters(), *model.buffers())
-        if id(tensor) not in in_units
-    }
-    return sum(storages.values())
+def bytes_outside(model: nn.Module, specs: Sequence[UnitSpec], gone: set[int]) -> int:
+    """Bytes of weights and buffers that no unit holds: they stay on the device whatever happens.
+
+    Args:
+        model: With weights or on ``meta``, where tied weights are one object, not one storage.
+        specs: The units.
+        gone: ``id``s of parameters that are elsewhere.
+    """
+    in_units = {id(parameter) for spec in specs for _, parameter in spec.parameters} | gone
+    sizes: dict[tuple[str, int], int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) in in_units:
+            continue
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            sizes["object", id(tensor)] = tensor.nbytes
+        else:
+            storage = tensor.untyped_storage()
+            sizes["storage", storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())

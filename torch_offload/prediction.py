@@ -8,6 +8,7 @@ from typing import Any
 
 from torch_offload import _C
 from torch_offload.bounds import Bound, bound_of
+from torch_offload.choice import choose
 from torch_offload.simulate import Run, run_plan, streams_for
 
 # A cold pass, one that learns the seam, and the one that is read off.
@@ -109,13 +110,34 @@ class Prediction:
         )
 
 
+def plan_for(scenario: Scenario) -> _C.Plan:
+    """The plan that `offload` would make.
+
+    Raises:
+        ValueError: If the budget is below the least, which the message names.
+    """
+    if scenario.budget_bytes is None:
+        return _C.make_plan(scenario.units, scenario.depth_bytes)
+    return choose(
+        scenario.units,
+        budget_bytes=scenario.budget_bytes,
+        depth_bytes=scenario.depth_bytes,
+        mode=scenario.mode,
+        streams=scenario.streams,
+    ).plan
+
+
 def predict(scenario: Scenario) -> Prediction:
     """Plans and simulates.
 
     Raises:
         ValueError: If the budget is below the least, which the message names.
     """
-    plan = _C.make_plan(scenario.units, scenario.depth_bytes, scenario.budget_bytes)
+    return predict_plan(scenario, plan_for(scenario))
+
+
+def predict_plan(scenario: Scenario, plan: _C.Plan) -> Prediction:
+    """Simulates a plan that is made already; of the scenario, depth and budget say nothing then."""
     run = run_scenario(scenario, plan)
     attribution = run.attribution(_PASSES - 1)
     sequence = _sequence(scenario)
@@ -137,7 +159,7 @@ def predicted_ms(scenario: Scenario) -> tuple[float, int]:
     Raises:
         ValueError: As `predict`.
     """
-    plan = _C.make_plan(scenario.units, scenario.depth_bytes, scenario.budget_bytes)
+    plan = plan_for(scenario)
     run = run_scenario(scenario, plan, log=False)
     return run.pass_ms(_PASSES - 1), plan.window_bytes + plan.resident_bytes
 

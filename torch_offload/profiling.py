@@ -96,6 +96,11 @@ class Profiler:
         return profile_of(self._trace, plan, measured)
 
     @property
+    def profile_or_none(self) -> Profile | None:
+        """The profile, where there is one by now."""
+        return self._profile
+
+    @property
     def result(self) -> Profile:
         """The profile.
 

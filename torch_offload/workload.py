@@ -52,9 +52,16 @@ class Workload:
 def compute_times(
     model: nn.Module, config: Any, specs: Sequence[UnitSpec], work: Workload, peak: Peak
 ) -> list[int]:
-    """Returns how long each unit computes, in ns; the last one's has the head's added to it."""
+    """Returns how long each unit computes, in ns; the last one's has the head's added to it.
+
+    A head that is a unit of its own computes for the last position of each sequence as well.
+    """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    times = [_unit_ns(spec, text, work, peak) for spec in specs]
+    head = getattr(_head_of(model), "weight", None)
+    last_positions = Workload(batch=work.batch, tokens=1, context=work.context)
+    times = [
+        _unit_ns(spec, text, last_positions if _is_of(spec, head) else work, peak) for spec in specs
+    ]
     times[-1] += _head_ns(model, specs, work, peak)
     return times
 
@@ -66,7 +73,7 @@ def _unit_ns(spec: UnitSpec, config: Any, work: Workload, peak: Peak) -> int:
         flop += 2.0 * parameter.numel() * work.total_tokens * flop_share
         memory_bytes += parameter.nbytes * byte_share
     if spec.kind == "mha":
-        width = _attention_width(config)
+        width = attention_width(config)
         flop += 4.0 * work.total_tokens * work.context * width
     return peak.compute_ns(flop, memory_bytes)
 
@@ -75,23 +82,25 @@ def _shares_used(name: str, config: Any, work: Workload) -> tuple[float, float]:
     """Of a parameter: the part of it that a token meets, and the part that all tokens meet."""
     if ".experts." not in f".{name}.":
         return 1.0, 1.0
-    experts = _first_number(config, "num_local_experts", "num_experts", "n_routed_experts")
-    chosen = _first_number(config, "num_experts_per_tok", "moe_topk", "top_k_experts")
+    experts = first_number(config, "num_local_experts", "num_experts", "n_routed_experts")
+    chosen = first_number(config, "num_experts_per_tok", "moe_topk", "top_k_experts")
     if not experts or not chosen:
         return 1.0, 1.0
     share = min(1.0, chosen / experts)
     return share, min(1.0, share * work.total_tokens)
 
 
-def _attention_width(config: Any) -> int:
-    heads = _first_number(config, "num_attention_heads", "n_head")
-    head_dim = _first_number(config, "head_dim")
+def attention_width(config: Any) -> int:
+    """Of all heads together."""
+    heads = first_number(config, "num_attention_heads", "n_head")
+    head_dim = first_number(config, "head_dim")
     if heads and head_dim:
         return heads * head_dim
-    return _first_number(config, "hidden_size", "n_embd", "d_model")
+    return first_number(config, "hidden_size", "n_embd", "d_model")
 
 
-def _first_number(config: Any, *names: str) -> int:
+def first_number(config: Any, *names: str) -> int:
+    """The first of these fields that is a positive number; 0 if none is."""
     for name in names:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
@@ -99,9 +108,17 @@ def _first_number(config: Any, *names: str) -> int:
     return 0
 
 
-def _head_ns(model: nn.Module, specs: Sequence[UnitSpec], work: Workload, peak: Peak) -> int:
+def _head_of(model: nn.Module) -> Any:
     find: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
-    weight = getattr(find(), "weight", None)
+    return find()
+
+
+def _is_of(spec: UnitSpec, weight: Any) -> bool:
+    return weight is not None and all(parameter is weight for _, parameter in spec.parameters)
+
+
+def _head_ns(model: nn.Module, specs: Sequence[UnitSpec], work: Workload, peak: Peak) -> int:
+    weight = getattr(_head_of(model), "weight", None)
     in_units = {id(parameter) for spec in specs for _, parameter in spec.parameters}
     if weight is None or id(weight) in in_units:
         return 0

@@ -13,5 +13,6 @@ void bind_check(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 void bind_sim(pybind11::module_& module);
 void bind_lanes(pybind11::module_& module);
+void bind_planner(pybind11::module_& module);
 
 }  // namespace torch_offload

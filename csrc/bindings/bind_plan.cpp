@@ -57,15 +57,13 @@ void bind_plan(py::module_& module) {
   module.def(
       "make_plan",
       [](std::vector<Unit> units, std::optional<std::size_t> depth_bytes,
-         std::optional<std::size_t> budget_bytes, std::optional<std::size_t> window_bytes) {
+         std::optional<std::size_t> window_bytes, std::vector<bool> resident) {
         const py::gil_scoped_release no_gil;
-        return make_plan({std::move(units), depth_bytes, budget_bytes, window_bytes});
+        return make_plan({std::move(units), std::move(resident), depth_bytes, window_bytes});
       },
-      py::arg("units"), py::arg("depth_bytes") = py::none(), py::arg("budget_bytes") = py::none(),
-      py::arg("window_bytes") = py::none(),
-      "Chooses the resident units and a range of the window for each other one. Pure.");
-  module.def("least_budget_bytes", &least_budget_bytes, py::arg("units"),
-             "The least budget_bytes that make_plan accepts for these units.");
+      py::arg("units"), py::arg("depth_bytes") = py::none(), py::arg("window_bytes") = py::none(),
+      py::arg("resident") = std::vector<bool>{},
+      "Gives each streamed unit a range of one window. Pure.");
   module.def("aligned_size", &aligned_size, py::arg("size_bytes"),
              "size_bytes rounded up to the alignment of every slice and place, 256 bytes.");
 }

@@ -10,4 +10,5 @@ PYBIND11_MODULE(_C, module) {
   torch_offload::bind_engine(module);
   torch_offload::bind_sim(module);
   torch_offload::bind_lanes(module);
+  torch_offload::bind_planner(module);
 }

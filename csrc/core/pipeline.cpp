@@ -41,7 +41,7 @@ Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOpti
       options_(options),
       policy_(policy_of(options.mode)),
       order_(std::make_unique<Order>(streamed_units(plan_))),
-      window_(device, plan_.window_bytes),
+      window_(std::in_place, device, plan_.window_bytes),
       unit_stats_(plan_.units.size()) {
   const bool split = options_.layout == StreamLayout::kSplit;
   if (split && !policy_.has_copy_stream) {
@@ -80,8 +80,8 @@ std::vector<Pipeline::UnitState> Pipeline::states_of(const Plan& plan) {
   };
   std::vector<UnitState> states(plan.units.size());
   for (UnitIndex unit = 0; unit < states.size(); ++unit) {
-    if (const std::optional<ByteRange>& place = plan.places[unit]) {
-      states[unit].memory = window_.memory() + place->begin;
+    if (const std::optional<ByteRange>& place = plan.places[unit]; place && window_) {
+      states[unit].memory = window_->memory() + place->begin;
       states[unit].ready = next_event();
       states[unit].free = next_event();
     }
@@ -93,19 +93,40 @@ void Pipeline::replan(Plan plan) {
   if (in_pass()) {
     throw StateError("expected replan between forwards, got it while one is running");
   }
-  if (plan.window_bytes > window_bytes()) {
-    throw ValueError("expected a plan for a window of at most " + std::to_string(window_bytes()) +
-                     " bytes, which is there, got one for " + std::to_string(plan.window_bytes));
-  }
-  std::vector<UnitState> states = states_of(plan);
+  check_internal(plan.places.size() == plan.units.size(), "a plan without places");
   if (!is_left_out(Step::kReplanDrain)) {
     synchronize();  // who copies next will not ask for the uses of this plan
   }
+  own_places_.clear();
+  if (window_ && plan.window_bytes == window_bytes()) {
+    adopt(std::move(plan));
+    return;
+  }
+  const std::size_t former_bytes = window_bytes();
+  window_.reset();  // first: there need not be room for both
+  try {
+    window_.emplace(device_, plan.window_bytes);
+  } catch (...) {
+    try {
+      window_.emplace(device_, former_bytes);
+    } catch (const MemoryError&) {
+      window_.reset();
+    }
+    adopt(std::move(plan_));
+    throw;
+  }
+  // As in the constructor.
+  synchronize(device_.current_stream(), Step::kNewWindowDrain);
+  adopt(std::move(plan));
+}
+
+/// Goes on with this plan and empty places in the window that is there.
+void Pipeline::adopt(Plan plan) {
+  std::vector<UnitState> states = states_of(plan);
   order_ = std::make_unique<Order>(streamed_units(plan));
   plan_ = std::move(plan);
   states_ = std::move(states);
   unit_stats_.assign(plan_.units.size(), UnitStats{});
-  own_places_.clear();
   current_ = kNoUnit;
 }
 
@@ -162,6 +183,11 @@ void Pipeline::leave(bool completed) {
 std::byte* Pipeline::acquire(UnitIndex unit) {
   UnitState& state = states_.at(unit);
   // The owner first: only its thread may look at anything else.
+  if (owner_.load() == std::this_thread::get_id() && !window_) {
+    throw StateError(
+        "expected a window on the device, got none: when it was to be given another size, there "
+        "was room for neither; free device memory and call handle.replan(), or handle.remove()");
+  }
   if (owner_.load() != std::this_thread::get_id() || state.memory == nullptr) {
     throw StateError(
         "expected acquire of a streamed unit inside a pass of this thread, got unit '" +
@@ -282,7 +308,8 @@ bool Pipeline::owns(const void* address) const {
     const auto point = reinterpret_cast<std::uintptr_t>(address);
     return range.begin <= point && point < range.end;
   };
-  return lies_in(window_) || std::any_of(own_places_.begin(), own_places_.end(), lies_in);
+  return (window_ && lies_in(*window_)) ||
+         std::any_of(own_places_.begin(), own_places_.end(), lies_in);
 }
 
 /// Remembers that the unit is used on `stream`. Returns whether that is news.

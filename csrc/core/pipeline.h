@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -75,13 +76,14 @@ class Pipeline {
   /// Ends the pass with the outermost call; `completed` is false if an exception ended it.
   void leave(bool completed);
 
-  /// Starts anew with another plan in the same window: empty places, an order still to be learned,
-  /// counts per unit from zero.
+  /// Starts anew with another plan: empty places, an order still to be learned, counts per unit
+  /// from zero. A window of another size is given back before the new one is taken.
   ///
   /// Blocking:  until nothing of ours is in flight any more.
-  /// Throws:    StateError during a pass; ValueError if the plan needs a larger window. The
-  /// pipeline
-  ///            is then as it was.
+  /// Throws:    StateError during a pass; MemoryError if the new window does not fit. The pipeline
+  ///            then has its former plan again, with empty places. Where somebody else has taken
+  ///            the former window's memory meanwhile there is no window, and every acquire throws
+  ///            until a plan is found for which there is room.
   void replan(Plan plan);
 
   /// Makes the calling thread's stream wait for the unit's bytes, and lets copies run ahead.
@@ -117,8 +119,10 @@ class Pipeline {
   const PipelineOptions& options() const { return options_; }
   /// Copy streams first, then the compute streams of `split`.
   std::vector<StreamId> streams() const;
-  std::size_t window_bytes() const { return window_.size_bytes(); }
-  AddressRange window() const { return AddressRange::of(window_.memory(), window_.size_bytes()); }
+  std::size_t window_bytes() const { return window_ ? window_->size_bytes() : 0; }
+  AddressRange window() const {
+    return AddressRange::of(window_ ? window_->memory() : nullptr, window_bytes());
+  }
   /// Whether the address lies in the window or in a place of a unit's own.
   bool owns(const void* address) const;
 
@@ -145,6 +149,7 @@ class Pipeline {
   };
 
   std::vector<UnitState> states_of(const Plan& plan);
+  void adopt(Plan plan);
   std::size_t copy_stream_index(UnitIndex unit) const;
   StreamId copy_stream(UnitIndex unit);
   StreamId enter_compute_stream(UnitIndex unit);
@@ -174,7 +179,7 @@ class Pipeline {
   PipelineOptions options_;
   Policy policy_;
   std::unique_ptr<Order> order_;
-  DeviceMemory window_;
+  std::optional<DeviceMemory> window_;    // none only after a replan for which there was no room
   std::vector<DeviceMemory> own_places_;  // of units that are called inside one they overlap
   std::vector<UnitState> states_;         // by unit of the plan
   std::vector<UnitStats> unit_stats_;

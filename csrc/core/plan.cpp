@@ -22,9 +22,6 @@ constexpr std::size_t kWindowSteps = 64;
 // So many windows are tried in such steps, and about as many again in coarser ones.
 constexpr std::size_t kFineTries = 256;
 
-// Resident sets are tried in steps of this part of all bytes.
-constexpr std::size_t kResidentSteps = 256;
-
 /// The streamed units of a plan, in their order, and where each lies.
 struct Ring {
   std::vector<UnitIndex> order;
@@ -94,10 +91,10 @@ Ring streamed_ring(const std::vector<Unit>& units, const std::vector<bool>& resi
   return ring;
 }
 
-/// Finds the smallest window that lets copies run ahead as asked, or one above `window_limit` if
-/// none below is. Ends at the latest where every unit has bytes of its own.
+/// Finds the smallest window that lets copies run ahead as asked. Ends at the latest where every
+/// unit has bytes of its own.
 Ring smallest_ring(const std::vector<Unit>& units, const std::vector<bool>& resident,
-                   std::size_t depth_bytes, std::size_t window_limit = SIZE_MAX) {
+                   std::size_t depth_bytes) {
   Ring ring = streamed_ring(units, resident);
   std::size_t total = 0;
   std::size_t largest = 0;
@@ -108,7 +105,7 @@ Ring smallest_ring(const std::vector<Unit>& units, const std::vector<bool>& resi
   const std::size_t step = std::max(aligned_size(largest / kWindowSteps), kAlignmentBytes);
   // While the largest unit is in use, the bytes ahead of it need room beside it.
   std::size_t window = largest + std::min(depth_bytes, total - largest);
-  for (std::size_t tries = 1; window < total && window <= window_limit; ++tries) {
+  for (std::size_t tries = 1; window < total; ++tries) {
     place(ring, window);
     if (runs_ahead(ring, depth_bytes)) {
       return ring;
@@ -118,54 +115,6 @@ Ring smallest_ring(const std::vector<Unit>& units, const std::vector<bool>& resi
   }
   place(ring, total);
   return ring;
-}
-
-/// Marks units until `share` of all bytes is resident, evenly along the order: each unit earns
-/// its part of the share and stays when enough has been earned.
-std::vector<bool> choose_resident(const std::vector<Unit>& units, double share) {
-  std::vector<bool> resident(units.size(), false);
-  double earned = 0;
-  for (std::size_t i = 0; i < units.size(); ++i) {
-    const auto size = static_cast<double>(units[i].size_bytes);
-    earned += share * size;
-    if (earned >= size) {
-      resident[i] = true;
-      earned -= size;
-    }
-  }
-  return resident;
-}
-
-std::size_t resident_bytes(const std::vector<Unit>& units, const std::vector<bool>& resident) {
-  std::size_t sum = 0;
-  for (std::size_t i = 0; i < units.size(); ++i) {
-    sum += resident[i] ? units[i].size_bytes : 0;
-  }
-  return sum;
-}
-
-std::size_t default_depth_bytes(const std::vector<Unit>& units) {
-  std::map<std::uint32_t, std::size_t> layers;
-  std::size_t largest = 0;
-  for (const Unit& unit : units) {
-    layers[unit.layer_index] += unit.size_bytes;
-    largest = std::max(largest, unit.size_bytes);
-  }
-  std::size_t layer = 0;
-  for (const auto& [index, size_bytes] : layers) {
-    layer = std::max(layer, size_bytes);
-  }
-  return std::min(layer, static_cast<std::size_t>(kLeafDepth * static_cast<double>(largest)));
-}
-
-void check_units(const std::vector<Unit>& units) {
-  for (const Unit& unit : units) {
-    if (unit.size_bytes == 0 || unit.size_bytes % kAlignmentBytes != 0) {
-      throw ValueError("expected the size of unit '" + unit.name +
-                       "' to be a positive multiple of " + std::to_string(kAlignmentBytes) +
-                       " bytes, got " + std::to_string(unit.size_bytes) + "; use aligned_size()");
-    }
-  }
 }
 
 Plan plan_from(const std::vector<Unit>& units, const Ring& ring, std::size_t depth_bytes) {
@@ -190,76 +139,62 @@ Plan plan_from(const std::vector<Unit>& units, const Ring& ring, std::size_t dep
   return plan;
 }
 
-Plan plan_in_window(const PlanRequest& request, std::size_t window, std::size_t depth_bytes) {
-  std::vector<bool> resident(request.units.size(), false);
-  if (request.budget_bytes) {
-    const std::size_t room = *request.budget_bytes - std::min(*request.budget_bytes, window);
-    for (std::size_t part = kResidentSteps; part > 0; --part) {
-      std::vector<bool> candidate = choose_resident(
-          request.units, static_cast<double>(part) / static_cast<double>(kResidentSteps));
-      if (resident_bytes(request.units, candidate) <= room) {
-        resident = std::move(candidate);
-        break;
-      }
-    }
-  }
-  Ring ring = streamed_ring(request.units, resident);
+/// The ring in a window that is there, however far ahead copies can run in it.
+Ring ring_within(const std::vector<Unit>& units, const std::vector<bool>& resident,
+                 std::size_t window_bytes) {
+  Ring ring = streamed_ring(units, resident);
   for (std::size_t i = 0; i < ring.sizes.size(); ++i) {
-    if (ring.sizes[i] > window) {
+    if (ring.sizes[i] > window_bytes) {
       throw ValueError("expected a window of at least " + std::to_string(ring.sizes[i]) +
-                       " bytes for unit '" + request.units[ring.order[i]].name + "', got " +
-                       std::to_string(window) + "; raise gpu_budget or depth");
+                       " bytes for unit '" + units[ring.order[i]].name + "', got " +
+                       std::to_string(window_bytes) + "; raise gpu_budget or depth");
     }
   }
-  place(ring, window);
-  ring.window_bytes = window;
-  return plan_from(request.units, ring, depth_bytes);
+  place(ring, window_bytes);
+  ring.window_bytes = window_bytes;
+  return ring;
 }
 
 }  // namespace
 
-std::size_t least_budget_bytes(const std::vector<Unit>& units) {
-  check_units(units);
-  return smallest_ring(units, std::vector<bool>(units.size(), false), 0).window_bytes;
+void check_units(const std::vector<Unit>& units) {
+  for (const Unit& unit : units) {
+    if (unit.size_bytes == 0 || unit.size_bytes % kAlignmentBytes != 0) {
+      throw ValueError("expected the size of unit '" + unit.name +
+                       "' to be a positive multiple of " + std::to_string(kAlignmentBytes) +
+                       " bytes, got " + std::to_string(unit.size_bytes) + "; use aligned_size()");
+    }
+  }
+}
+
+std::size_t default_depth_bytes(const std::vector<Unit>& units) {
+  std::map<std::uint32_t, std::size_t> layers;
+  std::size_t largest = 0;
+  for (const Unit& unit : units) {
+    layers[unit.layer_index] += unit.size_bytes;
+    largest = std::max(largest, unit.size_bytes);
+  }
+  std::size_t layer = 0;
+  for (const auto& [index, size_bytes] : layers) {
+    layer = std::max(layer, size_bytes);
+  }
+  return std::min(layer, static_cast<std::size_t>(kLeafDepth * static_cast<double>(largest)));
 }
 
 Plan make_plan(const PlanRequest& request) {
   const std::vector<Unit>& units = request.units;
   check_units(units);
-  std::size_t depth_bytes = request.depth_bytes.value_or(default_depth_bytes(units));
-  const std::vector<bool> none(units.size(), false);
-  if (request.window_bytes) {
-    return plan_in_window(request, *request.window_bytes, depth_bytes);
+  std::vector<bool> resident = request.resident;
+  if (resident.empty()) {
+    resident.assign(units.size(), false);
+  } else if (resident.size() != units.size()) {
+    throw ValueError("expected resident to say of each of the " + std::to_string(units.size()) +
+                     " units whether it stays, got " + std::to_string(resident.size()) +
+                     " answers");
   }
-  if (!request.budget_bytes) {
-    return plan_from(units, smallest_ring(units, none, depth_bytes), depth_bytes);
-  }
-
-  const std::size_t budget = *request.budget_bytes;
-  // A shallower window only where the asked one does not fit at all.
-  Ring ring = smallest_ring(units, none, depth_bytes);
-  while (ring.window_bytes > budget) {
-    if (depth_bytes == 0) {
-      throw ValueError("expected a budget of at least " + std::to_string(ring.window_bytes) +
-                       " bytes for the window, got " + std::to_string(budget) +
-                       "; raise gpu_budget, or use granularity='module', whose units are smaller");
-    }
-    depth_bytes = depth_bytes > kAlignmentBytes ? depth_bytes / 2 : 0;
-    ring = smallest_ring(units, none, depth_bytes);
-  }
-  for (std::size_t part = kResidentSteps; part > 0; --part) {
-    const std::vector<bool> resident =
-        choose_resident(units, static_cast<double>(part) / static_cast<double>(kResidentSteps));
-    const std::size_t kept = resident_bytes(units, resident);
-    if (kept > budget) {
-      continue;
-    }
-    Ring candidate = smallest_ring(units, resident, depth_bytes, budget - kept);
-    if (kept + candidate.window_bytes <= budget) {
-      ring = std::move(candidate);
-      break;
-    }
-  }
+  const std::size_t depth_bytes = request.depth_bytes.value_or(default_depth_bytes(units));
+  const Ring ring = request.window_bytes ? ring_within(units, resident, *request.window_bytes)
+                                         : smallest_ring(units, resident, depth_bytes);
   return plan_from(units, ring, depth_bytes);
 }
 

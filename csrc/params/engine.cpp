@@ -14,18 +14,6 @@ namespace torch_offload {
 
 namespace {
 
-/// Bytes of each parameter's master; none for those that stay on the device.
-std::vector<std::size_t> master_sizes(const std::vector<StreamedParameter>& parameters,
-                                      const Plan& plan, const std::vector<ParameterRange>& ranges) {
-  std::vector<std::size_t> sizes(parameters.size(), 0);
-  for (UnitIndex unit = 0; unit < ranges.size(); ++unit) {
-    for (std::size_t i = ranges[unit].begin; i < ranges[unit].end; ++i) {
-      sizes[i] = plan.is_resident(unit) ? 0 : aligned_size(parameters[i].size_bytes());
-    }
-  }
-  return sizes;
-}
-
 /// The first parameter of each unit: what one copy carries must lie in one registration.
 std::vector<PieceIndex> first_parameters(const std::vector<ParameterRange>& ranges) {
   std::vector<PieceIndex> begins;
@@ -47,10 +35,11 @@ Engine::Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
                              std::move(spec.slots));
   }
   units_ = cut(plan, ranges);
-  const std::vector<std::size_t> sizes = master_sizes(parameters_, plan, ranges);
+  const std::vector<std::size_t> sizes = master_sizes(plan, ranges);
   const py::gil_scoped_release no_gil;
-  arena_ = std::make_shared<PinnedArena>(device_, sizes, PinnedArena::kMaxChunkBytes,
-                                         first_parameters(ranges));
+  arenas_.assign(parameters_.size(),
+                 std::make_shared<PinnedArena>(device_, sizes, PinnedArena::kMaxChunkBytes,
+                                               first_parameters(ranges)));
   pipeline_ =
       std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan), options);
 }
@@ -80,6 +69,18 @@ std::vector<Engine::UnitParameters> Engine::cut(const Plan& plan,
   return units;
 }
 
+/// Bytes of each parameter's master; none for those that stay on the device.
+std::vector<std::size_t> Engine::master_sizes(const Plan& plan,
+                                              const std::vector<ParameterRange>& ranges) const {
+  std::vector<std::size_t> sizes(parameters_.size(), 0);
+  for (UnitIndex unit = 0; unit < ranges.size(); ++unit) {
+    for (std::size_t i = ranges[unit].begin; i < ranges[unit].end; ++i) {
+      sizes[i] = plan.is_resident(unit) ? 0 : aligned_size(parameters_[i].size_bytes());
+    }
+  }
+  return sizes;
+}
+
 Engine::ParametersView Engine::parameters_of(const UnitParameters& entry) {
   return {parameters_.data() + entry.range.begin, parameters_.data() + entry.range.end};
 }
@@ -100,7 +101,7 @@ void Engine::let_go() {
   units_.clear();
   parameters_.clear();
   const py::gil_scoped_release no_gil;
-  arena_.reset();
+  arenas_.clear();
 }
 
 const Pipeline& Engine::pipeline() const {
@@ -131,15 +132,15 @@ void Engine::check_at_rest(const char* call) const {
 
 void Engine::move_parameter_in(std::size_t index) {
   StreamedParameter& parameter = parameters_[index];
+  const std::shared_ptr<PinnedArena>& arena = arenas_[index];
   if (!parameter.parameter().device().is_cpu()) {
     const py::gil_scoped_release no_gil;
-    arena_->prepare(
-        index);  // a copy from the device runs at the link's rate into locked pages only
+    arena->prepare(index);  // a copy from the device runs at the link's rate into locked pages only
   }
-  parameter.move_into(arena_->piece_memory(index), arena_,
+  parameter.move_into(arena->piece_memory(index), arena,
                       [&](const void* source, std::size_t size_bytes) {
                         const py::gil_scoped_release no_gil;
-                        arena_->fill(index, source, size_bytes);
+                        arena->fill(index, source, size_bytes);
                       });
 }
 
@@ -149,7 +150,7 @@ void Engine::move_in(UnitIndex unit) {
     move_parameter_in(i);
   }
   const py::gil_scoped_release no_gil;
-  arena_->seal_up_to(entry.range.end - 1);
+  arenas_[entry.range.begin]->seal_up_to(entry.range.end - 1);
 }
 
 std::vector<std::string> Engine::move_out() {
@@ -169,38 +170,6 @@ std::vector<std::string> Engine::move_out() {
     parameter.move_out(plain);
   }
   return moved_elsewhere;
-}
-
-std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges) {
-  check_at_rest("recut()");
-  std::vector<UnitParameters> units = cut(plan, ranges);
-  const std::vector<std::size_t> sizes = master_sizes(parameters_, plan, ranges);
-  // Whatever may fail comes first, and is undone by itself.
-  std::vector<at::Tensor> plain(parameters_.size());
-  for (std::size_t i = 0; i < parameters_.size(); ++i) {
-    check_internal(sizes[i] <= arena_->piece_bytes(i), "a parameter to stream without a master");
-    if (sizes[i] == 0 && parameters_[i].is_moved_in()) {
-      plain[i] = parameters_[i].plain_copy(torch_device_);
-    }
-  }
-  {
-    const py::gil_scoped_release no_gil;
-    detach_log();  // it tells of units that will be no more
-    pipeline_->replan(std::move(plan));
-  }
-  units_ = std::move(units);
-  std::int64_t bytes_moved = 0;
-  for (std::size_t i = 0; i < parameters_.size(); ++i) {
-    const auto size_bytes = static_cast<std::int64_t>(parameters_[i].size_bytes());
-    if (plain[i].defined()) {
-      parameters_[i].move_out(plain[i]);
-      bytes_moved += size_bytes;
-    } else if (sizes[i] != 0 && !parameters_[i].is_moved_in()) {
-      move_parameter_in(i);  // an earlier cut let it stay on the device
-      bytes_moved -= size_bytes;
-    }
-  }
-  return bytes_moved;
 }
 
 void Engine::refresh() {

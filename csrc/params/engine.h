@@ -57,13 +57,16 @@ class Engine : private Loader {
   /// of those which did not fit there and are on the CPU now. Blocks while copying.
   std::vector<std::string> move_out();
 
-  /// Cuts the units anew and starts with an empty window of the same size. Parameters that are in
-  /// no streamed unit any more move to the device, others from there into their masters; returns
-  /// how many bytes more are on the device now.
+  /// Goes on with another plan, and units cut anew where `ranges` are others. Parameters that are
+  /// in no streamed unit any more move to the device, others from there into masters; the rest
+  /// stays where it is. Returns how many bytes more are on the device now, the window not counted.
+  ///
+  /// What leaves the device does so first, then the window changes its size, then the others come:
+  /// at no moment is more in use than the larger of both plans takes.
   ///
   /// Blocking: drains what is in flight, and copies what moves.
-  /// Throws:   StateError during a forward; ValueError as the constructor, or for a larger window;
-  ///           c10::OutOfMemoryError. Units and parameters are then as before.
+  /// Throws:   StateError during a forward; ValueError as the constructor; MemoryError,
+  ///           c10::OutOfMemoryError. Units and parameters are then as before, their places empty.
   std::int64_t recut(Plan plan, const std::vector<ParameterRange>& ranges);
 
   /// Calls `call_plain(module, *args, **kwargs)`. Until it returns or raises, the parameters of the
@@ -145,12 +148,16 @@ class Engine : private Loader {
                 std::uint64_t generation) override;
   std::vector<UnitParameters> cut(const Plan& plan,
                                   const std::vector<ParameterRange>& ranges) const;
+  std::vector<std::size_t> master_sizes(const Plan& plan,
+                                        const std::vector<ParameterRange>& ranges) const;
   ParametersView parameters_of(const UnitParameters& entry);
   void acquire(CallToken& token, UnitIndex unit);
   void release(CallToken& token);
   void release_after_failure(CallToken& token) noexcept;
   void let_go();
   void move_parameter_in(std::size_t index);
+  void reserve_masters(const std::vector<std::size_t>& indices);
+  std::vector<CopySegment> segments_of(const UnitParameters& entry) const;
   void warn_of_backward(const UnitParameters& entry);
   static void refuse_kept_views(std::vector<DroppedPlace> dropped);
   void adopt_edits(UnitIndex unit);
@@ -163,7 +170,9 @@ class Engine : private Loader {
   at::Device torch_device_;
   std::vector<StreamedParameter> parameters_;
   std::vector<UnitParameters> units_;
-  std::shared_ptr<PinnedArena> arena_;  // one piece per parameter, empty for a resident one
+  // By parameter: where its master is. A piece of each arena for every parameter, empty for those
+  // whose master is elsewhere or that have none.
+  std::vector<std::shared_ptr<PinnedArena>> arenas_;
   std::unique_ptr<Pipeline> pipeline_;
   std::shared_ptr<OpLog> log_;  // attached to the device; or none
   std::uint64_t cpu_ns_ = 0;

@@ -135,7 +135,7 @@ void Engine::adopt_edits(UnitIndex unit) {
         pipeline_->synchronize_onload(unit);  // a copy may still read the master that is rewritten
       }
       const auto piece = static_cast<PieceIndex>(&parameter - parameters_.data());
-      device_->host_write(arena_->piece_memory(piece), parameter.size_bytes(), unit);
+      device_->host_write(arenas_[piece]->piece_memory(piece), parameter.size_bytes(), unit);
       parameter.adopt_replacement();
     }
     is_stale = is_stale || edit != StreamedParameter::Edit::kNone ||
@@ -151,7 +151,7 @@ StreamId Engine::load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                       std::uint64_t generation) {
   UnitParameters& entry = units_[unit];
   if (entry.segments.empty()) {
-    entry.segments = arena_->segments(entry.range.begin, entry.range.end);
+    entry.segments = segments_of(entry);
   }
   for (const CopySegment& segment : entry.segments) {
     device_->copy(copy_stream,

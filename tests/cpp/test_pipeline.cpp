@@ -197,7 +197,7 @@ TEST(PipelineTest, InvalidateInsideAPassIsRefusedOnlyWhileTheUnitIsInUse) {
 TEST(PipelineTest, AcquireOutsideAPassOrOfAResidentUnitIsRefused) {
   PlanRequest request;
   request.units = layers_of(4, 2, 2);
-  request.budget_bytes = 12 * kSlice;
+  request.resident = {false, false, true, true, false, false, false, false};
   const Plan plan = make_plan(request);
   UnitIndex resident = 0;
   while (!plan.is_resident(resident)) {
@@ -325,7 +325,7 @@ TEST(PipelineTest, WithoutStreamedUnitsAPassIsEmpty) {
   for (const StreamLayout layout : {StreamLayout::kShared, StreamLayout::kSplit}) {
     PlanRequest request;
     request.units = layers_of(2, 1, 2);
-    request.budget_bytes = 100 * kSlice;
+    request.resident.assign(request.units.size(), true);
     for (const Plan& plan : {plan_of({}), make_plan(request)}) {
       Rig rig(plan, {Mode::kPipeline, layout, false});
       rig.pass({});

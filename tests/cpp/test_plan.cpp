@@ -28,12 +28,10 @@ std::vector<Unit> layers_of(std::size_t num_layers, std::size_t mha_slices,
   return units;
 }
 
-PlanRequest request_of(std::vector<Unit> units, std::optional<std::size_t> depth_bytes = {},
-                       std::optional<std::size_t> budget_bytes = {}) {
+PlanRequest request_of(std::vector<Unit> units, std::optional<std::size_t> depth_bytes = {}) {
   PlanRequest request;
   request.units = std::move(units);
   request.depth_bytes = depth_bytes;
-  request.budget_bytes = budget_bytes;
   return request;
 }
 
@@ -216,14 +214,10 @@ TEST(PlanTest, WindowThatIsThereAlreadyIsKeptAsItIs) {
     PlanRequest request = request_of(random_units(random, 1 + random() % 12, 1 + random() % 30));
     const std::size_t largest = largest_bytes(request.units);
     request.window_bytes = largest + (random() % 50) * kSlice;
-    if (round % 2 == 0) {
-      request.budget_bytes = *request.window_bytes + random() % total_bytes(request.units);
-    }
     const Plan plan = make_plan(request);
     expect_valid_places(plan);
     EXPECT_EQ(plan.window_bytes, *request.window_bytes);
-    EXPECT_LE(plan.window_bytes + plan.resident_bytes,
-              request.budget_bytes.value_or(plan.window_bytes));
+    EXPECT_EQ(plan.resident_bytes, 0U);
   }
 }
 
@@ -242,7 +236,6 @@ TEST(PlanTest, WithoutUnitsThePlanIsEmpty) {
   const Plan plan = make_plan(request_of({}));
   EXPECT_EQ(plan.window_bytes, 0U);
   EXPECT_EQ(plan.resident_bytes, 0U);
-  EXPECT_EQ(make_plan(request_of({}, {}, 0)).window_bytes, 0U);
 }
 
 TEST(PlanTest, EmptyOrUnalignedUnitThrows) {
@@ -250,92 +243,48 @@ TEST(PlanTest, EmptyOrUnalignedUnitThrows) {
     std::vector<Unit> units = layers_of(1, 1, 1);
     units[1].size_bytes = size_bytes;
     EXPECT_THROW(make_plan(request_of(units)), ValueError);
-    EXPECT_THROW(least_budget_bytes(units), ValueError);
   }
 }
 
-TEST(PlanBudgetTest, AmpleBudgetKeepsEverythingResident) {
-  const std::vector<Unit> units = layers_of(7, 2, 5);
-  for (const std::size_t budget : {total_bytes(units), total_bytes(units) * 10}) {
-    const Plan plan = make_plan(request_of(units, {}, budget));
-    EXPECT_EQ(plan.resident_bytes, total_bytes(units));
-    EXPECT_EQ(plan.window_bytes, 0U);
-  }
-}
-
-TEST(PlanBudgetTest, ResidentAndWindowFitAndUseTheBudget) {
+TEST(PlanTest, WhatIsResidentHasNoPlaceAndTheOthersRunAhead) {
   std::mt19937 random(2);
   for (int round = 0; round < 200; ++round) {
-    const std::vector<Unit> units = random_units(random, 4 + random() % 20, 1 + random() % 30);
-    const std::size_t least = least_budget_bytes(units);
-    const std::size_t budget = least + random() % (total_bytes(units) - least + 1);
-    const Plan plan = make_plan(request_of(units, {}, budget));
+    PlanRequest request = request_of(random_units(random, 1 + random() % 20, 1 + random() % 30));
+    std::size_t expected = 0;
+    for (const Unit& unit : request.units) {
+      request.resident.push_back(random() % 3 == 0);
+      expected += request.resident.back() ? unit.size_bytes : 0;
+    }
+    const Plan plan = make_plan(request);
     expect_valid(plan);
-    EXPECT_LE(plan.resident_bytes + plan.window_bytes, budget);
-  }
-  // Uniform layers: what is left over is less than one layer and the window's own slack.
-  const std::vector<Unit> units = layers_of(40, 2, 2);
-  const std::size_t layer = 4 * kSlice;
-  for (std::size_t budget = 4 * layer; budget <= 40 * layer; budget += layer) {
-    const Plan plan = make_plan(request_of(units, {}, budget));
-    expect_valid(plan);
-    EXPECT_LE(plan.resident_bytes + plan.window_bytes, budget);
-    EXPECT_GE(plan.resident_bytes + plan.window_bytes + layer, budget) << budget / layer;
-  }
-}
-
-TEST(PlanBudgetTest, ResidentUnitsAreSpreadEvenly) {
-  const std::vector<Unit> units = layers_of(32, 2, 2);
-  for (const std::size_t num_layers : {4U, 9U, 16U, 24U}) {
-    const Plan plan = make_plan(request_of(units, {}, num_layers * 4 * kSlice));
-    ASSERT_GT(plan.resident_bytes, 0U);
-    std::size_t residents = 0;
-    for (std::size_t unit = 0; unit < units.size(); ++unit) {
-      residents += plan.is_resident(static_cast<UnitIndex>(unit)) ? 1U : 0U;
-      // Every prefix holds its part of them, give or take one.
-      const double share = static_cast<double>(plan.resident_bytes) /
-                           static_cast<double>(total_bytes(units)) * static_cast<double>(unit + 1);
-      EXPECT_NEAR(static_cast<double>(residents), share, 1.0) << "after unit " << unit;
+    EXPECT_EQ(plan.resident_bytes, expected);
+    for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
+      EXPECT_EQ(plan.is_resident(unit), request.resident[unit]);
     }
   }
 }
 
-TEST(PlanBudgetTest, LeastIsAcceptedAndOneByteLessRefusedByName) {
-  std::mt19937 random(3);
-  for (int round = 0; round < 100; ++round) {
-    const std::vector<Unit> units = random_units(random, 1 + random() % 12, 1 + random() % 30);
-    const std::size_t least = least_budget_bytes(units);
-    const Plan plan = make_plan(request_of(units, {}, least));
-    expect_valid(plan);
-    EXPECT_LE(plan.resident_bytes + plan.window_bytes, least);
-    for (const std::size_t refused : {least - 1, std::size_t{0}}) {
-      try {
-        make_plan(request_of(units, {}, refused));
-        FAIL() << "accepted " << refused << " below " << least;
-      } catch (const ValueError& error) {
-        const std::string message = error.what();
-        EXPECT_NE(message.find("at least " + std::to_string(least)), std::string::npos) << message;
-        EXPECT_NE(message.find("got " + std::to_string(refused)), std::string::npos) << message;
-      }
-    }
-  }
+TEST(PlanTest, ResidentOfAnotherLengthThrows) {
+  PlanRequest request = request_of(layers_of(2, 1, 1));
+  request.resident = {true, false, true};
+  EXPECT_THROW(make_plan(request), ValueError);
 }
 
-TEST(PlanBudgetTest, DepthIsReducedOnlyWhereTheBudgetDemandsIt) {
-  const std::vector<Unit> units = layers_of(8, 4, 4);
-  const Plan wide = make_plan(request_of(units));
-  EXPECT_EQ(make_plan(request_of(units, {}, wide.window_bytes)).depth_bytes, wide.depth_bytes);
-  const Plan narrow = make_plan(request_of(units, {}, wide.window_bytes - 1));
-  expect_valid(narrow);
-  EXPECT_LT(narrow.depth_bytes, wide.depth_bytes);
-  EXPECT_LT(narrow.window_bytes, wide.window_bytes);
+TEST(PlanTest, WindowOfTheLargestUnitTakesOneUnitAtATime) {
+  PlanRequest request = request_of(layers_of(4, 2, 5), 0);
+  request.window_bytes = 5 * kSlice;
+  const Plan plan = make_plan(request);
+  expect_valid_places(plan);
+  for (UnitIndex unit = 0; unit + 1 < plan.units.size(); ++unit) {
+    EXPECT_TRUE(plan.places[unit]->overlaps(*plan.places[unit + 1])) << unit;
+  }
 }
 
 TEST(PlanTest, TheSameRequestGivesTheSamePlan) {
   std::mt19937 random(4);
   for (int round = 0; round < 20; ++round) {
     const std::vector<Unit> units = random_units(random, 12, 30);
-    const PlanRequest request = request_of(units, {}, total_bytes(units) * 2 / 3);
+    const PlanRequest request = request_of(units, total_bytes(units) / 3);
     const Plan first = make_plan(request);
     const Plan second = make_plan(request);
     EXPECT_EQ(first.window_bytes, second.window_bytes);
@@ -370,7 +319,9 @@ TEST_P(PlanRunTimeTest, TwoThousandUnits) {
       request.depth_bytes = total_bytes(units) / 2;
       break;
     default:
-      request.budget_bytes = total_bytes(units) / 2;
+      for (std::size_t i = 0; i < units.size(); ++i) {
+        request.resident.push_back(i % 3 == 0);
+      }
   }
   const std::clock_t start = std::clock();  // of this process alone: the machine may be busy
   const Plan plan = make_plan(request);

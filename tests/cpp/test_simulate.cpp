@@ -257,7 +257,7 @@ TEST(SimulateTest, ResidentUnitsComputeWithoutACopy) {
   SimRequest request = request_of(Mode::kPipeline, StreamLayout::kShared, 4);
   PlanRequest planned;
   planned.units = layers_of(4, 1, 2);
-  planned.budget_bytes = 11 * kAlignmentBytes;
+  planned.resident = {false, false, true, true, false, false, true, true};
   request.plan = make_plan(planned);
   std::size_t num_resident = 0;
   for (UnitIndex unit = 0; unit < 8; ++unit) {

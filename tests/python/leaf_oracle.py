@@ -86,7 +86,8 @@ def settle(handle: torch_offload.Handle, forward: Callable[[], Any], *, passes: 
         if leaf_cut._is_cut:
             break
     assert leaf_cut.is_settled, f"no cut after {passes} passes"
-    assert handle.stats.window_bytes == window_bytes
+    if handle.config.gpu_budget in (None, "auto"):
+        assert handle.stats.window_bytes == window_bytes
     assert_cut_streams(handle, forward)
 
 

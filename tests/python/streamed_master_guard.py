@@ -23,7 +23,8 @@ from torch_offload.reads import COMPARES_KINDS
 
 # The engine itself reads and writes masters, to adopt what a user has replaced; its operators are
 # called from C++, so that the wrapper is the innermost Python frame.
-_OWN_FRAMES = ("torch_offload/calls.py",)
+# A table that stays on the host is read there on purpose.
+_OWN_FRAMES = ("torch_offload/calls.py", "torch_offload/tables.py")
 # Between the caller of an operator and us: this file, and what keeps dynamo out of it.
 _MODE_FRAMES = (__file__, "torch/_dynamo/eval_frame.py", "torch/_compile.py")
 

@@ -23,7 +23,16 @@ from tests.python.trace_event_format import faults_of
 from torch_offload.cli import BAD_ANSWER, BAD_INPUT, INTERRUPTED, NOT_HERE, main
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("demo", "bench", "simulate", "timeline", "compare", "doctor", "selfcheck")
+COMMANDS = (
+    "demo",
+    "bench",
+    "plan",
+    "simulate",
+    "timeline",
+    "compare",
+    "doctor",
+    "selfcheck",
+)
 
 LLAMA = {
     "model_type": "llama",

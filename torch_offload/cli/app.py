@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from torch_offload.cli import compare, doctor, scripts, selfcheck, simulate, timeline
+from torch_offload.cli import compare, doctor, plan, scripts, selfcheck, simulate, timeline
 
 app = typer.Typer(
     name="torch-offload",
@@ -32,6 +32,7 @@ def _root(
 
 
 scripts.register(app)
+plan.register(app)
 simulate.register(app)
 timeline.register(app)
 compare.register(app)

@@ -52,6 +52,19 @@ def check_writable(*paths: str | Path | None) -> None:
             )
 
 
+def check_picture(out: Path) -> None:
+    """Makes sure that a name is one of a picture.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    from torch_offload.timeline.picture import picture_suffixes
+
+    suffixes = picture_suffixes()
+    if suffixes and out.suffix.lower() not in suffixes:
+        raise ValueError(f"expected --out as a picture, such as sweep.png, got {str(out)!r}")
+
+
 def progress_bar() -> Progress:
     """A bar on standard error, which is gone afterwards."""
     return Progress(

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from torch_offload.cli.durations import FfnCompute, FfnH2d, MhaCompute, MhaH2d, layer_times
-from torch_offload.cli.output import JsonOption, busy, check_writable, show, split_list, tracked
+from torch_offload.cli.output import (
+    JsonOption,
+    busy,
+    check_picture,
+    check_writable,
+    show,
+    split_list,
+    tracked,
+)
 
 if TYPE_CHECKING:
     from torch_offload.estimate import Estimate, ModelRequest
@@ -133,7 +141,7 @@ def _estimate(
         names = split_list(sweep, "--sweep", AXES)
         axes = [axis for axis in AXES if axis in names]
     if out is not None:
-        _check_picture(out)
+        check_picture(out)
     with busy("building the model and simulating a forward"):
         found = estimate(request)
     sweeps = [_swept(axis, found) for axis in axes]
@@ -153,11 +161,3 @@ def _swept(axis: Axis, found: Estimate) -> Sweep:
 
     points = scenarios_along(axis, found.prediction.scenario)
     return sweep_along(axis, tracked(points, f"sweep over {axis}"))
-
-
-def _check_picture(out: Path) -> None:
-    from torch_offload.timeline.picture import picture_suffixes
-
-    suffixes = picture_suffixes()
-    if suffixes and out.suffix.lower() not in suffixes:
-        raise ValueError(f"expected --out as a picture, such as sweep.png, got {str(out)!r}")

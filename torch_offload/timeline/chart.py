@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WIDTH_IN = 8.3
+WIDTH_IN = 8.3
 _PANEL_IN = 2.6
-_DPI = 200
-_FONT = 9
-_SMALL = 8
-_BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
+DPI = 200
+FONT = 9
+SMALL = 8
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 _TITLES = {
     "depth": "how far copies run ahead, nothing resident",
     "budget": "device memory for weights",
@@ -32,11 +32,31 @@ def write_chart(sweeps: Sequence[Sweep], title: str, path: Path) -> None:
         ModuleNotFoundError: If matplotlib is missing.
         OSError: If the file cannot be written.
     """
-    chart_of(sweeps, title).savefig(path, dpi=_DPI)
+    chart_of(sweeps, title).savefig(path, dpi=DPI)
 
 
 def chart_of(sweeps: Sequence[Sweep], title: str) -> Figure:
     """The same as a figure."""
+    figure = new_figure(WIDTH_IN, _PANEL_IN * len(sweeps) + 0.4, title)
+    panels = figure.subplots(len(sweeps), 1, squeeze=False)[:, 0]
+    for axes, sweep in zip(panels, sweeps, strict=True):
+        axes.set_title(_TITLES[sweep.axis], loc="left", fontsize=FONT)
+        if sweep.axis == "layout":
+            _draw_bars(axes, sweep)
+        else:
+            _draw_curve(axes, sweep)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.tick_params(labelsize=SMALL)
+    return figure
+
+
+def new_figure(width_in: float, height_in: float, title: str) -> Figure:
+    """An empty one with a title.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -45,19 +65,9 @@ def chart_of(sweeps: Sequence[Sweep], title: str) -> Figure:
             "matplotlib`"
         ) from error
 
-    figure = Figure(figsize=(_WIDTH_IN, _PANEL_IN * len(sweeps) + 0.4), dpi=_DPI)
+    figure = Figure(figsize=(width_in, height_in), dpi=DPI)
     figure.set_layout_engine("constrained")
-    figure.suptitle(title, fontsize=_FONT + 1, fontweight="bold", x=0.01, ha="left")
-    panels = figure.subplots(len(sweeps), 1, squeeze=False)[:, 0]
-    for axes, sweep in zip(panels, sweeps, strict=True):
-        axes.set_title(_TITLES[sweep.axis], loc="left", fontsize=_FONT)
-        if sweep.axis == "layout":
-            _draw_bars(axes, sweep)
-        else:
-            _draw_curve(axes, sweep)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        axes.tick_params(labelsize=_SMALL)
+    figure.suptitle(title, fontsize=FONT + 1, fontweight="bold", x=0.01, ha="left")
     return figure
 
 
@@ -68,9 +78,9 @@ def _draw_curve(axes: Axes, sweep: Sweep) -> None:
     predictions = [point.prediction for point in sweep.points]
     link = [p.streamed_bytes / p.scenario.link_bytes_per_second * 1e3 for p in predictions]
     series = (
-        ("forward", [p.forward_ms for p in predictions], _BLUE, "-", "o"),
-        ("link alone", link, _GREEN, "--", ""),
-        ("compute alone", [p.compute_ms for p in predictions], _ORANGE, ":", ""),
+        ("forward", [p.forward_ms for p in predictions], BLUE, "-", "o"),
+        ("link alone", link, GREEN, "--", ""),
+        ("compute alone", [p.compute_ms for p in predictions], ORANGE, ":", ""),
     )
     for name, values, colour, line, marker in series:
         axes.plot(
@@ -84,21 +94,21 @@ def _draw_curve(axes: Axes, sweep: Sweep) -> None:
             label=name,
         )
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("ms per forward", fontsize=_FONT)
+    axes.set_ylabel("ms per forward", fontsize=FONT)
     unit = "GiB of device memory" if sweep.axis == "budget" else "layers ahead"
-    axes.set_xlabel(unit, fontsize=_FONT)
+    axes.set_xlabel(unit, fontsize=FONT)
     axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.legend(fontsize=_SMALL, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(fontsize=SMALL, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _draw_bars(axes: Axes, sweep: Sweep) -> None:
     names = [point.label for point in sweep.points]
     values = [point.prediction.forward_ms for point in sweep.points]
     rows = range(len(names))
-    axes.barh(rows, values, color=_BLUE, height=0.7)
-    axes.set_yticks(rows, names, fontsize=_SMALL)
+    axes.barh(rows, values, color=BLUE, height=0.7)
+    axes.set_yticks(rows, names, fontsize=SMALL)
     axes.invert_yaxis()
     axes.set_xlim(0, max(values) * 1.12)
     for row, value in zip(rows, values, strict=True):
-        axes.text(value, row, f" {value:,.1f} ms", va="center", fontsize=_SMALL)
-    axes.set_xlabel("ms per forward", fontsize=_FONT)
+        axes.text(value, row, f" {value:,.1f} ms", va="center", fontsize=SMALL)
+    axes.set_xlabel("ms per forward", fontsize=FONT)

@@ -1,0 +1,120 @@
+// Other plans for the same parameters: what changes its home moves, and nothing else does.
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <exception>
+#include <utility>
+
+#include "core/error.h"
+#include "params/engine.h"
+
+namespace py = pybind11;
+
+namespace torch_offload {
+
+/// Makes room for the masters of these parameters, where there is none yet.
+///
+/// Masters of parameters that go to the device stay reserved: the way back needs no memory.
+void Engine::reserve_masters(const std::vector<std::size_t>& indices) {
+  std::vector<std::size_t> sizes(parameters_.size(), 0);
+  std::vector<std::size_t> missing;
+  for (const std::size_t i : indices) {
+    const std::size_t size_bytes = aligned_size(parameters_[i].size_bytes());
+    if (arenas_[i]->piece_bytes(i) < size_bytes) {
+      sizes[i] = size_bytes;
+      missing.push_back(i);
+    }
+  }
+  if (missing.empty()) {
+    return;
+  }
+  // Runs are the units' of any cut: here each parameter is one, and neighbours share a chunk.
+  const py::gil_scoped_release no_gil;
+  const auto arena = std::make_shared<PinnedArena>(device_, sizes);
+  for (const std::size_t i : missing) {
+    arenas_[i] = arena;
+  }
+}
+
+/// The copies that carry a unit's masters: as few as the arenas they lie in allow.
+std::vector<CopySegment> Engine::segments_of(const UnitParameters& entry) const {
+  std::vector<CopySegment> segments;
+  for (std::size_t begin = entry.range.begin; begin < entry.range.end;) {
+    std::size_t end = begin;
+    while (end < entry.range.end && arenas_[end] == arenas_[begin]) {
+      ++end;
+    }
+    const std::size_t offset = entry.offsets[begin - entry.range.begin];
+    for (CopySegment segment : arenas_[begin]->segments(begin, end)) {
+      segment.offset += offset;
+      segments.push_back(segment);
+    }
+    begin = end;
+  }
+  return segments;
+}
+
+std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges) {
+  check_at_rest("recut()");
+  std::vector<UnitParameters> units = cut(plan, ranges);
+  const std::vector<std::size_t> sizes = master_sizes(plan, ranges);
+  std::vector<std::size_t> leaving;  // the device
+  std::vector<std::size_t> coming;
+  for (std::size_t i = 0; i < parameters_.size(); ++i) {
+    if (sizes[i] != 0 && !parameters_[i].is_moved_in()) {
+      leaving.push_back(i);
+    } else if (sizes[i] == 0 && parameters_[i].is_moved_in()) {
+      coming.push_back(i);
+    }
+  }
+  reserve_masters(leaving);
+  const Plan former = pipeline().plan();
+  std::vector<at::Tensor> plain;
+  bool is_replanned = false;
+  try {
+    for (const std::size_t i : leaving) {
+      move_parameter_in(i);
+    }
+    {
+      const py::gil_scoped_release no_gil;
+      for (const std::size_t i : leaving) {
+        arenas_[i]->seal_up_to(i);
+      }
+      detach_log();  // it tells of another plan
+      pipeline_->replan(std::move(plan));
+    }
+    is_replanned = true;
+    for (const std::size_t i : coming) {
+      if (parameters_[i].edit_since_copy() == StreamedParameter::Edit::kReplaced) {
+        parameters_[i].adopt_replacement();
+      }
+      plain.push_back(parameters_[i].plain_copy(torch_device_));
+    }
+  } catch (...) {
+    plain.clear();
+    if (is_replanned) {
+      const py::gil_scoped_release no_gil;
+      pipeline_->replan(former);
+    }
+    for (const std::size_t i : leaving) {
+      if (parameters_[i].is_moved_in()) {
+        // Into the memory that it has just left.
+        parameters_[i].move_out(parameters_[i].plain_copy(torch_device_));
+      }
+    }
+    throw;
+  }
+  units_ = std::move(units);
+  std::int64_t bytes_moved = 0;
+  for (std::size_t k = 0; k < coming.size(); ++k) {
+    parameters_[coming[k]].move_out(plain[k]);
+    bytes_moved += static_cast<std::int64_t>(parameters_[coming[k]].size_bytes());
+  }
+  for (const std::size_t i : leaving) {
+    bytes_moved -= static_cast<std::int64_t>(parameters_[i].size_bytes());
+  }
+  return bytes_moved;
+}
+
+}  // namespace torch_offload

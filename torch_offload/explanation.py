@@ -1,0 +1,234 @@
+"""Why an offloaded model lies as it does, and what more memory would change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from torch_offload import _C
+from torch_offload.choice import KERNEL_SHARES, NOMINAL_LINK_BYTES_PER_SECOND
+from torch_offload.prediction import Prediction, Scenario, predict, predict_plan
+from torch_offload.profile import Profile, scenario_of, units_of
+from torch_offload.rates import format_byte_rate, parse_byte_rate
+from torch_offload.sizes import format_size
+
+if TYPE_CHECKING:
+    from torch_offload.handle import Handle
+    from torch_offload.placed import Placed
+
+_GIB = 2**30
+# What a change of the budget is tried with; of small models parts of their weights.
+_STEPS_GIB = (-4, -2, -1, 1, 2, 4)
+_STEPS_SHARE = (-0.1, -0.05, 0.05, 0.1)
+_MOST_RULES = 5
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another budget.
+
+    Attributes:
+        device_bytes: What weights may take then.
+        forward_ms: What a forward takes then; None where the budget is below the least.
+    """
+
+    device_bytes: int
+    forward_ms: float | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `Handle.explain` returns: ``print`` it, or read it.
+
+    Attributes:
+        granularity: How the model is cut.
+        rule: Why just these units are resident.
+        resident: Names of the units that are.
+        streamed: Names of those that are not.
+        gathered: Tables whose rows are gathered on the host, and their bytes.
+        outside_bytes: On the device, of no unit.
+        basis: Where the durations come from.
+        prediction: Of a forward with this plan.
+        roofline_share: How near it comes to its copies or its kernels alone, whichever are longer.
+        changes: What other budgets would come to, the smallest first.
+        alternatives: Rules and how much slower the best plan by them would be, as a share.
+    """
+
+    granularity: str
+    rule: str
+    resident: tuple[str, ...]
+    streamed: tuple[str, ...]
+    gathered: dict[str, int]
+    outside_bytes: int
+    basis: str
+    prediction: Prediction
+    roofline_share: float
+    changes: tuple[Change, ...]
+    alternatives: tuple[tuple[str, float], ...]
+
+    @property
+    def device_bytes(self) -> int:
+        """All weights on the device, window included."""
+        plan = self.prediction.plan
+        return self.outside_bytes + plan.window_bytes + plan.resident_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {
+            "granularity": self.granularity,
+            "rule": self.rule,
+            "resident": list(self.resident),
+            "streamed": list(self.streamed),
+            "gathered": dict(self.gathered),
+            "basis": self.basis,
+            "roofline_share": self.roofline_share,
+            "changes": [
+                {"device_bytes": change.device_bytes, "forward_ms": change.forward_ms}
+                for change in self.changes
+            ],
+            "alternatives": [
+                {"rule": rule, "slower_share": share} for rule, share in self.alternatives
+            ],
+            **self.prediction.to_json(),
+            "device_bytes": self.device_bytes,
+            "outside_bytes": self.outside_bytes,
+        }
+
+    def __rich__(self) -> RenderableType:
+        """For a terminal."""
+        found, plan = self.prediction, self.prediction.plan
+        rows = [
+            ("on the device", f"{format_size(self.device_bytes)} of weights"),
+            ("  resident", f"{format_size(plan.resident_bytes)}, {len(self.resident)} units"),
+            ("  why these", self.rule or "nothing was to be chosen: no budget"),
+            (
+                "  window",
+                f"{format_size(plan.window_bytes)}, copies run {format_size(plan.depth_bytes)} "
+                "ahead",
+            ),
+            ("  always there", format_size(self.outside_bytes)),
+            (
+                "streamed",
+                f"{format_size(found.streamed_bytes)} a forward, {len(self.streamed)} units "
+                f"({self.granularity})",
+            ),
+            *(
+                ("gathered on the host", f"{name}, {format_size(size)}")
+                for name, size in self.gathered.items()
+            ),
+            (
+                "a forward",
+                f"{found.forward_ms:,.2f} ms, {100 * self.roofline_share:.1f} % of the roofline",
+            ),
+        ]
+        facts = Table.grid(padding=(0, 2))
+        for name, value in rows:
+            facts.add_row(name, value)
+        budgets = Table(title="with another budget", title_justify="left")
+        budgets.add_column("weights may take", justify="right")
+        budgets.add_column("a forward", justify="right")
+        budgets.add_column("change", justify="right")
+        for change in self.changes:
+            if change.forward_ms is None:
+                budgets.add_row(format_size(change.device_bytes), "too little", "")
+            else:
+                difference = change.forward_ms / found.forward_ms - 1 if found.forward_ms else 0.0
+                budgets.add_row(
+                    format_size(change.device_bytes),
+                    f"{change.forward_ms:,.2f} ms",
+                    f"{100 * difference:+.1f} %",
+                )
+        rules = [
+            Text(f"- {rule}: {100 * share:.1f} % slower", style="dim")
+            for rule, share in self.alternatives
+        ]
+        if rules:
+            rules.insert(0, Text("by other rules, within the same budget:", style="dim"))
+        verdict = Text(found.bound.sentence, style="bold")
+        return Group(facts, verdict, budgets, *rules, Text(self.basis, style="dim"))
+
+    def __str__(self) -> str:
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def explain(
+    handle: Handle, placed: Placed, profile: Profile | None, link: str | None
+) -> Explanation:
+    """Predicts what a handle does now and would do with other budgets. Changes nothing."""
+    plan = placed.plan
+    scenario, basis = _scenario_of(handle, placed, profile, link)
+    prediction = predict_plan(scenario, plan)
+    link_ms = prediction.streamed_bytes / scenario.link_bytes_per_second * 1e3
+    least_ms = max(link_ms, prediction.compute_ms)
+    places = list(zip(plan.units, plan.places, strict=True))
+    best = min((found.score_ns for found in placed.alternatives), default=0.0)
+    return Explanation(
+        granularity=placed.granularity,
+        rule=placed.rule,
+        resident=tuple(unit.name for unit, place in places if place is None),
+        streamed=tuple(unit.name for unit, place in places if place is not None),
+        gathered=placed.tables,
+        outside_bytes=placed.outside_bytes,
+        basis=basis,
+        prediction=prediction,
+        roofline_share=min(1.0, least_ms / prediction.forward_ms) if prediction.forward_ms else 1.0,
+        changes=tuple(_changes(scenario, placed)),
+        alternatives=tuple(
+            (found.rule, found.score_ns / best - 1)
+            for found in placed.alternatives[:_MOST_RULES]
+            if found.rule != placed.rule and best > 0
+        ),
+    )
+
+
+def _scenario_of(
+    handle: Handle, placed: Placed, profile: Profile | None, link: str | None
+) -> tuple[Scenario, str]:
+    rate = parse_byte_rate(link, "link") if link else None
+    if profile is not None:
+        measured = scenario_of(profile, units_of(profile))
+        if rate is not None:
+            measured = measured.with_(link_bytes_per_second=rate, copy_ns=None)
+        return measured, "durations from the last profile of this plan"
+    rate = rate or NOMINAL_LINK_BYTES_PER_SECOND
+    units = placed.plan.units
+    share = KERNEL_SHARES[0]
+    scenario = Scenario(
+        units=units,
+        compute_ns=[round(share * unit.size_bytes / rate * 1e9) for unit in units],
+        link_bytes_per_second=rate,
+        mode=handle.config.mode,
+        streams=handle.config.streams,
+        depth_bytes=handle.config.depth_bytes,
+        outside_bytes=placed.outside_bytes,
+    )
+    return scenario, (
+        f"assumed: copies at {format_byte_rate(rate)}, and a token, whose kernels take {share:g} "
+        "of that time; run forwards inside handle.profile() to go by measured durations"
+    )
+
+
+def _changes(scenario: Scenario, placed: Placed) -> Iterator[Change]:
+    now = placed.plan.window_bytes + placed.plan.resident_bytes
+    whole = sum(unit.size_bytes for unit in placed.plan.units)
+    steps = [step * _GIB for step in _STEPS_GIB]
+    if whole < 8 * _GIB:
+        steps = [round(share * whole) for share in _STEPS_SHARE]
+    for step in steps:
+        budget = now + step
+        if budget <= 0 or (step > 0 and now >= whole):
+            continue
+        device_bytes = budget + placed.outside_bytes
+        if budget < _C.least_budget_bytes(placed.plan.units):
+            yield Change(device_bytes, None)
+        else:
+            found = predict(scenario.with_(budget_bytes=budget))
+            yield Change(device_bytes, found.forward_ms)

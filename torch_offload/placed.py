@@ -1,0 +1,45 @@
+"""What was planned, without the modules: what a handle may keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch_offload import _C
+from torch_offload.planning import Planned
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where the weights of an offloaded model are.
+
+    Attributes:
+        plan: Of the units.
+        parameters: Names of each unit's parameters.
+        tables: Names of the tables that are gathered on the host, and their bytes.
+        outside_bytes: On the device, of no unit.
+        granularity: How the model is cut.
+        rule: Why just these units stay; "" where nothing was to be chosen.
+        alternatives: What other rules would have come to.
+    """
+
+    plan: _C.Plan
+    parameters: tuple[tuple[str, ...], ...]
+    tables: dict[str, int]
+    outside_bytes: int
+    granularity: str
+    rule: str
+    alternatives: tuple[_C.Alternative, ...]
+
+    @staticmethod
+    def of(planned: Planned) -> Placed:
+        """Of a plan."""
+        choice = planned.choice
+        return Placed(
+            planned.plan,
+            tuple(tuple(name for name, _ in spec.parameters) for spec in planned.specs),
+            {table.name: table.size_bytes for table in planned.tables},
+            planned.outside_bytes,
+            planned.granularity,
+            choice.rule if choice else "",
+            tuple(choice.alternatives) if choice else (),
+        )
