@@ -13,12 +13,14 @@ from torch_offload import _C
 from torch_offload.calls import unwrap, wrap_ancestor, wrap_unit
 from torch_offload.config import Config
 from torch_offload.debugging import LOGGER
+from torch_offload.file_masters import FileMasters
 from torch_offload.guards import Probes, guard, unguard
 from torch_offload.handle import HANDLE_KEY, Handle
 from torch_offload.idle import IdleUnits
 from torch_offload.leaves import LeafCut
 from torch_offload.mismatch import MismatchExplainer
 from torch_offload.planning import budget_for_units, planned_units
+from torch_offload.progress import Progress
 from torch_offload.recording import Recorder
 from torch_offload.storage import ResidentMove
 from torch_offload.units import UnitSpec
@@ -27,20 +29,34 @@ from torch_offload.units import UnitSpec
 _AUTO_COMPILE = "_valid_auto_compile_criteria"
 
 
+_ParameterSlot = tuple[
+    str,
+    torch.Tensor,
+    list[tuple[dict[str, nn.Parameter | None], str]],
+    _C.FileView | None,
+]
+
+
+class FilesNotLockedError(MemoryError):
+    """The system refuses to page-lock the pages of checkpoint files."""
+
+
 def install(
     model: nn.Module,
     device: torch.device,
     config: Config,
     specs: Sequence[UnitSpec],
     plan: _C.Plan,
+    files: FileMasters,
 ) -> Handle:
     """Moves the weights, wraps the calls and guards the model. Blocks while copying.
 
     Raises:
         MemoryError: If host or device memory is missing. As after any other exception, the model
             is exactly what it was.
+        FilesNotLockedError: A MemoryError as well, if it is the pages of checkpoint files.
     """
-    installation = _Installation(model, device, config, specs, plan)
+    installation = _Installation(model, device, config, specs, plan, files)
     try:
         installation.move_weights(model, specs, plan)
         installation.wrap(model, specs, plan)
@@ -61,6 +77,7 @@ class _Installation:
         config: Config,
         specs: Sequence[UnitSpec],
         plan: _C.Plan,
+        files: FileMasters,
     ) -> None:
         self._device = device
         self._config = config
@@ -69,8 +86,8 @@ class _Installation:
         self._former_devices: list[tuple[weakref.ref[torch.Tensor], torch.device]] = []
         self._wrapped: list[weakref.ref[nn.Module]] = []
         self._guarded: list[weakref.ref[nn.Module]] = []
-        slots = [slot for spec in specs for slot in _parameter_slots(spec)]
-        self._positions = {name: index for index, (name, _, _) in enumerate(slots)}
+        slots = [slot for spec in specs for slot in _parameter_slots(spec, files)]
+        self._positions = {name: index for index, (name, *_) in enumerate(slots)}
         self._budget = budget_for_units(model, device, specs, config)
         self._engine = _C.Engine(
             device=_C.Device(device),
@@ -82,6 +99,7 @@ class _Installation:
             plan=plan,
             ranges=self._ranges(specs),
             wait_for_each=config.debug,
+            lock_limit_bytes=files.lock_limit_bytes() if files.views else None,
         )
         self._recorder = Recorder(self._engine)
         self._idle_units = IdleUnits()
@@ -97,8 +115,15 @@ class _Installation:
             tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in moving
         )
         self._bytes_resident = self._residents.size_bytes
-        for index, _ in streamed:
-            self._engine.move_in(index)
+        with Progress("moving weights", sum(spec.num_bytes for _, spec in streamed)) as progress:
+            for index, spec in streamed:
+                self._engine.move_in(index)
+                progress.advance(spec.num_bytes)
+        for index, _ in streamed[:1]:
+            try:
+                self._engine.lock_files(index)
+            except MemoryError as error:
+                raise FilesNotLockedError(str(error)) from error
 
     def wrap(self, model: nn.Module, specs: Sequence[UnitSpec], plan: _C.Plan) -> None:
         """Wraps the call of each streamed unit and of all that is above one."""
@@ -223,9 +248,7 @@ def _parameter_ids(streamed: Sequence[tuple[int, UnitSpec]]) -> set[int]:
     return {id(parameter) for _, spec in streamed for _, parameter in spec.parameters}
 
 
-def _parameter_slots(
-    spec: UnitSpec,
-) -> list[tuple[str, torch.Tensor, list[tuple[dict[str, nn.Parameter | None], str]]]]:
+def _parameter_slots(spec: UnitSpec, files: FileMasters) -> list[_ParameterSlot]:
     """Where each parameter of a unit is looked up: every `_parameters` entry that holds it."""
     entries = [
         (module._parameters, key, parameter)
@@ -233,7 +256,12 @@ def _parameter_slots(
         for key, parameter in module._parameters.items()
     ]
     return [
-        (name, parameter, [(owner, key) for owner, key, found in entries if found is parameter])
+        (
+            name,
+            parameter,
+            [(owner, key) for owner, key, found in entries if found is parameter],
+            files.view_of(parameter),
+        )
         for name, parameter in spec.parameters
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,9 +14,10 @@ from torch_offload.checks import check_model
 from torch_offload.config import Config, Granularity, Mode, Streams
 from torch_offload.debugging import LOGGER, debug_is_asked_for, report_environment
 from torch_offload.devices import resolve_device
+from torch_offload.file_masters import FileMasters
 from torch_offload.handle import Handle
 from torch_offload.host_memory import added_bytes
-from torch_offload.installation import install
+from torch_offload.installation import FilesNotLockedError, install
 from torch_offload.planning import plan_units
 from torch_offload.units import find_units
 
@@ -93,22 +95,44 @@ def offload(
 
 
 def offload_with(
-    model: nn.Module, device: torch.device | str | int | None, config: Config
+    model: nn.Module,
+    device: torch.device | str | int | None,
+    config: Config,
+    files: FileMasters | None = None,
 ) -> Handle:
-    """As `offload`, with the options in a `Config`."""
+    """As `offload`, with the options in a `Config`.
+
+    Parameters that show views of checkpoint files, as `files` says, are streamed from there.
+    """
+    files = FileMasters() if files is None else files
     check_model(model)
     target = resolve_device(device)
     config = replace(config, debug=debug_is_asked_for(config.debug))
     report_environment(target, debug=config.debug)
     specs = find_units(model, config.granularity, config.units, config.resident)
+    if files.views and config.granularity != "module":  # leaves are cut from them in module order
+        specs = files.in_file_order(specs)
     plan = plan_units(model, target, specs, config)
     streamed = [spec for spec, place in zip(specs, plan.places, strict=True) if place is not None]
     _C.check_host_memory(
-        added_bytes([parameter for _, parameter in spec.parameters] for spec in streamed),
+        added_bytes(
+            [parameter for _, parameter in spec.parameters if files.view_of(parameter) is None]
+            for spec in streamed
+        ),
         _HOST_RESERVE_BYTES,
     )
     if config.units is not None:  # by name, so that the handle holds no module
         config = replace(config, units=tuple(spec.name for spec in specs))
-    handle = install(model, target, config, specs, plan)
+    try:
+        handle = install(model, target, config, specs, plan, files)
+    except FilesNotLockedError as error:
+        if files.masters != "auto":
+            raise
+        warnings.warn(
+            "torch_offload: weights are copied into page-locked memory, as the checkpoint's pages "
+            f"cannot be locked: {error}",
+            stacklevel=3,
+        )
+        return offload_with(model, target, config, FileMasters(masters="arena"))
     LOGGER.info("offloaded: %r", handle)
     return handle
