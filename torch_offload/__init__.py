@@ -10,15 +10,18 @@ import torch_offload._build_check  # noqa: F401
 from torch_offload._C import StateError
 from torch_offload._version import __version__
 from torch_offload.calls import probe as _probe
+from torch_offload.checkpoint import CheckpointError
 from torch_offload.config import Config
 from torch_offload.handle import Handle, OffloadStats, UnitInfo, handle_of
 from torch_offload.hazards import Finding, check
 from torch_offload.offload import offload, offload_with
+from torch_offload.pretrained import from_pretrained, offload_from_checkpoint
 from torch_offload.storage import align
 
 _probe()
 
 __all__ = [
+    "CheckpointError",
     "Config",
     "Finding",
     "Handle",
@@ -28,7 +31,9 @@ __all__ = [
     "__version__",
     "align",
     "check",
+    "from_pretrained",
     "handle_of",
     "offload",
+    "offload_from_checkpoint",
     "offload_with",
 ]

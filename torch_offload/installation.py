@@ -19,6 +19,7 @@ from torch_offload.cut_names import CutNames
 from torch_offload.debugging import LOGGER
 from torch_offload.devices import make_device
 from torch_offload.execution_device import answer_device, give_class_back
+from torch_offload.file_masters import FileMasters
 from torch_offload.guards import Probes, guard, unguard
 from torch_offload.handle import HANDLE_KEY, Handle
 from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes
@@ -28,6 +29,7 @@ from torch_offload.memory import Memory, total_bytes_of
 from torch_offload.mismatch import MismatchExplainer
 from torch_offload.placed import Placed
 from torch_offload.planning import Cut, Planned, least_budget, plan_cut, plan_in_window
+from torch_offload.progress import Progress
 from torch_offload.recording import Recorder
 from torch_offload.storage import ResidentMove
 from torch_offload.tables import wrap_table
@@ -37,6 +39,18 @@ from torch_offload.units import UnitSpec
 _AUTO_COMPILE = "_valid_auto_compile_criteria"
 
 
+_ParameterSlot = tuple[
+    str,
+    torch.Tensor,
+    list[tuple[dict[str, nn.Parameter | None], str]],
+    _C.FileView | None,
+]
+
+
+class FilesNotLockedError(MemoryError):
+    """The system refuses to page-lock the pages of checkpoint files."""
+
+
 def install(
     model: nn.Module,
     device: torch.device,
@@ -44,6 +58,7 @@ def install(
     cut: Cut,
     planned: Planned,
     memory: Memory | None = None,
+    files: FileMasters | None = None,
     *,
     wants_leaves: bool = False,
 ) -> Handle:
@@ -56,13 +71,17 @@ def install(
         cut: What was planned.
         planned: How its units are to lie.
         memory: Of the device; None where there is nothing to adapt to.
+        files: Parameters that are streamed from checkpoint files; None for none.
         wants_leaves: Whether the units are to be cut into leaves once a pass has proven them.
 
     Raises:
         MemoryError: If host or device memory is missing. As after any other exception, the model
             is exactly what it was.
+        FilesNotLockedError: A MemoryError as well, if it is the pages of checkpoint files.
     """
-    installation = _Installation(model, device, config, cut, planned, memory, wants_leaves)
+    installation = _Installation(
+        model, device, config, cut, planned, memory, files or FileMasters(), wants_leaves
+    )
     try:
         installation.move_weights(model, planned)
         installation.wrap(model, planned)
@@ -83,6 +102,7 @@ class _Installation:
         cut: Cut,
         planned: Planned,
         memory: Memory | None,
+        files: FileMasters,
         wants_leaves: bool,
     ) -> None:
         self._device = device
@@ -96,8 +116,8 @@ class _Installation:
         self._former_devices: list[tuple[weakref.ref[torch.Tensor], torch.device]] = []
         self._wrapped: list[weakref.ref[nn.Module]] = []
         self._guarded: list[weakref.ref[nn.Module]] = []
-        slots = [slot for spec in planned.specs for slot in _parameter_slots(spec)]
-        self._positions = {name: index for index, (name, _, _) in enumerate(slots)}
+        slots = [slot for spec in planned.specs for slot in _parameter_slots(spec, files)]
+        self._positions = {name: index for index, (name, *_) in enumerate(slots)}
         self._engine = _C.Engine(
             device=make_device(device),
             torch_device=device,
@@ -108,6 +128,7 @@ class _Installation:
             plan=planned.plan,
             ranges=self._ranges(planned.specs),
             wait_for_each=config.debug,
+            lock_limit_bytes=files.lock_limit_bytes() if files.views else None,
         )
         self._recorder = Recorder(self._engine)
         self._idle_units = IdleUnits()
@@ -128,8 +149,15 @@ class _Installation:
         )
         self._gathered.move(table.weight for table in planned.tables if not table.head)
         self._bytes_resident = self._residents.size_bytes
-        for index, _ in streamed:
-            self._engine.move_in(index)
+        with Progress("moving weights", sum(spec.num_bytes for _, spec in streamed)) as progress:
+            for index, spec in streamed:
+                self._engine.move_in(index)
+                progress.advance(spec.num_bytes)
+        for index, _ in streamed[:1]:
+            try:
+                self._engine.lock_files(index)
+            except MemoryError as error:
+                raise FilesNotLockedError(str(error)) from error
 
     def wrap(self, model: nn.Module, planned: Planned) -> None:
         """Wraps the call of each streamed unit, of each table, and of all that is above one."""
@@ -377,9 +405,7 @@ def _parameter_ids(streamed: Sequence[tuple[int, UnitSpec]]) -> set[int]:
     return {id(parameter) for _, spec in streamed for _, parameter in spec.parameters}
 
 
-def _parameter_slots(
-    spec: UnitSpec,
-) -> list[tuple[str, torch.Tensor, list[tuple[dict[str, nn.Parameter | None], str]]]]:
+def _parameter_slots(spec: UnitSpec, files: FileMasters) -> list[_ParameterSlot]:
     """Where each parameter of a unit is looked up: every `_parameters` entry that holds it."""
     entries = [
         (module._parameters, key, parameter)
@@ -387,7 +413,12 @@ def _parameter_slots(
         for key, parameter in module._parameters.items()
     ]
     return [
-        (name, parameter, [(owner, key) for owner, key, found in entries if found is parameter])
+        (
+            name,
+            parameter,
+            [(owner, key) for owner, key, found in entries if found is parameter],
+            files.view_of(parameter),
+        )
         for name, parameter in spec.parameters
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,9 +15,10 @@ from torch_offload.checks import check_model
 from torch_offload.config import Config, Granularity, Mode, OnOom, Streams
 from torch_offload.debugging import LOGGER, debug_is_asked_for, report_environment
 from torch_offload.devices import resolve_device
+from torch_offload.file_masters import FileMasters
 from torch_offload.handle import Handle
 from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes
-from torch_offload.installation import install
+from torch_offload.installation import FilesNotLockedError, install
 from torch_offload.memory import Memory, memory_of, total_bytes_of
 from torch_offload.planning import Cut, cut_model, plan_best, plan_cut
 
@@ -104,6 +106,7 @@ def offload_with(
     device: torch.device | str | int | None,
     config: Config,
     memory: Memory | None = None,
+    files: FileMasters | None = None,
 ) -> Handle:
     """As `offload`, with the options in a `Config`.
 
@@ -112,7 +115,9 @@ def offload_with(
         device: As in `offload`.
         config: The options.
         memory: What tells of the device's memory; None for the device itself.
+        files: Parameters that show views of checkpoint files: they are streamed from there.
     """
+    files = FileMasters() if files is None else files
     check_model(model)
     target = resolve_device(device)
     config = replace(config, debug=debug_is_asked_for(config.debug))
@@ -127,6 +132,8 @@ def offload_with(
     budget = _first_budget(cuts[0], config, memory)
     wants_leaves = plan_best(cuts, config, budget).granularity == "module"
     cut = cuts[0]  # of leaves only sublayers are known so far
+    if files.views and not wants_leaves:  # leaves are cut from them in module order
+        cut = replace(cut, specs=tuple(files.in_file_order(cut.specs)))
     planned = plan_cut(cut, config, budget)
     streamed = [
         spec
@@ -134,12 +141,27 @@ def offload_with(
         if place is not None
     ]
     _C.check_host_memory(
-        added_bytes([parameter for _, parameter in spec.parameters] for spec in streamed),
+        added_bytes(
+            [parameter for _, parameter in spec.parameters if files.view_of(parameter) is None]
+            for spec in streamed
+        ),
         HOST_RESERVE_BYTES,
     )
     if config.units is not None:  # by name, so that the handle holds no module
         config = replace(config, units=tuple(spec.name for spec in cut.specs))
-    handle = install(model, target, config, cut, planned, memory, wants_leaves=wants_leaves)
+    try:
+        handle = install(
+            model, target, config, cut, planned, memory, files, wants_leaves=wants_leaves
+        )
+    except FilesNotLockedError as error:
+        if files.masters != "auto":
+            raise
+        warnings.warn(
+            "torch_offload: weights are copied into page-locked memory, as the checkpoint's pages "
+            f"cannot be locked: {error}",
+            stacklevel=3,
+        )
+        return offload_with(model, target, config, memory, FileMasters(masters="arena"))
     LOGGER.info("offloaded: %r", handle)
     return handle
 

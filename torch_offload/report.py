@@ -23,7 +23,7 @@ def report_of(handle: Handle) -> RenderableType:
     table = Table(title=repr(handle).strip("<>"), title_justify="left")
     table.add_column("unit")
     table.add_column("kind")
-    for heading in ("size", "place", "used", "onloads", "misses"):
+    for heading in ("size", "place", "used", "onloads", "copies", "misses"):
         table.add_column(heading, justify="right")
     for unit in units[:_MOST_ROWS]:
         place = "resident" if unit.place is None else f"{unit.place[0]:,}"
@@ -34,10 +34,11 @@ def report_of(handle: Handle) -> RenderableType:
             place,
             "" if unit.place is None else str(unit.acquired),
             str(unit.onloads),
+            str(unit.copies or ""),
             str(unit.misses),
         )
     if len(units) > _MOST_ROWS:
-        table.add_row(f"... and {len(units) - _MOST_ROWS} more, see handle.units", *[""] * 6)
+        table.add_row(f"... and {len(units) - _MOST_ROWS} more, see handle.units", *[""] * 7)
     summary = Table.grid(padding=(0, 2))
     for name, value in (
         ("forwards", str(stats.forwards)),
@@ -49,6 +50,9 @@ def report_of(handle: Handle) -> RenderableType:
         ("CPU time of ours", f"{stats.cpu_seconds * 1e3:.2f} ms"),
     ):
         summary.add_row(name, value)
+    in_files = sum(unit.bytes_in_files for unit in units)
+    if in_files:
+        summary.add_row("streamed from checkpoint files", format_size(in_files))
     parts: list[RenderableType] = [table, summary]
     idle = [unit.name for unit in units if unit.place is not None and not unit.acquired]
     if stats.forwards and idle:

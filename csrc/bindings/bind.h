@@ -10,6 +10,7 @@ void bind_plan(pybind11::module_& module);
 void bind_device(pybind11::module_& module);
 void bind_op_log(pybind11::module_& module);
 void bind_check(pybind11::module_& module);
+void bind_files(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 void bind_sim(pybind11::module_& module);
 void bind_lanes(pybind11::module_& module);

@@ -1,6 +1,8 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
+
 #include "bindings/bind.h"
 #include "params/engine.h"
 
@@ -47,18 +49,21 @@ void bind_engine(py::module_& module) {
       .def_readonly("misses", &UnitStats::misses);
 
   using ParameterTuple =
-      std::tuple<std::string, at::Tensor, std::vector<std::pair<py::dict, py::str>>>;
+      std::tuple<std::string, at::Tensor, std::vector<std::pair<py::dict, py::str>>,
+                 std::shared_ptr<FileView>>;
   py::class_<Engine, std::shared_ptr<Engine>>(
       module, "Engine", "The parameters of one model, their masters and places.")
       .def(py::init([](std::shared_ptr<Device> device, const at::Device& torch_device,
                        const std::string& mode, const std::string& streams, bool poison_on_release,
                        std::vector<ParameterTuple> parameters, Plan plan,
-                       const std::vector<RangePair>& ranges, bool wait_for_each) {
+                       const std::vector<RangePair>& ranges, bool wait_for_each,
+                       std::optional<std::size_t> lock_limit_bytes) {
              std::vector<ParameterSpec> specs;
-             for (auto& [name, parameter, slots] : parameters) {
+             for (auto& [name, parameter, slots, view] : parameters) {
                ParameterSpec& spec = specs.emplace_back();
                spec.name = name;
                spec.parameter = parameter;
+               spec.view = view;
                for (auto& [dict, key] : slots) {
                  spec.slots.push_back({dict, key});
                }
@@ -70,13 +75,14 @@ void bind_engine(py::module_& module) {
              options.wait_for_each = wait_for_each;
              options.warn = warn_in_python;
              return std::make_shared<Engine>(std::move(device), torch_device, options,
-                                             std::move(specs), std::move(plan),
-                                             ranges_from(ranges));
+                                             std::move(specs), std::move(plan), ranges_from(ranges),
+                                             lock_limit_bytes.value_or(LockedFiles::kNoLimit));
            }),
            py::arg("device"), py::arg("torch_device"), py::arg("mode"), py::arg("streams"),
            py::arg("poison_on_release"), py::arg("parameters"), py::arg("plan"), py::arg("ranges"),
-           py::arg("wait_for_each") = false)
+           py::arg("wait_for_each") = false, py::arg("lock_limit_bytes") = py::none())
       .def("move_in", &Engine::move_in, py::arg("unit"))
+      .def("lock_files", &Engine::lock_files, py::arg("unit"))
       .def("move_out", &Engine::move_out)
       .def(
           "recut",
@@ -94,6 +100,9 @@ void bind_engine(py::module_& module) {
           },
           py::arg("call_plain"), py::arg("module"), py::arg("args"), py::arg("kwargs"))
       .def("refresh", &Engine::refresh)
+      .def("find_edits", &Engine::find_edits)
+      .def("num_copies", &Engine::num_copies, py::arg("unit"))
+      .def("bytes_in_files", &Engine::bytes_in_files, py::arg("unit"))
       .def("attach_log", &Engine::attach_log, py::arg("log"), py::arg("times") = false)
       .def("close", &Engine::close)
       .def_property_readonly("is_closed", &Engine::is_closed)

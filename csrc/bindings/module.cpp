@@ -7,6 +7,7 @@ PYBIND11_MODULE(_C, module) {
   torch_offload::bind_device(module);
   torch_offload::bind_op_log(module);
   torch_offload::bind_check(module);
+  torch_offload::bind_files(module);
   torch_offload::bind_engine(module);
   torch_offload::bind_sim(module);
   torch_offload::bind_lanes(module);

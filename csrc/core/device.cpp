@@ -3,11 +3,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <exception>
 #include <iterator>
 #include <utility>
 
 #include "core/error.h"
+#include "core/threads.h"
 
 namespace torch_offload {
 
@@ -19,6 +22,10 @@ Op op_of(OpKind kind, StreamId stream = kNoStream, EventId event = kNoEvent) {
   op.stream = stream;
   op.event = event;
   return op;
+}
+
+void* memory_of(const AddressRange& range) {
+  return reinterpret_cast<void*>(range.begin);  // NOLINT(performance-no-int-to-ptr)
 }
 
 }  // namespace
@@ -248,19 +255,70 @@ void Device::free(void* memory) {
   });
 }
 
-void Device::register_host(void* memory, std::size_t size_bytes) {
-  const AddressRange range = AddressRange::of(memory, size_bytes);
+void Device::check_unregistered(const AddressRange& range) const {
   const auto next = page_locked_.lower_bound(range.begin);
   check_internal((next == page_locked_.end() || range.end <= next->first) &&
                      (next == page_locked_.begin() || std::prev(next)->second <= range.begin),
                  "registration of memory of which some is registered already");
+}
+
+void Device::note_registered(const AddressRange& range) {
+  page_locked_.emplace(range.begin, range.end);
+  ++counters_.registrations;
+  counters_.registered_bytes += range.size_bytes();
+}
+
+void Device::register_host(void* memory, std::size_t size_bytes) {
+  const AddressRange range = AddressRange::of(memory, size_bytes);
+  check_unregistered(range);
   submit(op_of(OpKind::kRegister), [&](Op& op) {
     do_register_host(memory, size_bytes);
-    page_locked_.emplace(range.begin, range.end);
-    ++counters_.registrations;
-    counters_.registered_bytes += size_bytes;
+    note_registered(range);
     op.memory = range;
   });
+}
+
+void Device::register_read_only(const std::vector<AddressRange>& ranges,
+                                const std::function<void(const AddressRange&)>& prepare) {
+  // One thread locks 39 GB/s of the page cache, four 56; the link moves 55.
+  constexpr std::size_t kThreads = 4;
+  std::for_each(ranges.begin(), ranges.end(),
+                [this](const AddressRange& range) { check_unregistered(range); });
+  std::vector<std::exception_ptr> failures(ranges.size());
+  std::vector<char> locked(ranges.size(), 0);  // not bool: each thread writes its own bytes
+  std::atomic<std::size_t> next{0};
+  std::atomic<bool> has_failed{false};
+  run_by_threads(std::min(kThreads, ranges.size()), [&] {
+    for (;;) {
+      const std::size_t i = next.fetch_add(1);
+      if (i >= ranges.size() || has_failed) {
+        return;
+      }
+      try {
+        prepare(ranges[i]);
+        do_register_read_only(memory_of(ranges[i]), ranges[i].size_bytes());
+        locked[i] = 1;
+      } catch (...) {
+        failures[i] = std::current_exception();
+        has_failed = true;
+      }
+    }
+  });
+  if (has_failed) {
+    for (std::size_t i = 0; i < ranges.size(); ++i) {
+      if (locked[i] != 0) {
+        do_unregister_host(memory_of(ranges[i]));
+      }
+    }
+    std::rethrow_exception(*std::find_if(failures.begin(), failures.end(),
+                                         [](const auto& failure) { return failure != nullptr; }));
+  }
+  for (const AddressRange& range : ranges) {
+    submit(op_of(OpKind::kRegister), [&](Op& op) {
+      note_registered(range);
+      op.memory = range;
+    });
+  }
 }
 
 void Device::unregister_host(void* memory) {

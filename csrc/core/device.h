@@ -2,7 +2,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -127,12 +129,23 @@ class Device {
   /// Page-locks host memory; `memory` and `size_bytes` are multiples of the page size, and no
   /// byte is registered twice. Throws MemoryError with nothing registered.
   void register_host(void* memory, std::size_t size_bytes);
+  /// Page-locks ranges of a read-only mapping of a file, all or none, by several threads. Each is a
+  /// registration of its own; begins and ends are multiples of the page size, and no byte is
+  /// registered twice. `prepare` is called for each before, on the thread that registers it.
+  ///
+  /// Blocking:  until they are locked; no thread outlives the call.
+  /// Throws:    what `prepare` throws; MemoryError, with nothing registered.
+  void register_read_only(const std::vector<AddressRange>& ranges,
+                          const std::function<void(const AddressRange&)>& prepare);
   /// Lifetime: nothing may be in flight from `memory`.
   void unregister_host(void* memory);
 
   /// Declares that the host itself reads or writes memory that copies use; only logged.
   void host_read(const void* memory, std::size_t size_bytes, UnitIndex unit);
   void host_write(const void* memory, std::size_t size_bytes, UnitIndex unit);
+
+  /// The node of host memory that the device's link ends at; none where the system does not say.
+  virtual std::optional<int> host_node() const { return std::nullopt; }
 
   /// Appends every later call to `log`, until called with another one or with nullptr. With times,
   /// each op also tells when the device carried it out, from when the log is detached on.
@@ -162,6 +175,11 @@ class Device {
   virtual void* do_allocate(std::size_t size_bytes) = 0;
   virtual void do_free(void* memory) = 0;
   virtual void do_register_host(void* memory, std::size_t size_bytes) = 0;
+  /// Called by several threads at once. Memory that nobody writes is locked like any other where
+  /// the device makes no difference.
+  virtual void do_register_read_only(void* memory, std::size_t size_bytes) {
+    do_register_host(memory, size_bytes);
+  }
   virtual void do_unregister_host(void* memory) = 0;
 
   // Called only while a log is attached; all but the first only while it keeps times.
@@ -186,6 +204,8 @@ class Device {
   void submit(Op op, Call call);
   template <typename Call>
   void submit_logged(Op& op, Call call);
+  void check_unregistered(const AddressRange& range) const;
+  void note_registered(const AddressRange& range);
   void check_recorded(EventId event, const char* call) const;
   void go_to_stream(OpKind kind, StreamId stream);
   void detach_log();

@@ -192,6 +192,16 @@ void check_host_memory(std::size_t needed_bytes, std::size_t reserve_bytes,
                     kOverride + "=0 in the environment to go on regardless");
 }
 
+std::optional<int> read_pci_node(const std::string& address, const std::string& root) {
+  std::string name = address;  // CUDA writes it in capitals, the system does not
+  std::transform(name.begin(), name.end(), name.begin(), [](char letter) {
+    return letter >= 'A' && letter <= 'F' ? static_cast<char>(letter - 'A' + 'a') : letter;
+  });
+  // "-1" where the system has no nodes: that is no number of one.
+  const auto node = number_in(root + "/sys/bus/pci/devices/" + name + "/numa_node");
+  return node ? std::optional<int>(static_cast<int>(*node)) : std::nullopt;
+}
+
 std::string describe(const HostLimits& limits) {
   return "host memory: " + format_or(limits.available_bytes, "unknown") + " available of " +
          format_or(limits.total_bytes, "unknown") + "; control group: " +

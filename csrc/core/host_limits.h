@@ -38,6 +38,10 @@ HostLimits read_host_limits(const std::string& root = "");
 void check_host_memory(std::size_t needed_bytes, std::size_t reserve_bytes,
                        const HostLimits& limits);
 
+/// The node of host memory that a device of this PCI address ("0000:17:00.0") is attached to; none
+/// where the system has one node only or does not say. `root` as above.
+std::optional<int> read_pci_node(const std::string& address, const std::string& root = "");
+
 /// One line for an error: each limit by name and value.
 std::string describe(const HostLimits& limits);
 

@@ -2,9 +2,11 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
@@ -12,12 +14,12 @@
 #include <cstring>
 #include <mutex>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <vector>
 
 #include "core/error.h"
 #include "core/host_limits.h"
+#include "core/threads.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23  // Linux 5.14; C libraries learned the name later
@@ -107,21 +109,6 @@ int take_block(std::byte* begin, std::size_t size_bytes) {
   return 0;
 }
 
-/// Starts `count` threads, or as many as this process may have.
-template <typename Run>
-std::vector<std::thread> start_threads(std::size_t count, const Run& run) {
-  std::vector<std::thread> threads;
-  threads.reserve(count);
-  try {
-    while (threads.size() < count) {
-      threads.emplace_back(run);
-    }
-  } catch (const std::system_error&) {
-    return threads;  // slower, not broken: those there are do it all
-  }
-  return threads;
-}
-
 /// Calls `work(block_begin, block_size_bytes)`, which returns an errno or zero, for the parts of a
 /// range, with as many threads as pay off. No two parts share a huge page: two threads that fault
 /// in the same one would both clear it. Returns the first error.
@@ -146,12 +133,23 @@ int in_parallel(std::byte* begin, std::size_t size_bytes, const Work& work) {
   const std::size_t num_threads =
       std::min({size_bytes / kLeastBytesPerThread, kMaxThreads,
                 static_cast<std::size_t>(std::thread::hardware_concurrency())});
-  std::vector<std::thread> helpers = start_threads(std::max<std::size_t>(num_threads, 1) - 1, run);
-  run();
-  for (std::thread& helper : helpers) {
-    helper.join();
-  }
+  run_by_threads(num_threads, run);
   return error.load();
+}
+
+/// Asks for pages of one node's memory. A wish: where that node is full, or where the system knows
+/// no nodes, pages come from elsewhere and copies are slower, not wrong.
+void prefer_node(std::byte* begin, std::size_t size_bytes, int node) {
+  constexpr int kPreferred = 1;  // MPOL_PREFERRED; its header belongs to a library of its own
+  constexpr std::size_t kWordBits = 8 * sizeof(unsigned long);
+  std::array<unsigned long, 16> mask{};
+  const auto bit = static_cast<std::size_t>(node);
+  if (node < 0 || bit >= mask.size() * kWordBits) {
+    return;
+  }
+  mask[bit / kWordBits] |= 1UL << (bit % kWordBits);
+  static_cast<void>(
+      syscall(SYS_mbind, begin, size_bytes, kPreferred, mask.data(), mask.size() * kWordBits, 0U));
 }
 
 /// Maps whole pages of zeros on a huge page's boundary. Returns nullptr and sets errno if it
@@ -190,7 +188,8 @@ std::size_t HostMapping::whole_pages(std::size_t size_bytes) {
   return (size_bytes + page_bytes() - 1) / page_bytes() * page_bytes();
 }
 
-HostMapping::HostMapping(std::size_t size_bytes) : size_bytes_(whole_pages(size_bytes)) {
+HostMapping::HostMapping(std::size_t size_bytes, std::optional<int> node)
+    : size_bytes_(whole_pages(size_bytes)) {
   if (size_bytes_ == 0) {
     return;
   }
@@ -204,6 +203,9 @@ HostMapping::HostMapping(std::size_t size_bytes) : size_bytes_(whole_pages(size_
   // the answer does not matter.
   if (const std::size_t huge = size_bytes_ / kHugePageBytes * kHugePageBytes) {
     static_cast<void>(madvise(data_, huge, MADV_HUGEPAGE));
+  }
+  if (node) {
+    prefer_node(data_, size_bytes_, *node);
   }
   if (madvise(data_, size_bytes_, MADV_DONTFORK) != 0) {
     const int error = errno;
@@ -230,6 +232,10 @@ HostMapping::~HostMapping() {
 }
 
 void HostMapping::take_pages(std::byte* begin, std::size_t size_bytes) {
+  own_pages(begin, size_bytes);
+}
+
+void HostMapping::own_pages(std::byte* begin, std::size_t size_bytes) {
   if (const int error = in_parallel(begin, size_bytes, take_block)) {
     throw_system_error(error, size_bytes, "madvise(MADV_POPULATE_WRITE)");
   }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <optional>
 
 namespace torch_offload {
 
@@ -23,9 +24,11 @@ namespace torch_offload {
 /// Threads:   may be made and destroyed by any thread, also while another one forks.
 class HostMapping {
  public:
-  /// Reserves whole pages for `size_bytes`, which may be zero; they read as zero.
+  /// Reserves whole pages for `size_bytes`, which may be zero; they read as zero. Pages are taken
+  /// from the memory of `node` while it has some, where the system knows that node; without one
+  /// they come from wherever the thread that touches them runs.
   /// Throws: MemoryError with the system's own words.
-  explicit HostMapping(std::size_t size_bytes);
+  explicit HostMapping(std::size_t size_bytes, std::optional<int> node = std::nullopt);
   HostMapping(const HostMapping&) = delete;
   HostMapping& operator=(const HostMapping&) = delete;
   ~HostMapping();
@@ -41,6 +44,9 @@ class HostMapping {
   /// Blocking:  until they are there; several threads where that pays, none outlives the call.
   /// Throws:    MemoryError if the system has no page left (some are then taken).
   void take_pages(std::byte* begin, std::size_t size_bytes);
+
+  /// As take_pages, for private memory of another mapping.
+  static void own_pages(std::byte* begin, std::size_t size_bytes);
 
   /// Copies `size_bytes` to `destination`, which lies in this mapping, and takes pages as it goes.
   /// Blocking and Throws: as take_pages.

@@ -84,7 +84,7 @@ PinnedArena::PinnedArena(Layout layout, std::size_t max_chunk_bytes, std::shared
       max_chunk_bytes_(max_chunk_bytes),
       pieces_(std::move(layout.pieces)),
       chunks_(std::move(layout.chunks)),
-      memory_(layout.size_bytes) {
+      memory_(layout.size_bytes, device_ != nullptr ? device_->host_node() : std::nullopt) {
   check_internal(device_ != nullptr, "an arena needs a device");
 }
 

@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "core/copy_segment.h"
 #include "core/device.h"
 #include "core/host_mapping.h"
 
@@ -11,14 +12,6 @@ namespace torch_offload {
 
 /// Position of a piece in the list that the arena was made from.
 using PieceIndex = std::size_t;
-
-/// What one copy can carry of consecutive pieces.
-struct CopySegment {
-  const std::byte* source = nullptr;
-  /// In the flat layout of the pieces, one behind the other from the first one asked for.
-  std::size_t offset = 0;
-  std::size_t size_bytes = 0;
-};
 
 /// The masters of all streamed parameters: host memory of exact size, page-locked chunk by chunk.
 ///
@@ -31,6 +24,8 @@ struct CopySegment {
 /// Use: `fill` the pieces in their order, call `seal_up_to` behind each, and free the originals as
 /// you go: pages are taken as they are filled, so the peak is the model plus one piece. Call
 /// `prepare` before a piece that a copy by the device fills.
+///
+/// Where the machine has several nodes, pages come from the one that the device's link ends at.
 ///
 /// Lifetime:  keeps the device alive. Nothing may be in flight from the arena when it is
 ///            destroyed. If the device then refuses to unregister a chunk, the memory stays mapped

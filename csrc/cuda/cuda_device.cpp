@@ -9,6 +9,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <array>
 #include <deque>
 #include <unordered_map>
 #include <utility>
@@ -52,6 +53,25 @@ bool is_refused_registration(cudaError_t error) {
     default:
       return false;
   }
+}
+
+/// Throws: MemoryError with nothing registered.
+void register_pages(void* memory, std::size_t size_bytes, unsigned int flags) {
+  const cudaError_t error = cudaHostRegister(memory, size_bytes, flags);
+  if (error == cudaSuccess) {
+    return;
+  }
+  if (!is_refused_registration(error)) {
+    C10_CUDA_CHECK(error);
+  }
+  // CUDA registers all or nothing, but remembers the failure for whoever asks next.
+  static_cast<void>(cudaGetLastError());
+  const HostLimits limits = read_host_limits();
+  throw MemoryError(
+      "expected to page-lock " + format_bytes(size_bytes) + " of host memory, got " +
+      cudaGetErrorName(error) + " (" + cudaGetErrorString(error) +
+      "); the locked-memory limit is " +
+      (limits.locked_limit_bytes ? format_bytes(*limits.locked_limit_bytes) : "none"));
 }
 
 }  // namespace
@@ -139,6 +159,16 @@ CudaDevice::~CudaDevice() {
     // On purpose: destroying it would call CUDA.
     [[maybe_unused]] const State* leaked = state_.release();
   }
+}
+
+std::optional<int> CudaDevice::host_node() const {
+  std::array<char, 32> address{};
+  if (cudaDeviceGetPCIBusId(address.data(), static_cast<int>(address.size()),
+                            state_->device_index) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    return std::nullopt;
+  }
+  return read_pci_node(address.data());
 }
 
 int CudaDevice::device_index() const { return state_->device_index; }
@@ -254,21 +284,12 @@ void CudaDevice::do_free(void* memory) {
 void CudaDevice::do_register_host(void* memory, std::size_t size_bytes) {
   const c10::cuda::CUDAGuard guard(state_->device_index);
   // Portable: page-locked for every GPU of the process, as PyTorch's own pinned memory is.
-  const cudaError_t error = cudaHostRegister(memory, size_bytes, cudaHostRegisterPortable);
-  if (error == cudaSuccess) {
-    return;
-  }
-  if (!is_refused_registration(error)) {
-    C10_CUDA_CHECK(error);
-  }
-  // CUDA registers all or nothing, but remembers the failure for whoever asks next.
-  static_cast<void>(cudaGetLastError());
-  const HostLimits limits = read_host_limits();
-  throw MemoryError(
-      "expected to page-lock " + format_bytes(size_bytes) + " of host memory, got " +
-      cudaGetErrorName(error) + " (" + cudaGetErrorString(error) +
-      "); the locked-memory limit is " +
-      (limits.locked_limit_bytes ? format_bytes(*limits.locked_limit_bytes) : "none"));
+  register_pages(memory, size_bytes, cudaHostRegisterPortable);
+}
+
+void CudaDevice::do_register_read_only(void* memory, std::size_t size_bytes) {
+  const c10::cuda::CUDAGuard guard(state_->device_index);
+  register_pages(memory, size_bytes, cudaHostRegisterPortable | cudaHostRegisterReadOnly);
 }
 
 void CudaDevice::do_unregister_host(void* memory) {

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -39,6 +40,7 @@ class CudaDevice : public Device {
 
   const std::string& stream_name(StreamId stream) const override;
   int device_index() const;
+  std::optional<int> host_node() const override;
 
  protected:
   StreamId do_create_stream(const StreamOptions& options) override;
@@ -54,6 +56,7 @@ class CudaDevice : public Device {
   void* do_allocate(std::size_t size_bytes) override;
   void do_free(void* memory) override;
   void do_register_host(void* memory, std::size_t size_bytes) override;
+  void do_register_read_only(void* memory, std::size_t size_bytes) override;
   void do_unregister_host(void* memory) override;
   void do_start_marks() override;
   MarkId do_mark(StreamId stream, MarkPoint point) override;

@@ -3,6 +3,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <cstdio>
+#include <cstring>
 #include <exception>
 #include <utility>
 
@@ -28,18 +29,19 @@ std::vector<PieceIndex> first_parameters(const std::vector<ParameterRange>& rang
 
 Engine::Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
                const PipelineOptions& options, std::vector<ParameterSpec> parameters, Plan plan,
-               const std::vector<ParameterRange>& ranges)
+               const std::vector<ParameterRange>& ranges, std::size_t lock_limit_bytes)
     : device_(std::move(device)), torch_device_(torch_device) {
+  std::vector<std::shared_ptr<FileView>> views;
   for (ParameterSpec& spec : parameters) {
+    views.push_back(std::move(spec.view));
     parameters_.emplace_back(std::move(spec.name), std::move(spec.parameter),
                              std::move(spec.slots));
   }
   units_ = cut(plan, ranges);
   const std::vector<std::size_t> sizes = master_sizes(plan, ranges);
   const py::gil_scoped_release no_gil;
-  arenas_.assign(parameters_.size(),
-                 std::make_shared<PinnedArena>(device_, sizes, PinnedArena::kMaxChunkBytes,
-                                               first_parameters(ranges)));
+  masters_ = std::make_unique<Masters>(device_, sizes, first_parameters(ranges), std::move(views),
+                                       lock_limit_bytes);
   pipeline_ =
       std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan), options);
 }
@@ -87,7 +89,7 @@ Engine::ParametersView Engine::parameters_of(const UnitParameters& entry) {
 
 Engine::~Engine() { let_go(); }
 
-/// Drains first; then the parameters, which keep the arena alive; then the arena itself.
+/// Drains first; then the parameters, which keep their masters alive; then the masters.
 void Engine::let_go() {
   {
     const py::gil_scoped_release no_gil;
@@ -101,7 +103,7 @@ void Engine::let_go() {
   units_.clear();
   parameters_.clear();
   const py::gil_scoped_release no_gil;
-  arenas_.clear();
+  masters_.reset();
 }
 
 const Pipeline& Engine::pipeline() const {
@@ -132,16 +134,30 @@ void Engine::check_at_rest(const char* call) const {
 
 void Engine::move_parameter_in(std::size_t index) {
   StreamedParameter& parameter = parameters_[index];
-  const std::shared_ptr<PinnedArena>& arena = arenas_[index];
-  if (!parameter.parameter().device().is_cpu()) {
+  const bool has_view = masters_->has_view(index);
+  if (!has_view && !parameter.parameter().device().is_cpu()) {
     const py::gil_scoped_release no_gil;
-    arena->prepare(index);  // a copy from the device runs at the link's rate into locked pages only
+    masters_->arena(index).prepare(
+        index);  // a copy from the device runs at the link's rate into locked pages only
   }
-  parameter.move_into(arena->piece_memory(index), arena,
-                      [&](const void* source, std::size_t size_bytes) {
-                        const py::gil_scoped_release no_gil;
-                        arena->fill(index, source, size_bytes);
-                      });
+  if (has_view && !parameter.parameter().device().is_cpu()) {
+    parameter.move_out(parameter.plain_copy(at::kCPU));  // compared below, not written
+  }
+  std::byte* const master = masters_->memory(index);
+  parameter.move_into(
+      master, masters_->owner(index), [&](const void* source, std::size_t size_bytes) {
+        const py::gil_scoped_release no_gil;
+        if (!has_view) {
+          masters_->arena(index).fill(index, source, size_bytes);
+        } else if (source != master && std::memcmp(master, source, size_bytes) != 0) {
+          std::memcpy(master, source, size_bytes);
+        }
+      });
+  if (has_view) {
+    // What it shows is what the file holds, unless something wrote to it before.
+    leave_file_if_edited(index);
+    parameter.note_copied();
+  }
 }
 
 void Engine::move_in(UnitIndex unit) {
@@ -150,7 +166,7 @@ void Engine::move_in(UnitIndex unit) {
     move_parameter_in(i);
   }
   const py::gil_scoped_release no_gil;
-  arenas_[entry.range.begin]->seal_up_to(entry.range.end - 1);
+  masters_->seal(entry.range.begin, entry.range.end);
 }
 
 std::vector<std::string> Engine::move_out() {
@@ -158,6 +174,11 @@ std::vector<std::string> Engine::move_out() {
   std::vector<std::string> moved_elsewhere;
   for (StreamedParameter& parameter : parameters_) {
     if (!parameter.is_moved()) {
+      continue;
+    }
+    if (parameter.is_moved_in() && parameter.former_device().is_cpu() &&
+        masters_->has_view(static_cast<PieceIndex>(&parameter - parameters_.data()))) {
+      parameter.keep_master();  // as a model that was loaded the usual way shows its file
       continue;
     }
     at::Tensor plain;
@@ -174,6 +195,7 @@ std::vector<std::string> Engine::move_out() {
 
 void Engine::refresh() {
   check_at_rest("refresh()");
+  find_edits();
   for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
     if (!pipeline().plan().is_resident(unit)) {
       pipeline_->invalidate(unit);

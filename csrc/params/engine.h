@@ -9,7 +9,7 @@
 
 #include "core/device.h"
 #include "core/loader.h"
-#include "core/pinned_arena.h"
+#include "core/masters.h"
 #include "core/pipeline.h"
 #include "params/streamed_parameter.h"
 
@@ -20,6 +20,8 @@ struct ParameterSpec {
   std::string name;
   at::Tensor parameter;
   std::vector<ParameterSlot> slots;
+  /// What it shows of checkpoint files, to be streamed from there; or none.
+  std::shared_ptr<FileView> view;
 };
 
 /// Consecutive parameters [begin, end) of the engine's list: what one unit holds.
@@ -30,8 +32,8 @@ struct ParameterRange {
 
 /// The parameters of one model, their masters and places, and the pipeline between them.
 ///
-/// Each parameter has a master of its own in the arena; a unit is a run of consecutive parameters,
-/// so that units can be cut anew (`recut`) without moving a byte.
+/// Each parameter has a master of its own, in the arena or in a checkpoint file; a unit is a run of
+/// consecutive parameters, so that units can be cut anew (`recut`) without moving a byte.
 ///
 /// Lifetime:  holds the arena and the parameters; the model's wrappers hold the engine; nothing
 ///            here holds a module. `close` or the destructor drains the copies.
@@ -47,12 +49,17 @@ class Engine : private Loader {
   ///         fit together; MemoryError.
   Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
          const PipelineOptions& options, std::vector<ParameterSpec> parameters, Plan plan,
-         const std::vector<ParameterRange>& ranges);
+         const std::vector<ParameterRange>& ranges,
+         std::size_t lock_limit_bytes = LockedFiles::kNoLimit);
   ~Engine() override;
 
-  /// Moves a streamed unit's parameters into the arena; units in order, each once.
+  /// Moves a streamed unit's parameters into their masters; units in order, each once. Those of a
+  /// checkpoint file stay there, and their pages are locked when they are first copied.
   /// Blocking: copies the bytes. Throws: MemoryError if they cannot be page-locked; call move_out.
   void move_in(UnitIndex unit);
+  /// Page-locks what copies of the unit read of checkpoint files, as the first copy will otherwise.
+  /// Blocking: while pages are read and locked. Throws: as LockedFiles::lock.
+  void lock_files(UnitIndex unit);
   /// Moves all parameters back into ordinary memory, where they were if they fit. Returns the names
   /// of those which did not fit there and are on the CPU now. Blocks while copying.
   std::vector<std::string> move_out();
@@ -83,8 +90,13 @@ class Engine : private Loader {
                         const pybind11::handle& module, const pybind11::tuple& args,
                         const pybind11::dict& kwargs);
 
-  /// Reads all masters anew at the next use. Throws: StateError during a forward.
+  /// Reads all masters anew at the next use, and finds every edit of those in checkpoint files.
+  /// Blocking: about 2 ms for each GiB in files. Throws: StateError during a forward; MemoryError.
   void refresh();
+  /// Finds every edit of masters in checkpoint files, without reading anything anew.
+  /// Returns the names of the parameters that have left the file so far.
+  /// Blocking and Throws: as refresh.
+  std::vector<std::string> find_edits();
   /// Writes every later call to the device into `log`, until called with another one or nullptr;
   /// recut() and close() detach it as well. With times, see Device::attach_log.
   /// Blocking: where times are to begin or to be resolved.
@@ -103,6 +115,10 @@ class Engine : private Loader {
   /// Time spent in `call` so far, what it calls excluded, in seconds.
   double cpu_seconds() const { return static_cast<double>(cpu_ns_) * 1e-9; }
   std::vector<std::string> parameter_names(UnitIndex unit) const;
+  /// How many copies an onload of the unit takes; none for a resident one.
+  std::size_t num_copies(UnitIndex unit) const;
+  /// How many of its bytes copies read from checkpoint files.
+  std::size_t bytes_in_files(UnitIndex unit) const;
   /// Our streams by name, copy streams first. On the host device they are threads of ours that
   /// torch knows nothing of: there are none to return. Needs the pass's thread, or no pass.
   std::vector<std::pair<std::string, c10::Stream>> streams();
@@ -124,6 +140,8 @@ class Engine : private Loader {
     std::uint32_t uses = 0;             // under way; the parameters show the place while > 0
     bool is_sampled = false;            // since the last copy
     bool is_compared = false;           // with the sample, in this pass
+    bool is_checked = false;            // against the files, in this pass
+    bool is_locked = false;             // all its pages of files, for good
   };
 
   /// The parameters of one unit, to iterate over.
@@ -156,8 +174,9 @@ class Engine : private Loader {
   void release_after_failure(CallToken& token) noexcept;
   void let_go();
   void move_parameter_in(std::size_t index);
-  void reserve_masters(const std::vector<std::size_t>& indices);
-  std::vector<CopySegment> segments_of(const UnitParameters& entry) const;
+  bool leave_file_if_edited(std::size_t index);
+  const std::vector<CopySegment>& segments_of(UnitParameters& entry);
+  void lock_files_of(UnitParameters& entry);
   void warn_of_backward(const UnitParameters& entry);
   static void refuse_kept_views(std::vector<DroppedPlace> dropped);
   void adopt_edits(UnitIndex unit);
@@ -170,9 +189,7 @@ class Engine : private Loader {
   at::Device torch_device_;
   std::vector<StreamedParameter> parameters_;
   std::vector<UnitParameters> units_;
-  // By parameter: where its master is. A piece of each arena for every parameter, empty for those
-  // whose master is elsewhere or that have none.
-  std::vector<std::shared_ptr<PinnedArena>> arenas_;
+  std::unique_ptr<Masters> masters_;  // by position in parameters_
   std::unique_ptr<Pipeline> pipeline_;
   std::shared_ptr<OpLog> log_;  // attached to the device; or none
   std::uint64_t cpu_ns_ = 0;

@@ -69,8 +69,12 @@ py::object Engine::call(UnitIndex unit, const py::handle& call_plain, const py::
 void Engine::acquire(CallToken& token, UnitIndex unit) {
   const Stopwatch stopwatch(cpu_ns_);
   pipeline();
+  const bool begins_pass = !pipeline_->in_pass();
   pipeline_->enter();  // first of all: it refuses a second thread before anything is read
   token.entered = true;
+  if (begins_pass && masters_->has_files()) {
+    masters_->files().check_unchanged();
+  }
   if (unit == kNoUnit) {
     return;
   }
@@ -127,21 +131,34 @@ void Engine::adopt_edits(UnitIndex unit) {
   // `weight.data += d`, fused optimizers, numpy. Within a pass nobody edits behind our back.
   const bool compares = pipeline_->copied_before_this_pass(unit) && !entry.is_compared;
   bool is_stale = false;
-  for (StreamedParameter& parameter : parameters_of(entry)) {
-    StreamedParameter::Edit edit = parameter.edit_since_copy();
+  for (std::size_t index = entry.range.begin; index < entry.range.end; ++index) {
+    StreamedParameter& parameter = parameters_[index];
+    const StreamedParameter::Edit edit = parameter.edit_since_copy();
     if (edit == StreamedParameter::Edit::kReplaced) {
       {
         const py::gil_scoped_release no_gil;
         pipeline_->synchronize_onload(unit);  // a copy may still read the master that is rewritten
       }
-      const auto piece = static_cast<PieceIndex>(&parameter - parameters_.data());
-      device_->host_write(arenas_[piece]->piece_memory(piece), parameter.size_bytes(), unit);
+      device_->host_write(masters_->memory(index), parameter.size_bytes(), unit);
       parameter.adopt_replacement();
+    }
+    if (masters_->is_in_file(index)) {
+      // A copy from the file is never newer than an edit, whenever it was made.
+      const bool may_be_edited = edit != StreamedParameter::Edit::kNone ||
+                                 (!entry.is_checked && masters_->looks_edited(index));
+      if (may_be_edited && leave_file_if_edited(index)) {
+        entry.segments.clear();
+        is_stale = true;
+      } else if (may_be_edited) {
+        parameter.note_copied();
+      }
+      continue;
     }
     is_stale = is_stale || edit != StreamedParameter::Edit::kNone ||
                (compares && !(entry.is_sampled && parameter.sample_is_equal()));
   }
   entry.is_compared = true;
+  entry.is_checked = true;
   if (is_stale && pipeline_->is_whole(unit)) {
     pipeline_->invalidate(unit);
   }
@@ -150,15 +167,16 @@ void Engine::adopt_edits(UnitIndex unit) {
 StreamId Engine::load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                       std::uint64_t generation) {
   UnitParameters& entry = units_[unit];
-  if (entry.segments.empty()) {
-    entry.segments = segments_of(entry);
-  }
-  for (const CopySegment& segment : entry.segments) {
+  lock_files_of(entry);
+  for (const CopySegment& segment : segments_of(entry)) {
     device_->copy(copy_stream,
                   {place + segment.offset, segment.source, segment.size_bytes, unit, generation});
   }
-  for (StreamedParameter& parameter : parameters_of(entry)) {
-    parameter.note_copied();
+  masters_->files().note_copied(entry.segments, copy_stream);
+  for (std::size_t index = entry.range.begin; index < entry.range.end; ++index) {
+    if (!masters_->is_in_file(index)) {  // there an edit before the copy has still to be found
+      parameters_[index].note_copied();
+    }
   }
   entry.is_sampled = false;
   entry.is_compared = true;
@@ -268,9 +286,12 @@ void Engine::end_pass() {
   for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
     UnitParameters& entry = units_[unit];
     entry.is_compared = false;
+    entry.is_checked = false;
     if (pipeline_->is_whole(unit) && !entry.is_sampled) {
-      for (StreamedParameter& parameter : parameters_of(entry)) {
-        parameter.take_sample();
+      for (std::size_t index = entry.range.begin; index < entry.range.end; ++index) {
+        if (!masters_->is_in_file(index)) {
+          parameters_[index].take_sample();
+        }
       }
       entry.is_sampled = true;
     }

@@ -13,48 +13,6 @@ namespace py = pybind11;
 
 namespace torch_offload {
 
-/// Makes room for the masters of these parameters, where there is none yet.
-///
-/// Masters of parameters that go to the device stay reserved: the way back needs no memory.
-void Engine::reserve_masters(const std::vector<std::size_t>& indices) {
-  std::vector<std::size_t> sizes(parameters_.size(), 0);
-  std::vector<std::size_t> missing;
-  for (const std::size_t i : indices) {
-    const std::size_t size_bytes = aligned_size(parameters_[i].size_bytes());
-    if (arenas_[i]->piece_bytes(i) < size_bytes) {
-      sizes[i] = size_bytes;
-      missing.push_back(i);
-    }
-  }
-  if (missing.empty()) {
-    return;
-  }
-  // Runs are the units' of any cut: here each parameter is one, and neighbours share a chunk.
-  const py::gil_scoped_release no_gil;
-  const auto arena = std::make_shared<PinnedArena>(device_, sizes);
-  for (const std::size_t i : missing) {
-    arenas_[i] = arena;
-  }
-}
-
-/// The copies that carry a unit's masters: as few as the arenas they lie in allow.
-std::vector<CopySegment> Engine::segments_of(const UnitParameters& entry) const {
-  std::vector<CopySegment> segments;
-  for (std::size_t begin = entry.range.begin; begin < entry.range.end;) {
-    std::size_t end = begin;
-    while (end < entry.range.end && arenas_[end] == arenas_[begin]) {
-      ++end;
-    }
-    const std::size_t offset = entry.offsets[begin - entry.range.begin];
-    for (CopySegment segment : arenas_[begin]->segments(begin, end)) {
-      segment.offset += offset;
-      segments.push_back(segment);
-    }
-    begin = end;
-  }
-  return segments;
-}
-
 std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges) {
   check_at_rest("recut()");
   std::vector<UnitParameters> units = cut(plan, ranges);
@@ -68,7 +26,14 @@ std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges)
       coming.push_back(i);
     }
   }
-  reserve_masters(leaving);
+  std::vector<std::size_t> missing(parameters_.size(), 0);
+  for (const std::size_t i : leaving) {
+    missing[i] = aligned_size(parameters_[i].size_bytes());
+  }
+  {
+    const py::gil_scoped_release no_gil;
+    masters_->reserve(std::move(missing));
+  }
   const Plan former = pipeline().plan();
   std::vector<at::Tensor> plain;
   bool is_replanned = false;
@@ -79,7 +44,7 @@ std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges)
     {
       const py::gil_scoped_release no_gil;
       for (const std::size_t i : leaving) {
-        arenas_[i]->seal_up_to(i);
+        masters_->seal(i, i + 1);
       }
       detach_log();  // it tells of another plan
       pipeline_->replan(std::move(plan));

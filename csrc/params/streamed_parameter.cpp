@@ -88,6 +88,11 @@ void StreamedParameter::move_out(const at::Tensor& plain) {
   owner_.reset();
 }
 
+void StreamedParameter::keep_master() {
+  const at::Tensor master = master_;
+  move_out(master);
+}
+
 void StreamedParameter::show_place(std::byte* place, const at::Device& device) {
   if (!place_.defined() || place_.const_data_ptr() != place) {
     place_ = view_of(place, device, nullptr);

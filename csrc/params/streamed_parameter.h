@@ -53,6 +53,9 @@ class StreamedParameter {
   /// Shows such a copy from now on, and lets go of the master.
   void move_out(const at::Tensor& plain);
 
+  /// Shows its master for good, as ordinary memory that lives on with whoever shows it.
+  void keep_master();
+
   /// Shows the place at this address.
   void show_place(std::byte* place, const at::Device& device);
   void show_master();

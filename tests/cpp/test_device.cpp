@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstring>
 #include <vector>
@@ -80,6 +81,31 @@ TEST_F(DeviceTest, RegisteringAByteTwiceThrowsAndChangesNothing) {
   }
   EXPECT_EQ(device_.counters().registrations, 0U);
   EXPECT_EQ(device_.counters().registered_bytes, 0U);
+}
+
+TEST_F(DeviceTest, ReadOnlyRangesAreRegisteredAllOrNone) {
+  std::vector<AddressRange> ranges;
+  for (std::size_t page = 0; page < 4; ++page) {
+    ranges.push_back(AddressRange::of(host_.data() + page * kPageBytes, kPageBytes));
+  }
+  std::atomic<int> prepared{0};
+  const auto refuse_the_third = [&](const AddressRange& range) {
+    if (range.begin == ranges[2].begin) {
+      throw StateError("cannot be read");
+    }
+    ++prepared;
+  };
+  EXPECT_THROW(device_.register_read_only(ranges, refuse_the_third), StateError);
+  EXPECT_EQ(device_.counters().registrations, 0U);
+  EXPECT_THROW(copy(0, 1), ValueError);
+  prepared = 0;
+  device_.register_read_only(ranges, [&](const AddressRange&) { ++prepared; });
+  EXPECT_EQ(prepared, 4);
+  EXPECT_EQ(device_.counters().registrations, 4U);
+  EXPECT_EQ(device_.counters().registered_bytes, 4 * kPageBytes);
+  EXPECT_NO_THROW(copy(0, 1));
+  EXPECT_THROW(copy(kPageBytes - 1, 2), ValueError) << "each is a registration of its own";
+  EXPECT_THROW(device_.register_read_only({ranges[3]}, refuse_the_third), InternalError);
 }
 
 TEST_F(DeviceTest, UnregisterOrFreeOfUnknownMemoryThrows) {

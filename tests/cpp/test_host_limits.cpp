@@ -46,6 +46,14 @@ TEST_F(HostLimitsTest, ReadsMeminfo) {
   EXPECT_FALSE(limits().cgroup_limit_bytes.has_value());
 }
 
+TEST_F(HostLimitsTest, ReadsTheNodeOfADevice) {
+  write("/sys/bus/pci/devices/0000:1a:00.0/numa_node", "1\n");
+  write("/sys/bus/pci/devices/0000:02:00.0/numa_node", "-1\n");
+  EXPECT_EQ(read_pci_node("0000:1A:00.0", root_), 1) << "CUDA writes addresses in capitals";
+  EXPECT_EQ(read_pci_node("0000:02:00.0", root_), std::nullopt);
+  EXPECT_EQ(read_pci_node("0000:03:00.0", root_), std::nullopt);
+}
+
 TEST_F(HostLimitsTest, MissingFilesAreAbsentAndNotZero) {
   const HostLimits none = read_host_limits(root_ + "/nowhere");
   EXPECT_FALSE(none.total_bytes.has_value());

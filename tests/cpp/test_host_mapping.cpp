@@ -1,5 +1,7 @@
 #include <gtest/gtest.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -48,6 +50,32 @@ bool system_gives_huge_pages() {
   std::string text;
   std::getline(enabled, text);
   return text.find("[madvise]") != std::string::npos || text.find("[always]") != std::string::npos;
+}
+
+TEST(HostMappingTest, TakesPagesOfTheNodeThatWasAskedFor) {
+  constexpr int kPreferred = 1;
+  HostMapping mapping(kPage, 0);
+  mapping.take_pages(mapping.data(), kPage);
+  int policy = -1;
+  unsigned long mask[16] = {};
+  if (syscall(SYS_get_mempolicy, &policy, mask, 16 * 8 * sizeof(unsigned long), mapping.data(),
+              2 /* MPOL_F_ADDR */) != 0) {
+    GTEST_SKIP() << "this system does not tell where memory is to come from";
+  }
+  EXPECT_EQ(policy, kPreferred);
+  EXPECT_EQ(mask[0], 1UL);
+  HostMapping anywhere(kPage);
+  ASSERT_EQ(
+      syscall(SYS_get_mempolicy, &policy, mask, 16 * 8 * sizeof(unsigned long), anywhere.data(), 2),
+      0);
+  EXPECT_EQ(policy, 0) << "without a node the system decides";
+}
+
+TEST(HostMappingTest, NodeThatIsNotThereIsAWishOnly) {
+  for (const int node : {-1, 1000, 100000}) {
+    HostMapping mapping(kPage, node);
+    EXPECT_EQ(mapping.data()[0], std::byte{0});
+  }
 }
 
 TEST(HostMappingTest, HoldsWholePagesOfZeros) {

@@ -15,8 +15,6 @@ import torch_offload
 from tests.python import expect
 from tests.python.dropin import (
     IDLE_WARNING,
-    Block,
-    Mlp,
     Stack,
     assert_equal,
     assert_streams_like_plain,
@@ -27,6 +25,7 @@ from tests.python.dropin import (
 )
 from tests.python.streamed_master_guard import StreamedMasterGuard
 from torch_offload import StateError
+from torch_offload.selfcheck.subjects import Block, Mlp
 
 
 class _EditsItself(nn.Module):

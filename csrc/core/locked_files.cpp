@@ -1,0 +1,206 @@
+#include "core/locked_files.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <exception>
+#include <string>
+#include <utility>
+
+#include "core/error.h"
+#include "core/host_limits.h"
+#include "core/host_mapping.h"
+
+namespace torch_offload {
+
+LockedFiles::LockedFiles(std::shared_ptr<Device> device,
+                         std::vector<std::shared_ptr<const FileMapping>> files,
+                         std::size_t limit_bytes, std::size_t chunk_bytes)
+    : device_(std::move(device)), files_(std::move(files)), limit_bytes_(limit_bytes) {
+  if (chunk_bytes == 0 || chunk_bytes % HostMapping::page_bytes() != 0) {
+    throw ValueError("expected chunks of whole pages, got " + std::to_string(chunk_bytes));
+  }
+  for (std::size_t file = 0; file < files_.size(); ++file) {
+    // The device is told of memory that is not to be written, so it is not const for it.
+    auto* const begin = const_cast<std::byte*>(files_[file]->data());
+    const std::size_t size = HostMapping::whole_pages(files_[file]->size_bytes());
+    for (std::size_t at = 0; at < size; at += chunk_bytes) {
+      Chunk& chunk = chunks_.emplace_back();
+      chunk.begin = begin + at;
+      chunk.size_bytes = std::min(chunk_bytes, size - at);
+      chunk.file = file;
+    }
+    total_bytes_ += size;
+  }
+  std::sort(chunks_.begin(), chunks_.end(),
+            [](const Chunk& one, const Chunk& other) { return one.begin < other.begin; });
+}
+
+LockedFiles::~LockedFiles() {
+  if (device_->in_forked_child()) {
+    return;
+  }
+  for (Chunk& chunk : chunks_) {
+    try {
+      if (chunk.is_locked) {
+        device_->unregister_host(chunk.begin);
+      }
+    } catch (const std::exception& error) {
+      // Kept mapped for good: the device may still read it.
+      static_cast<void>(new std::shared_ptr<const FileMapping>(files_[chunk.file]));
+      std::fprintf(stderr, "torch_offload: warning: could not unlock %zu bytes of %s: %s\n",
+                   chunk.size_bytes, files_[chunk.file]->path().c_str(), error.what());
+    }
+  }
+}
+
+const LockedFiles::Chunk* LockedFiles::chunk_of(const std::byte* source) const {
+  const auto next =
+      std::upper_bound(chunks_.begin(), chunks_.end(), source,
+                       [](const std::byte* at, const Chunk& chunk) { return at < chunk.begin; });
+  if (next == chunks_.begin()) {
+    return nullptr;
+  }
+  const Chunk& chunk = *std::prev(next);
+  return source < chunk.begin + chunk.size_bytes ? &chunk : nullptr;
+}
+
+LockedFiles::Chunk* LockedFiles::chunk_of(const std::byte* source) {
+  return const_cast<Chunk*>(std::as_const(*this).chunk_of(source));
+}
+
+std::vector<CopySegment> LockedFiles::cut(const std::vector<CopySegment>& segments) const {
+  std::vector<CopySegment> pieces;
+  for (CopySegment rest : segments) {
+    while (rest.size_bytes > 0) {
+      CopySegment piece = rest;
+      if (const Chunk* chunk = chunk_of(rest.source)) {
+        const auto left = static_cast<std::size_t>(chunk->begin + chunk->size_bytes - rest.source);
+        piece.size_bytes = std::min(rest.size_bytes, left);
+      }
+      pieces.push_back(piece);
+      rest.source += piece.size_bytes;
+      rest.offset += piece.size_bytes;
+      rest.size_bytes -= piece.size_bytes;
+    }
+  }
+  return pieces;
+}
+
+void LockedFiles::unlock(Chunk& chunk) {
+  // The device may still be reading it; mostly that is long done, as the oldest goes first.
+  if (chunk.copied != kNoEvent && !device_->is_done(chunk.copied)) {
+    device_->synchronize(chunk.stream);
+  }
+  device_->unregister_host(chunk.begin);
+  chunk.is_locked = false;
+  locked_bytes_ -= chunk.size_bytes;
+}
+
+/// Unlocks chunks until so many bytes more may be locked, or nothing else is left to unlock.
+void LockedFiles::make_room(std::size_t size_bytes, const Chunks& needed) {
+  for (std::deque<Chunk*>* queue : {&in_turn_, &for_good_}) {
+    for (auto next = queue->begin(); next != queue->end();) {
+      if (size_bytes <= limit_bytes_ && locked_bytes_ <= limit_bytes_ - size_bytes) {
+        return;
+      }
+      if (std::find(needed.begin(), needed.end(), *next) != needed.end()) {
+        ++next;
+        continue;
+      }
+      Chunk& chunk = **next;
+      unlock(chunk);
+      next = queue->erase(next);
+    }
+  }
+}
+
+bool LockedFiles::try_lock(const Chunks& missing) {
+  std::vector<AddressRange> ranges;
+  ranges.reserve(missing.size());
+  for (const Chunk* chunk : missing) {
+    ranges.push_back(AddressRange::of(chunk->begin, chunk->size_bytes));
+  }
+  try {
+    device_->register_read_only(ranges, [this](const AddressRange& range) {
+      const auto* const begin = reinterpret_cast<const std::byte*>(range.begin);
+      files_[chunk_of(begin)->file]->read_pages(begin, range.size_bytes());
+    });
+  } catch (const MemoryError&) {
+    if (locked_bytes_ == 0 || locked_bytes_ >= limit_bytes_) {
+      throw;
+    }
+    limit_bytes_ = locked_bytes_;  // so much can be had: from now on chunks take turns
+    return false;
+  }
+  for (Chunk* chunk : missing) {
+    const bool stays = !takes_turns() || locked_bytes_ + chunk->size_bytes <= limit_bytes_ / 4 * 3;
+    (stays ? for_good_ : in_turn_).push_back(chunk);
+    chunk->is_locked = true;
+    locked_bytes_ += chunk->size_bytes;
+  }
+  return true;
+}
+
+void LockedFiles::lock(const std::vector<CopySegment>& segments) {
+  Chunks needed;
+  for (const CopySegment& segment : segments) {
+    Chunk* const chunk = chunk_of(segment.source);
+    if (chunk != nullptr && std::find(needed.begin(), needed.end(), chunk) == needed.end()) {
+      needed.push_back(chunk);
+    }
+  }
+  const auto lock_missing = [&] {
+    Chunks missing;
+    std::size_t missing_bytes = 0;
+    std::size_t needed_bytes = 0;
+    for (Chunk* chunk : needed) {
+      needed_bytes += chunk->size_bytes;
+      if (!chunk->is_locked) {
+        missing.push_back(chunk);
+        missing_bytes += chunk->size_bytes;
+      }
+    }
+    if (needed_bytes > limit_bytes_) {
+      throw MemoryError("expected to page-lock " + format_bytes(needed_bytes) +
+                        " of checkpoint files for the copies of one unit, got a limit of " +
+                        format_bytes(limit_bytes_) +
+                        "; raise host_budget, or use granularity='sublayer' or 'module' for "
+                        "smaller units");
+    }
+    if (missing.empty()) {
+      return true;
+    }
+    make_room(missing_bytes, needed);
+    return try_lock(missing);
+  };
+  if (!lock_missing()) {
+    lock_missing();  // once more within the limit that was met
+  }
+}
+
+void LockedFiles::note_copied(const std::vector<CopySegment>& segments, StreamId stream) {
+  if (!takes_turns()) {
+    return;
+  }
+  Chunk* last = nullptr;
+  for (const CopySegment& segment : segments) {
+    Chunk* const chunk = chunk_of(segment.source);
+    if (chunk == nullptr || chunk == last) {
+      continue;
+    }
+    if (chunk->copied == kNoEvent) {
+      chunk->copied = device_->create_event();
+    }
+    device_->record(chunk->copied, stream);
+    chunk->stream = stream;
+    last = chunk;
+  }
+}
+
+void LockedFiles::check_unchanged() const {
+  for (const std::shared_ptr<const FileMapping>& file : files_) {
+    file->check_unchanged();
+  }
+}
+
+}  // namespace torch_offload

@@ -1,0 +1,89 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "core/copy_segment.h"
+#include "core/device.h"
+#include "core/file_mapping.h"
+
+namespace torch_offload {
+
+/// The pages of checkpoint files that copies read: page-locked chunk by chunk, when first needed.
+///
+/// Note [A checkpoint larger than host memory]
+/// Locked pages cannot be taken back by the system, so not more than a limit are. Three quarters of
+/// it are locked once and for good; the chunks beyond go through the rest, oldest first. Passes
+/// visit the chunks in a circle, where dropping the least recently used would lock every chunk
+/// anew in every pass. A limit that nobody told is found when the device refuses to lock more.
+///
+/// Lifetime:  keeps device and files alive. Nothing may be in flight when it is destroyed.
+/// Threads:   one caller at a time.
+/// Forks:     a child never calls the device.
+class LockedFiles {
+ public:
+  static constexpr std::size_t kChunkBytes = std::size_t{128} << 20;
+  static constexpr std::size_t kNoLimit = SIZE_MAX;
+
+  /// Locks nothing yet. Throws: ValueError if the chunks are no whole pages.
+  LockedFiles(std::shared_ptr<Device> device, std::vector<std::shared_ptr<const FileMapping>> files,
+              std::size_t limit_bytes = kNoLimit, std::size_t chunk_bytes = kChunkBytes);
+  LockedFiles(const LockedFiles&) = delete;
+  LockedFiles& operator=(const LockedFiles&) = delete;
+  /// Never throws: what fails is told on stderr.
+  ~LockedFiles();
+
+  /// The same copies, cut where one would cross from one chunk into another. Those whose source
+  /// lies in none of the files stay whole.
+  std::vector<CopySegment> cut(const std::vector<CopySegment>& segments) const;
+
+  /// Page-locks all that these copies, as cut, read from the files.
+  ///
+  /// Blocking:  while pages are read from the disk and locked; beyond the limit also until the
+  ///            copies from the chunks that make room are done.
+  /// Throws:    StateError if pages cannot be read; MemoryError if these copies alone need more
+  ///            than can be locked.
+  void lock(const std::vector<CopySegment>& segments);
+  /// Notes that the copies were submitted to `stream`, so that their chunks stay until they are
+  /// done.
+  void note_copied(const std::vector<CopySegment>& segments, StreamId stream);
+
+  /// Throws: StateError naming a file that is not what was opened.
+  void check_unchanged() const;
+
+  std::size_t limit_bytes() const { return limit_bytes_; }
+  std::size_t locked_bytes() const { return locked_bytes_; }
+  /// Whether chunks take turns, as not all fit the limit.
+  bool takes_turns() const { return total_bytes_ > limit_bytes_; }
+
+ private:
+  struct Chunk {
+    std::byte* begin = nullptr;
+    std::size_t size_bytes = 0;  // whole pages
+    std::size_t file = 0;
+    bool is_locked = false;
+    EventId copied = kNoEvent;  // recorded behind the last copy from it, while chunks take turns
+    StreamId stream = kNoStream;
+  };
+  using Chunks = std::vector<Chunk*>;
+
+  Chunk* chunk_of(const std::byte* source);
+  const Chunk* chunk_of(const std::byte* source) const;
+  void make_room(std::size_t size_bytes, const Chunks& needed);
+  void unlock(Chunk& chunk);
+  bool try_lock(const Chunks& missing);
+
+  std::shared_ptr<Device> device_;
+  std::vector<std::shared_ptr<const FileMapping>> files_;
+  std::vector<Chunk> chunks_;  // by address
+  std::deque<Chunk*> for_good_;
+  std::deque<Chunk*> in_turn_;  // oldest first
+  std::size_t total_bytes_ = 0;
+  std::size_t locked_bytes_ = 0;
+  std::size_t limit_bytes_;
+};
+
+}  // namespace torch_offload

@@ -1,0 +1,77 @@
+// Masters in checkpoint files: what locks their pages, and what finds their edits.
+
+#include "core/error.h"
+#include "params/engine.h"
+
+namespace py = pybind11;
+
+namespace torch_offload {
+
+const std::vector<CopySegment>& Engine::segments_of(UnitParameters& entry) {
+  if (entry.segments.empty()) {
+    entry.segments = masters_->segments(entry.range.begin, entry.range.end, entry.offsets);
+  }
+  return entry.segments;
+}
+
+void Engine::lock_files_of(UnitParameters& entry) {
+  if (!masters_->has_files() || entry.is_locked) {
+    return;
+  }
+  LockedFiles& files = masters_->files();
+  files.lock(segments_of(entry));
+  entry.is_locked = !files.takes_turns();
+}
+
+void Engine::lock_files(UnitIndex unit) {
+  const py::gil_scoped_release no_gil;
+  lock_files_of(units_.at(unit));
+}
+
+/// Lets the parameter's copies read its own bytes if they are not the file's any more.
+bool Engine::leave_file_if_edited(std::size_t index) {
+  if (!masters_->is_edited(index)) {
+    return false;
+  }
+  const py::gil_scoped_release no_gil;
+  masters_->make_own(index);
+  return true;
+}
+
+std::vector<std::string> Engine::find_edits() {
+  check_at_rest("a search for edits");
+  pipeline();
+  std::vector<std::string> names;
+  for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
+    UnitParameters& entry = units_[unit];
+    for (std::size_t i = entry.range.begin; i < entry.range.end; ++i) {
+      if (parameters_[i].is_moved_in() && leave_file_if_edited(i)) {
+        entry.segments.clear();
+        pipeline_->invalidate(unit);
+      }
+      if (masters_->has_view(i) && !masters_->is_in_file(i)) {
+        names.push_back(parameters_[i].name());
+      }
+    }
+  }
+  return names;
+}
+
+std::size_t Engine::num_copies(UnitIndex unit) const {
+  const UnitParameters& entry = units_.at(unit);
+  return pipeline().plan().is_resident(unit)
+             ? 0
+             : masters_->segments(entry.range.begin, entry.range.end, entry.offsets).size();
+}
+
+std::size_t Engine::bytes_in_files(UnitIndex unit) const {
+  const ParameterRange range = units_.at(unit).range;
+  std::size_t bytes = 0;
+  for (std::size_t i = range.begin; i < range.end; ++i) {
+    bytes +=
+        parameters_[i].is_moved_in() && masters_->is_in_file(i) ? parameters_[i].size_bytes() : 0;
+  }
+  return bytes;
+}
+
+}  // namespace torch_offload

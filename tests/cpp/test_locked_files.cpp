@@ -1,0 +1,217 @@
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "checkpoint_file.h"
+#include "core/error.h"
+#include "core/host_mapping.h"
+#include "core/locked_files.h"
+#include "core/masters.h"
+#include "host/host_device.h"
+
+namespace torch_offload {
+namespace {
+
+const std::size_t kPage = HostMapping::page_bytes();
+
+/// Refuses to lock more than so many bytes at a time, as a driver does that has met its limit.
+class LimitedDevice : public HostDevice {
+ public:
+  std::size_t limit_bytes = SIZE_MAX;
+
+ protected:
+  void do_register_read_only(void* /*memory*/, std::size_t size_bytes) override {
+    if (counters().registered_bytes + size_bytes > limit_bytes) {
+      throw MemoryError("the device refuses " + std::to_string(size_bytes) + " bytes");
+    }
+  }
+};
+
+class LockedFilesTest : public ::testing::Test {
+ protected:
+  LockedFilesTest() {
+    StreamOptions options;
+    options.name = "copies";
+    stream_ = device_->create_stream(options);
+  }
+
+  /// Copies one page of each of `pages` as a unit would, and compares.
+  void copy_pages(LockedFiles& files, const std::vector<std::size_t>& pages) {
+    std::vector<CopySegment> segments;
+    for (const std::size_t page : pages) {
+      append_segment(segments, {mapping_->data() + page * kPage, segments.size() * kPage, kPage});
+    }
+    segments = files.cut(segments);
+    files.lock(segments);
+    std::vector<std::byte> place(pages.size() * kPage);
+    for (const CopySegment& segment : segments) {
+      Copy copy;
+      copy.destination = place.data() + segment.offset;
+      copy.source = segment.source;
+      copy.size_bytes = segment.size_bytes;
+      device_->copy(stream_, copy);
+    }
+    files.note_copied(segments, stream_);
+    device_->synchronize(stream_);
+    for (std::size_t i = 0; i < pages.size(); ++i) {
+      EXPECT_TRUE(std::equal(place.begin() + static_cast<std::ptrdiff_t>(i * kPage),
+                             place.begin() + static_cast<std::ptrdiff_t>((i + 1) * kPage),
+                             mapping_->data() + pages[i] * kPage));
+    }
+  }
+
+  std::uint64_t locked() const { return device_->counters().registered_bytes; }
+
+  CheckpointFile file_{32 * kPage};
+  std::shared_ptr<FileMapping> mapping_ = std::make_shared<FileMapping>(file_.path());
+  std::shared_ptr<LimitedDevice> device_ = std::make_shared<LimitedDevice>();
+  StreamId stream_ = kNoStream;
+};
+
+TEST_F(LockedFilesTest, LocksOnlyTheChunksThatCopiesNeed) {
+  LockedFiles files(device_, {mapping_}, LockedFiles::kNoLimit, 4 * kPage);
+  EXPECT_EQ(locked(), 0U);
+  copy_pages(files, {0});
+  EXPECT_EQ(locked(), 4 * kPage);
+  copy_pages(files, {3, 9});
+  EXPECT_EQ(locked(), 8 * kPage);
+  EXPECT_FALSE(files.takes_turns());
+}
+
+TEST_F(LockedFilesTest, CutsCopiesAtTheBordersOfChunks) {
+  const LockedFiles files(device_, {mapping_}, LockedFiles::kNoLimit, 4 * kPage);
+  const std::vector<CopySegment> cut =
+      files.cut({{mapping_->data() + 2 * kPage, 64, 7 * kPage}, {file_.bytes().data(), 0, 12}});
+  ASSERT_EQ(cut.size(), 4U);
+  EXPECT_EQ(cut[0].size_bytes, 2 * kPage);
+  EXPECT_EQ(cut[1].size_bytes, 4 * kPage);
+  EXPECT_EQ(cut[2].offset, 64 + 6 * kPage);
+  EXPECT_EQ(cut[2].size_bytes, kPage);
+  EXPECT_EQ(cut[3].size_bytes, 12U) << "what is in no file stays whole";
+}
+
+TEST_F(LockedFilesTest, StaysWithinItsLimitInEveryPass) {
+  LockedFiles files(device_, {mapping_}, 16 * kPage, 2 * kPage);
+  EXPECT_TRUE(files.takes_turns());
+  std::uint64_t after_first_pass = 0;
+  for (int pass = 0; pass < 3; ++pass) {
+    for (std::size_t page = 0; page < 32; page += 2) {
+      copy_pages(files, {page, page + 1});
+      ASSERT_LE(locked(), 16 * kPage);
+    }
+    if (pass == 0) {
+      after_first_pass = device_->counters().registrations;
+      EXPECT_EQ(locked(), 16 * kPage);
+    }
+  }
+  EXPECT_EQ(device_->counters().registrations, after_first_pass);
+}
+
+TEST_F(LockedFilesTest, KeepsMostOfTheLimitLockedForGood) {
+  OpLog log;
+  LockedFiles files(device_, {mapping_}, 16 * kPage, 2 * kPage);
+  const auto pass = [&] {
+    for (std::size_t page = 0; page < 32; page += 2) {
+      copy_pages(files, {page});
+    }
+  };
+  pass();
+  device_->attach_log(&log);
+  pass();
+  device_->attach_log(nullptr);
+  const auto registered = std::count_if(log.ops().begin(), log.ops().end(),
+                                        [](const Op& op) { return op.kind == OpKind::kRegister; });
+  EXPECT_EQ(registered, 10) << "12 of 32 pages stay, the other 20 are locked anew";
+}
+
+TEST_F(LockedFilesTest, FindsALimitThatNobodyTold) {
+  device_->limit_bytes = 8 * kPage;
+  LockedFiles files(device_, {mapping_}, LockedFiles::kNoLimit, 2 * kPage);
+  for (int pass = 0; pass < 2; ++pass) {
+    for (std::size_t page = 0; page < 32; page += 2) {
+      copy_pages(files, {page, page + 1});
+    }
+  }
+  EXPECT_EQ(files.limit_bytes(), 8 * kPage);
+  EXPECT_LE(locked(), 8 * kPage);
+}
+
+TEST_F(LockedFilesTest, RefusalOfTheFirstChunkFailsAndLeavesNothingLocked) {
+  device_->limit_bytes = kPage;
+  LockedFiles files(device_, {mapping_}, LockedFiles::kNoLimit, 2 * kPage);
+  EXPECT_THROW(files.lock({{mapping_->data(), 0, 9 * kPage}}), MemoryError);
+  EXPECT_EQ(locked(), 0U);
+}
+
+TEST_F(LockedFilesTest, UnitLargerThanTheLimitFails) {
+  LockedFiles files(device_, {mapping_}, 4 * kPage, 2 * kPage);
+  EXPECT_THROW(files.lock(files.cut({{mapping_->data(), 0, 6 * kPage}})), MemoryError);
+  EXPECT_NO_THROW(copy_pages(files, {0, 3})) << "and the next one is served";
+}
+
+TEST_F(LockedFilesTest, UnlocksAllAtTheEnd) {
+  {
+    LockedFiles files(device_, {mapping_}, LockedFiles::kNoLimit, 4 * kPage);
+    copy_pages(files, {0, 31});
+  }
+  EXPECT_EQ(device_->counters().registrations, 0U);
+}
+
+TEST_F(LockedFilesTest, PagesThatCannotBeReadAreAnError) {
+  LockedFiles files(device_, {mapping_}, LockedFiles::kNoLimit, 4 * kPage);
+  ASSERT_EQ(truncate(file_.path().c_str(), static_cast<off_t>(8 * kPage)), 0);
+  EXPECT_NO_THROW(files.lock({{mapping_->data(), 0, kPage}}));
+  EXPECT_THROW(files.lock({{mapping_->data() + 12 * kPage, 0, kPage}}), StateError);
+  EXPECT_EQ(locked(), 4 * kPage);
+  EXPECT_THROW(files.check_unchanged(), StateError);
+}
+
+TEST_F(LockedFilesTest, OddChunksFail) {
+  EXPECT_THROW(LockedFiles(device_, {mapping_}, 0, kPage + 1), ValueError);
+  EXPECT_THROW(LockedFiles(device_, {mapping_}, 0, 0), ValueError);
+}
+
+// --- masters: pieces of an arena and views beside each other ------------------------------------
+
+TEST_F(LockedFilesTest, MastersJoinNeighboursOfTheFileIntoOneCopy) {
+  const auto view = [this](std::size_t offset, std::size_t size) {
+    return std::make_shared<FileView>(std::vector<FileBlock>{{mapping_, offset, size}});
+  };
+  Masters masters(device_, {512, 512, 256, 1024}, {0},
+                  {view(40, 512), view(552, 512), nullptr, view(4000, 1000)},
+                  LockedFiles::kNoLimit);
+  const std::vector<CopySegment> segments = masters.segments(0, 4, {0, 512, 1024, 1280});
+  ASSERT_EQ(segments.size(), 3U);
+  EXPECT_EQ(segments[0].size_bytes, 1024U);
+  EXPECT_EQ(segments[0].source, mapping_->data() + 40);
+  EXPECT_EQ(segments[1].offset, 1024U);
+  EXPECT_EQ(segments[1].source, masters.arena().piece_memory(2));
+  EXPECT_EQ(segments[2].size_bytes, 1000U);
+  EXPECT_EQ(segments[2].offset, 1280U);
+}
+
+TEST_F(LockedFilesTest, EditedMasterLeavesTheFileAtTheSameAddress) {
+  const auto view = std::make_shared<FileView>(std::vector<FileBlock>{{mapping_, 40, 5 * kPage}});
+  {
+    Masters masters(device_, {5 * kPage}, {0}, {view}, LockedFiles::kNoLimit);
+    std::byte* const memory = masters.memory(0);
+    EXPECT_FALSE(masters.is_edited(0));
+    memory[77] ^= std::byte{1};
+    EXPECT_TRUE(masters.is_edited(0));
+    masters.make_own(0);
+    EXPECT_FALSE(masters.is_in_file(0));
+    EXPECT_EQ(masters.memory(0), memory);
+    const std::vector<CopySegment> segments = masters.segments(0, 1, {0});
+    ASSERT_EQ(segments.size(), 1U);
+    EXPECT_EQ(segments[0].source, memory);
+    EXPECT_EQ(memory[77], file_.bytes()[117] ^ std::byte{1});
+    EXPECT_EQ(locked(), 6 * kPage);
+  }
+  EXPECT_EQ(locked(), 0U);
+  EXPECT_EQ(view->data()[0], file_.bytes()[40]);
+}
+
+}  // namespace
+}  // namespace torch_offload

@@ -1,0 +1,128 @@
+"""Which parameters are streamed from the files they were loaded from, and how much is locked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from torch_offload import _C
+from torch_offload.file_tensors import FileTensor
+from torch_offload.sizes import parse_size
+from torch_offload.units import UnitSpec
+
+Masters = Literal["auto", "mmap", "arena"]
+
+# A parameter of which more than half had to be copied is no parameter of a file any more.
+_MOST_COPIED_SHARE = 0.5
+# Beyond this share of what the host can give, files are locked in turns, within the second share.
+_MOST_LOCKED_SHARE = 0.9
+_SHARE_IN_TURNS = 0.75
+
+
+@dataclass
+class FileMasters:
+    """Parameters that show views of checkpoint files.
+
+    Attributes:
+        masters: What was asked for.
+        host_budget: Bytes that may be page-locked at a time; None leaves it to the host's limits.
+        views: The view that each parameter shows, by the parameter's ``id``.
+    """
+
+    masters: Masters = "auto"
+    host_budget: int | None = None
+    views: dict[int, _C.FileView] = field(default_factory=dict)
+
+    @classmethod
+    def asked_for(cls, masters: Masters, host_budget: int | str | None) -> FileMasters:
+        """Checks the two options.
+
+        Raises:
+            ValueError: For one that cannot be.
+        """
+        if masters not in get_args(Masters):
+            raise ValueError(
+                f"expected masters to be one of 'auto', 'mmap', 'arena', got {masters!r}"
+            )
+        budget = None if host_budget is None else parse_size(host_budget, "host_budget")
+        return cls(masters=masters, host_budget=budget)
+
+    def view_of(self, parameter: torch.Tensor) -> _C.FileView | None:
+        """The view that a parameter shows, whole and as it lies there; else None."""
+        view = self.views.get(id(parameter))
+        if (
+            view is None
+            or parameter.device.type != "cpu"
+            or parameter.data_ptr() != view.address
+            or parameter.nbytes != view.size_bytes
+            or not parameter.is_contiguous()
+        ):
+            return None
+        return view
+
+    def lock_limit_bytes(self) -> int | None:
+        """How many bytes of files may be page-locked at a time; None for all of them."""
+        if self.host_budget is not None:
+            return self.host_budget
+        if os.environ.get("TORCH_OFFLOAD_HOST_MEMORY_CHECK") == "0":
+            return None
+        limits = _C.host_limits()
+        known = [limits.available_bytes, limits.cgroup_available_bytes]
+        available = min((size for size in known if size is not None), default=None)
+        needed = sum(view.size_bytes for view in self.views.values())
+        if available is None or needed <= _MOST_LOCKED_SHARE * available:
+            return None
+        return int(_SHARE_IN_TURNS * available)
+
+    def in_file_order(self, specs: Sequence[UnitSpec]) -> list[UnitSpec]:
+        """The units with their parameters as they follow each other in the files.
+
+        Neighbours there become neighbours in the place, so that one copy carries both.
+        """
+
+        def position(named: tuple[str, nn.Parameter]) -> tuple[str, int]:
+            view = self.view_of(named[1])
+            return ("", 0) if view is None else view.first_byte
+
+        return [
+            replace(spec, parameters=tuple(sorted(spec.parameters, key=position))) for spec in specs
+        ]
+
+
+def read_file_tensors(model: nn.Module) -> dict[int, _C.FileView]:
+    """Gives a model ordinary tensors for those that are still on disk, in place.
+
+    Returns:
+        The view that each of the new parameters shows, by ``id``; without those that are copies
+        for the most part.
+    """
+    views: dict[int, _C.FileView] = {}
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            for key, found in slots.items():
+                if not isinstance(found, FileTensor):
+                    continue
+                if id(found) not in made:
+                    made[id(found)] = _ordinary(found, views)
+                slots[key] = made[id(found)]  # type: ignore[assignment]
+    return views
+
+
+def _ordinary(found: FileTensor, views: dict[int, _C.FileView]) -> torch.Tensor:
+    tensor, view = found.view_of_files()
+    if not isinstance(found, nn.Parameter):
+        return tensor
+    if view is not None and view.copied_bytes > _MOST_COPIED_SHARE * view.size_bytes:
+        view = None
+    parameter = nn.Parameter(tensor, requires_grad=found.requires_grad)
+    if hasattr(found, "_is_hf_initialized"):
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    if view is not None:
+        views[id(parameter)] = view
+    return parameter
