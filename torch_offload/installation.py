@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,7 @@ from torch_offload.idle import IdleUnits
 from torch_offload.leaves import LeafCut
 from torch_offload.memory import Memory, total_bytes_of
 from torch_offload.mismatch import MismatchExplainer
+from torch_offload.module_tree import modules_above, parameter_slots
 from torch_offload.placed import Placed
 from torch_offload.planning import Cut, Planned, least_budget, plan_cut, plan_in_window
 from torch_offload.recording import Recorder
@@ -96,7 +97,7 @@ class _Installation:
         self._former_devices: list[tuple[weakref.ref[torch.Tensor], torch.device]] = []
         self._wrapped: list[weakref.ref[nn.Module]] = []
         self._guarded: list[weakref.ref[nn.Module]] = []
-        slots = [slot for spec in planned.specs for slot in _parameter_slots(spec)]
+        slots = [slot for spec in planned.specs for slot in parameter_slots(spec)]
         self._positions = {name: index for index, (name, _, _) in enumerate(slots)}
         self._engine = _C.Engine(
             device=make_device(device),
@@ -150,7 +151,7 @@ class _Installation:
             wrap_table(embedding, self._device)
         # Above a unit that stays as well: it may be given back when memory runs out.
         inner = {id(spec.module) for spec in planned.specs} | set(map(id, embeddings))
-        for module in _above(model, inner):
+        for module in modules_above(model, inner):
             self._wrapped.append(weakref.ref(module))
             idle_units = self._idle_units if module is model else None
             wrap_ancestor(
@@ -375,28 +376,3 @@ def _streamed(planned: Planned) -> list[tuple[int, UnitSpec]]:
 
 def _parameter_ids(streamed: Sequence[tuple[int, UnitSpec]]) -> set[int]:
     return {id(parameter) for _, spec in streamed for _, parameter in spec.parameters}
-
-
-def _parameter_slots(
-    spec: UnitSpec,
-) -> list[tuple[str, torch.Tensor, list[tuple[dict[str, nn.Parameter | None], str]]]]:
-    """Where each parameter of a unit is looked up: every `_parameters` entry that holds it."""
-    entries = [
-        (module._parameters, key, parameter)
-        for module in spec.module.modules()
-        for key, parameter in module._parameters.items()
-    ]
-    return [
-        (name, parameter, [(owner, key) for owner, key, found in entries if found is parameter])
-        for name, parameter in spec.parameters
-    ]
-
-
-def _above(model: nn.Module, units: set[int]) -> Iterator[nn.Module]:
-    """Modules that are called and have a unit somewhere below them, the model itself included."""
-    for module in model.modules():
-        below = module.modules()
-        next(below)
-        is_called = type(module).forward is not nn.Module.forward
-        if id(module) not in units and is_called and any(id(child) in units for child in below):
-            yield module
