@@ -8,6 +8,8 @@
 
 #include "core/error.h"
 #include "core/host_limits.h"
+#include "core/host_mapping.h"
+#include "core/unit.h"
 
 namespace torch_offload {
 
@@ -30,6 +32,14 @@ std::vector<std::shared_ptr<const FileMapping>> files_of(
     }
   }
   return files;
+}
+
+/// Whatever follows in the file's pages goes into the padding behind a parameter, so that a copy
+/// writes its place up to the end: reads are declared for whole places.
+CopySegment padding_behind(const FileBlock& block, std::size_t offset) {
+  const std::size_t end = block.offset + block.size_bytes;
+  const std::size_t left = HostMapping::whole_pages(block.file->size_bytes()) - end;
+  return {block.file->data() + end, offset, std::min(aligned_size(offset) - offset, left)};
 }
 
 std::vector<std::size_t> without_views(std::vector<std::size_t> sizes,
@@ -122,6 +132,7 @@ void Masters::append_in_file(std::vector<CopySegment>& segments, PieceIndex begi
       append_segment(in_file, {block.data(), offset, block.size_bytes});
       offset += block.size_bytes;
     }
+    append_segment(in_file, padding_behind(views_[index]->blocks().back(), offset));
   }
   const std::vector<CopySegment> cut = files_.cut(in_file);
   segments.insert(segments.end(), cut.begin(), cut.end());
@@ -133,7 +144,11 @@ std::vector<CopySegment> Masters::segments(PieceIndex begin, PieceIndex end,
   for (PieceIndex index = begin; index < end;) {
     const std::size_t* const first_offset = offsets.data() + (index - begin);
     if (has_view(index) && !is_in_file(index)) {
-      segments.push_back({views_[index]->data(), *first_offset, views_[index]->size_bytes()});
+      FileView& view = *views_[index];
+      const std::size_t left =
+          view.pages_bytes() - static_cast<std::size_t>(view.data() - view.pages());
+      const std::size_t size = std::min(aligned_size(view.size_bytes()), left);
+      segments.push_back({view.data(), *first_offset, size});
       ++index;
       continue;
     }
