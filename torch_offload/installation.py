@@ -210,7 +210,9 @@ class _Installation:
         if hasattr(model, _AUTO_COMPILE):
             vars(model)[_AUTO_COMPILE] = _never
         if self._has_files:
-            self._save_hook = model.register_state_dict_pre_hook(self._before_saving)
+            self._save_hook = model.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+                self._before_saving
+            )
 
     def commit(self, model: nn.Module) -> Handle:
         """Lets go of the former weights and returns the handle, which the model keeps."""

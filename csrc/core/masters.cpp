@@ -62,7 +62,8 @@ Masters::Masters(const std::shared_ptr<Device>& device, std::vector<std::size_t>
       arenas_(views_.size(),
               std::make_shared<PinnedArena>(device, without_views(std::move(sizes), views_),
                                             PinnedArena::kMaxChunkBytes, run_begins)),
-      files_(device, files_of(views_), lock_limit_bytes),
+      files_(device, files_of(views_), lock_limit_bytes,
+             LockedFiles::chunk_bytes_within(lock_limit_bytes)),
       has_files_(std::any_of(views_.begin(), views_.end(),
                              [](const auto& view) { return view != nullptr; })) {}
 
