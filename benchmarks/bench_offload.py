@@ -67,6 +67,18 @@ def _measure(
     )
 
 
+def _torch_pins_bytes_per_s(model: nn.Module, most_bytes: int) -> float | None:
+    """How fast torch's own ``pin_memory`` page-locks the same weights, one after the other."""
+    if not ON_GPU:
+        return None
+    pinned: list[torch.Tensor] = []  # kept: torch would hand the same memory out again
+    begin = time.perf_counter()
+    for parameter in model.parameters():
+        if sum(tensor.nbytes for tensor in pinned) < most_bytes:
+            pinned.append(parameter.detach().pin_memory())
+    return sum(tensor.nbytes for tensor in pinned) / (time.perf_counter() - begin)
+
+
 @pytest.mark.benchmark(group="torch_offload.offload.move")
 def bench_offload_from_gpu(benchmark: Any, part: Part, stage: Stage, yardstick: Workload) -> None:
     """From the execution device."""
@@ -88,6 +100,10 @@ def bench_offload_from_cpu(benchmark: Any, part: Part, stage: Stage, yardstick: 
     gc.collect()
     _measure(benchmark, part, plain, model, yardstick)
     figures = part.figures
+    torch_rate = _torch_pins_bytes_per_s(model, 4 * 2**30)
+    figures["torch_pins_bytes_per_s"] = torch_rate
+    if torch_rate is not None:
+        figures["times_torch"] = figures["offload_bytes_per_s"] / torch_rate
     allowed = figures["model_bytes"] + figures["largest_unit_bytes"]
     used = figures["host_bytes_peak"] - empty_bytes
     figures.update(what="offload", source="cpu", host_bytes_used=used, host_ratio=used / allowed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from file_figures import FILE_ROWS
 from measured import Document, Figures, Results, Row, greatest, row_of, tuple_of
 from planner_figures import PLANNER_ROWS
 from seen_figures import SEEN_ROWS
@@ -270,6 +271,7 @@ _ROWS: tuple[Callable[[Results], Row], ...] = (
     _offload_rate,
     _deep,
     _split_activations,
+    *FILE_ROWS,
     *SEEN_ROWS,
     *PLANNER_ROWS,
 )

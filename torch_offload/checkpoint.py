@@ -73,7 +73,9 @@ def parse_header(head: bytes, file_bytes: int, file: str) -> dict[str, StoredTen
     header_bytes = header_length(head, file_bytes, file)
     text = head[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes]
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
+        header = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_without_repeats, parse_int=_count
+        )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"expected a header of JSON in {file}, got {_first(error)}") from None
     if not isinstance(header, dict):
@@ -219,6 +221,12 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) != len(pairs):
         raise ValueError("a name that is there twice")
     return fields
+
+
+def _count(digits: str) -> int:
+    if digits.startswith("-"):
+        raise ValueError(f"{digits[:20]}, where only counts can be")
+    return int(digits)
 
 
 def _check_metadata(metadata: object, file: str) -> None:

@@ -47,9 +47,12 @@ class UnitDescription:
             return "\n".join([*lines, f"  lives on {self.device} for good"])
         begin, end = unit.place
         state = "holds its bytes" if self.is_whole else "holds other bytes, or none"
+        lies = "page-locked host memory"
+        if unit.bytes_in_files:
+            lies = f"checkpoint files with {format_size(unit.bytes_in_files)} of it"
         lines += [
-            f"  at rest in page-locked host memory; in use at bytes {begin:,} to {end:,} of the "
-            f"window on {self.device}, which now {state}",
+            f"  at rest in {lies}, copied in {unit.copies}; in use at bytes {begin:,} to {end:,} "
+            f"of the window on {self.device}, which now {state}",
             f"  used {unit.acquired} times, onloaded {unit.onloads} times, "
             f"{unit.misses} of them a miss",
             f"  shares its place with {_listed(self.overlaps) or 'nobody'}",

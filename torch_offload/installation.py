@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from torch_offload import _C
 from torch_offload.adapting import Adaptation
@@ -124,6 +125,8 @@ class _Installation:
             lock_limit_bytes=files.lock_limit_bytes() if files.views else None,
         )
         self._recorder = Recorder(self._engine)
+        self._has_files = bool(files.views)
+        self._save_hook: RemovableHandle | None = None
         self._idle_units = IdleUnits()
         self._leaf_cut = LeafCut(model, cut.specs, self._cut_anew) if wants_leaves else None
         self._adaptation = Adaptation(
@@ -199,6 +202,10 @@ class _Installation:
                 guard(module, probes.of(module))
         if hasattr(model, _AUTO_COMPILE):
             vars(model)[_AUTO_COMPILE] = _never
+        if self._has_files:
+            self._save_hook = model.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+                self._before_saving
+            )
 
     def commit(self, model: nn.Module) -> Handle:
         """Lets go of the former weights and returns the handle, which the model keeps."""
@@ -230,6 +237,8 @@ class _Installation:
         elsewhere = self._engine.move_out()
         self._unwrap()
         vars(model).pop(_AUTO_COMPILE, None)
+        if self._save_hook is not None:
+            self._save_hook.remove()
         vars(model).pop(HANDLE_KEY, None)
         self._residents.undo()
         self._gathered.undo()
@@ -246,6 +255,11 @@ class _Installation:
                 "are on the CPU now",
                 stacklevel=4,
             )
+
+    def _before_saving(self, *args: object) -> None:
+        """What is saved is what the next forward computes with: no edit has been missed."""
+        if not self._engine.is_closed and not self._engine.in_pass:
+            self._engine.find_edits()
 
     def _unwrap(self) -> None:
         for reference in self._wrapped:

@@ -140,13 +140,12 @@ def offload_with(
         for spec, place in zip(planned.specs, planned.plan.places, strict=True)
         if place is not None
     ]
-    _C.check_host_memory(
-        added_bytes(
-            [parameter for _, parameter in spec.parameters if files.view_of(parameter) is None]
-            for spec in streamed
-        ),
-        HOST_RESERVE_BYTES,
+    needed = added_bytes(
+        [parameter for _, parameter in spec.parameters if files.view_of(parameter) is None]
+        for spec in streamed
     )
+    if needed:
+        _C.check_host_memory(needed, HOST_RESERVE_BYTES)
     if config.units is not None:  # by name, so that the handle holds no module
         config = replace(config, units=tuple(spec.name for spec in cut.specs))
     try:

@@ -232,6 +232,10 @@ def file_tensor(mapping: _C.FileMapping, stored: StoredTensor) -> FileTensor:
     return FileTensor([block] if stored.size_bytes else [], stored.dtype, stored.shape)
 
 
+def _loading_module() -> Any:
+    return importlib.import_module("transformers.modeling_utils")
+
+
 @contextmanager
 def _files_stay_on_disk(files: FileMasters) -> Iterator[None]:
     """Lets this thread's ``from_pretrained`` put models together from tensors that stay on disk.
@@ -244,7 +248,7 @@ def _files_stay_on_disk(files: FileMasters) -> Iterator[None]:
     always, and the weights go into the arena.
     """
     try:
-        loading: Any = importlib.import_module("transformers.modeling_utils")
+        loading = _loading_module()
         opens, converts = loading.safe_open, loading.convert_and_load_state_dict_in_model
     except (ImportError, AttributeError) as error:
         _say_arena(files, f"this version of transformers loads otherwise ({error})")

@@ -12,6 +12,13 @@
 
 namespace torch_offload {
 
+std::size_t LockedFiles::chunk_bytes_within(std::size_t limit_bytes) {
+  constexpr std::size_t kLeastBytes = std::size_t{1} << 20;
+  constexpr std::size_t kShare = 32;
+  const std::size_t bytes = limit_bytes / kShare / kLeastBytes * kLeastBytes;
+  return std::clamp(bytes, kLeastBytes, kChunkBytes);
+}
+
 LockedFiles::LockedFiles(std::shared_ptr<Device> device,
                          std::vector<std::shared_ptr<const FileMapping>> files,
                          std::size_t limit_bytes, std::size_t chunk_bytes)

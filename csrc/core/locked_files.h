@@ -28,6 +28,9 @@ class LockedFiles {
   static constexpr std::size_t kChunkBytes = std::size_t{128} << 20;
   static constexpr std::size_t kNoLimit = SIZE_MAX;
 
+  /// Chunks that suit a limit: small enough for a unit and what runs ahead of it.
+  static std::size_t chunk_bytes_within(std::size_t limit_bytes);
+
   /// Locks nothing yet. Throws: ValueError if the chunks are no whole pages.
   LockedFiles(std::shared_ptr<Device> device, std::vector<std::shared_ptr<const FileMapping>> files,
               std::size_t limit_bytes = kNoLimit, std::size_t chunk_bytes = kChunkBytes);

@@ -8,6 +8,8 @@
 
 #include "core/error.h"
 #include "core/host_limits.h"
+#include "core/host_mapping.h"
+#include "core/unit.h"
 
 namespace torch_offload {
 
@@ -32,6 +34,14 @@ std::vector<std::shared_ptr<const FileMapping>> files_of(
   return files;
 }
 
+/// Whatever follows in the file's pages goes into the padding behind a parameter, so that a copy
+/// writes its place up to the end: reads are declared for whole places.
+CopySegment padding_behind(const FileBlock& block, std::size_t offset) {
+  const std::size_t end = block.offset + block.size_bytes;
+  const std::size_t left = HostMapping::whole_pages(block.file->size_bytes()) - end;
+  return {block.file->data() + end, offset, std::min(aligned_size(offset) - offset, left)};
+}
+
 std::vector<std::size_t> without_views(std::vector<std::size_t> sizes,
                                        const std::vector<std::shared_ptr<FileView>>& views) {
   check_internal(sizes.size() == views.size(), "as many views as parameters");
@@ -52,7 +62,8 @@ Masters::Masters(const std::shared_ptr<Device>& device, std::vector<std::size_t>
       arenas_(views_.size(),
               std::make_shared<PinnedArena>(device, without_views(std::move(sizes), views_),
                                             PinnedArena::kMaxChunkBytes, run_begins)),
-      files_(device, files_of(views_), lock_limit_bytes),
+      files_(device, files_of(views_), lock_limit_bytes,
+             LockedFiles::chunk_bytes_within(lock_limit_bytes)),
       has_files_(std::any_of(views_.begin(), views_.end(),
                              [](const auto& view) { return view != nullptr; })) {}
 
@@ -122,6 +133,7 @@ void Masters::append_in_file(std::vector<CopySegment>& segments, PieceIndex begi
       append_segment(in_file, {block.data(), offset, block.size_bytes});
       offset += block.size_bytes;
     }
+    append_segment(in_file, padding_behind(views_[index]->blocks().back(), offset));
   }
   const std::vector<CopySegment> cut = files_.cut(in_file);
   segments.insert(segments.end(), cut.begin(), cut.end());
@@ -133,7 +145,11 @@ std::vector<CopySegment> Masters::segments(PieceIndex begin, PieceIndex end,
   for (PieceIndex index = begin; index < end;) {
     const std::size_t* const first_offset = offsets.data() + (index - begin);
     if (has_view(index) && !is_in_file(index)) {
-      segments.push_back({views_[index]->data(), *first_offset, views_[index]->size_bytes()});
+      FileView& view = *views_[index];
+      const std::size_t left =
+          view.pages_bytes() - static_cast<std::size_t>(view.data() - view.pages());
+      const std::size_t size = std::min(aligned_size(view.size_bytes()), left);
+      segments.push_back({view.data(), *first_offset, size});
       ++index;
       continue;
     }

@@ -169,6 +169,19 @@ void Engine::move_in(UnitIndex unit) {
   masters_->seal(entry.range.begin, entry.range.end);
 }
 
+/// Data that the parameter was given at rest, and that no forward has seen, is not lost either.
+/// What does not fit the master stays with the object that shows it.
+void Engine::adopt_at_the_end(StreamedParameter& parameter) {
+  try {
+    if (parameter.is_moved_in() &&
+        parameter.edit_since_copy() == StreamedParameter::Edit::kReplaced) {
+      parameter.adopt_replacement();
+    }
+  } catch (const StateError&) {  // which says: remove() first, and here we are
+    return;
+  }
+}
+
 std::vector<std::string> Engine::move_out() {
   check_at_rest("remove()");
   std::vector<std::string> moved_elsewhere;
@@ -176,6 +189,7 @@ std::vector<std::string> Engine::move_out() {
     if (!parameter.is_moved()) {
       continue;
     }
+    adopt_at_the_end(parameter);
     if (parameter.is_moved_in() && parameter.former_device().is_cpu() &&
         masters_->has_view(static_cast<PieceIndex>(&parameter - parameters_.data()))) {
       parameter.keep_master();  // as a model that was loaded the usual way shows its file

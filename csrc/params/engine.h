@@ -174,6 +174,7 @@ class Engine : private Loader {
   void release_after_failure(CallToken& token) noexcept;
   void let_go();
   void move_parameter_in(std::size_t index);
+  static void adopt_at_the_end(StreamedParameter& parameter);
   bool leave_file_if_edited(std::size_t index);
   const std::vector<CopySegment>& segments_of(UnitParameters& entry);
   void lock_files_of(UnitParameters& entry);

@@ -168,6 +168,13 @@ TEST_F(LockedFilesTest, PagesThatCannotBeReadAreAnError) {
   EXPECT_THROW(files.check_unchanged(), StateError);
 }
 
+TEST_F(LockedFilesTest, ChunksSuitTheLimit) {
+  constexpr std::size_t kMiB = std::size_t{1} << 20;
+  EXPECT_EQ(LockedFiles::chunk_bytes_within(LockedFiles::kNoLimit), LockedFiles::kChunkBytes);
+  EXPECT_EQ(LockedFiles::chunk_bytes_within(100 * kMiB), 3 * kMiB);
+  EXPECT_EQ(LockedFiles::chunk_bytes_within(5), kMiB);
+}
+
 TEST_F(LockedFilesTest, OddChunksFail) {
   EXPECT_THROW(LockedFiles(device_, {mapping_}, 0, kPage + 1), ValueError);
   EXPECT_THROW(LockedFiles(device_, {mapping_}, 0, 0), ValueError);
@@ -188,7 +195,7 @@ TEST_F(LockedFilesTest, MastersJoinNeighboursOfTheFileIntoOneCopy) {
   EXPECT_EQ(segments[0].source, mapping_->data() + 40);
   EXPECT_EQ(segments[1].offset, 1024U);
   EXPECT_EQ(segments[1].source, masters.arena().piece_memory(2));
-  EXPECT_EQ(segments[2].size_bytes, 1000U);
+  EXPECT_EQ(segments[2].size_bytes, 1024U) << "up to the end of its place";
   EXPECT_EQ(segments[2].offset, 1280U);
 }
 

@@ -1,0 +1,253 @@
+"""Checkpoint files that change, and checkpoints larger than what may be locked or held."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.python.checkpoints import (
+    assert_streams_the_same,
+    bytes_in_files,
+    handle_of,
+    load,
+    load_plain,
+    save_llama,
+    streamed_bytes,
+)
+from tests.python.dropin import assert_equal, tokens
+from torch_offload import StateError
+
+MIB = 2**20
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _inputs(device: torch.device) -> dict[str, Any]:
+    return {"input_ids": tokens(device)}
+
+
+# --- files that change -------------------------------------------------------------------------
+
+
+def _overwrite(file: Path) -> None:
+    """Other numbers at the same length: nothing but the time of change tells."""
+    before = os.stat(file)
+    with file.open("r+b") as opened:
+        opened.seek(-64, os.SEEK_END)
+        opened.write(b"\x3f" * 64)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+def _cut_short(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 4096)
+
+
+def _grow(file: Path) -> None:
+    with file.open("ab") as opened:
+        opened.write(b"more")
+
+
+@pytest.mark.parametrize("change", [_overwrite, _cut_short, _grow])
+@pytest.mark.parametrize("forwards", [0, 2])
+def test_changed_file_is_an_error_at_the_next_forward(
+    tmp_path: Path, device: torch.device, change: Any, forwards: int
+) -> None:
+    source = save_llama(tmp_path)
+    model = load(type(source), tmp_path, device)
+    with torch.inference_mode():
+        for _ in range(forwards):
+            model(**_inputs(device))
+        change(tmp_path / "model.safetensors")
+        before = handle_of(model).stats
+        for _ in range(2):
+            with pytest.raises(StateError, match=r"model.safetensors to stay as it was"):
+                model(**_inputs(device))
+        assert handle_of(model).stats.onloads == before.onloads, "something was streamed"
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_file_that_is_renamed_over_or_deleted_streams_on(
+    tmp_path: Path, device: torch.device, replaces: bool
+) -> None:
+    source = save_llama(tmp_path)
+    plain = load_plain(type(source), tmp_path, device)
+    model = load(type(source), tmp_path, device)
+    if replaces:
+        (tmp_path / "new").write_bytes(b"something else")
+        (tmp_path / "new").rename(tmp_path / "model.safetensors")
+    else:
+        (tmp_path / "model.safetensors").unlink()
+    assert_streams_the_same(model, plain, _inputs(device))
+
+
+def test_arena_streams_on_whatever_becomes_of_the_file(
+    tmp_path: Path, device: torch.device
+) -> None:
+    source = save_llama(tmp_path)
+    plain = load_plain(type(source), tmp_path, device)
+    model = load(type(source), tmp_path, device, masters="arena")
+    with (tmp_path / "model.safetensors").open("ab") as opened:
+        opened.write(b"more")
+    assert_streams_the_same(model, plain, _inputs(device))
+
+
+# --- larger than what may be locked ------------------------------------------------------------
+
+
+def _save_large(folder: Path, num_layers: int, width: int = 512) -> Any:
+    """A Llama in bf16 whose weights are mostly those that stream; returns its class."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=64,
+        pad_token_id=0,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    layer = {
+        name: torch.randn(tensor.shape, dtype=torch.bfloat16) * 0.02
+        for name, tensor in model.model.layers[0].named_parameters()
+    }
+    weights = {
+        name: torch.randn(tensor.shape, dtype=torch.bfloat16) * 0.02
+        for name, tensor in model.named_parameters()
+        if ".layers." not in name
+    }
+    for index in range(num_layers):
+        for name, tensor in layer.items():
+            weights[f"model.layers.{index}.{name}"] = tensor + index / 1024
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    return LlamaForCausalLM
+
+
+@pytest.mark.parametrize("mode", ["pipeline", "streams"])
+def test_files_larger_than_the_host_budget_are_locked_in_turns(
+    tmp_path: Path, device: torch.device, mode: str
+) -> None:
+    model_class = _save_large(tmp_path, num_layers=16)  # 8.4 MB each
+    model = load(model_class, tmp_path, device, host_budget="64MiB", mode=mode)
+    handle = handle_of(model)
+    plain = load_plain(model_class, tmp_path, device)
+    assert bytes_in_files(handle) == streamed_bytes(handle) >= 128 * MIB
+    with torch.inference_mode():
+        expected = plain(**_inputs(device))
+        with handle.record() as log:
+            for _ in range(3):
+                assert_equal(model(**_inputs(device)), expected)
+                assert handle.stats.host_bytes <= 64 * MIB
+    assert handle.check() == []
+    assert sum(op.kind == "unregister" for op in log.ops) >= 48
+
+
+def test_host_budget_below_one_unit_fails_with_the_way_out(
+    tmp_path: Path, device: torch.device
+) -> None:
+    source = save_llama(tmp_path)
+    with pytest.raises(MemoryError, match="raise host_budget"):
+        load(type(source), tmp_path, device, host_budget=4096, masters="mmap")
+
+
+def _anonymous_bytes() -> int:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not in use
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def test_private_host_memory_is_a_twentieth_of_the_weights(
+    tmp_path: Path, device: torch.device
+) -> None:
+    model_class = _save_large(tmp_path, num_layers=24)
+    warm = load(model_class, tmp_path, device)  # libraries take what they take once
+    with torch.inference_mode():
+        warm(**_inputs(device))
+    weights = streamed_bytes(handle_of(warm))
+    del warm
+    before = _anonymous_bytes()
+    model = load(model_class, tmp_path, device)
+    handle = handle_of(model)
+    with torch.inference_mode():
+        for _ in range(2):
+            model(**_inputs(device))
+    handle.refresh()
+    window = handle.stats.window_bytes if device.type == "cpu" else 0
+    used = _anonymous_bytes() - before - window
+    assert bytes_in_files(handle) == weights
+    assert used / weights <= 0.05
+    before = _anonymous_bytes()
+    arena = load(model_class, tmp_path, device, masters="arena")
+    assert _anonymous_bytes() - before >= weights, "what is measured shows"
+    assert bytes_in_files(handle_of(arena)) == 0
+
+
+# --- larger than the host's memory -------------------------------------------------------------
+
+_CGROUPS = Path("/sys/fs/cgroup/memory")
+_IN_A_CGROUP = """
+import os, sys, warnings
+group, folder, limit = sys.argv[1:]
+import torch, torch_offload
+from transformers import LlamaForCausalLM
+import transformers.models.llama.modeling_llama
+with open(f"{group}/memory.limit_in_bytes", "w") as file:
+    file.write(limit)
+with open(f"{group}/cgroup.procs", "w") as file:
+    file.write(str(os.getpid()))
+model = torch_offload.from_pretrained(LlamaForCausalLM, folder, device="cpu")
+ids = torch.arange(1, 13).view(2, 6)
+with torch.inference_mode():
+    logits = [model(input_ids=ids).logits for _ in range(2)]
+assert torch.equal(*logits)
+torch.save(logits[0], f"{folder}/logits.pt")
+handle = torch_offload.handle_of(model)
+print(handle.stats.onloads, sum(unit.bytes_in_files for unit in handle.units))
+"""
+
+
+@pytest.mark.slow
+def test_model_larger_than_the_memory_limit_runs_on_the_host(tmp_path: Path) -> None:
+    group = _CGROUPS / f"torch_offload_test_{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+    try:
+        if not (group / "memory.limit_in_bytes").exists():
+            pytest.skip("no memory cgroup can be made here")
+        model_class = _save_large(tmp_path, num_layers=24)
+        size = (tmp_path / "model.safetensors").stat().st_size
+        limit = 128 * MIB
+        assert size > 1.5 * limit
+        done = subprocess.run(
+            [sys.executable, "-c", _IN_A_CGROUP, str(group), str(tmp_path), str(limit)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        onloads, in_files = (int(word) for word in done.stdout.split())
+        assert onloads > 48
+        assert in_files > limit
+        with torch.inference_mode():
+            plain = load_plain(model_class, tmp_path, torch.device("cpu"))
+            expected = plain(input_ids=torch.arange(1, 13).view(2, 6)).logits
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    finally:
+        group.rmdir()
