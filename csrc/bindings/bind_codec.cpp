@@ -94,9 +94,7 @@ PackedUnit pack(const std::vector<at::Tensor>& tensors, const std::optional<std:
   unit.blob = at::empty({static_cast<std::int64_t>(encoder.blob_bytes())}, at::kByte);
   encoder.encode(static_cast<std::byte*>(unit.blob.mutable_data_ptr()));
   unit.entries = encoder.entries();
-  for (const TensorEntry& entry : unit.entries) {
-    unit.num_tiles += static_cast<std::uint32_t>(num_tiles_of(entry.size_bytes));
-  }
+  unit.num_tiles = encoder.num_tiles();
   return unit;
 }
 

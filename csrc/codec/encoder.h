@@ -43,6 +43,7 @@ class UnitEncoder {
               const EncodeOptions& options);
 
   std::uint64_t blob_bytes() const { return header_.blob_bytes; }
+  std::uint32_t num_tiles() const { return header_.num_tiles; }
   const std::vector<TensorEntry>& entries() const { return entries_; }
 
   /// Writes `blob_bytes` bytes.

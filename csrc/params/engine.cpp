@@ -97,6 +97,7 @@ void Engine::let_go() {
       std::fprintf(stderr, "torch_offload: the op log has no times: %s\n", error.what());
     }
     pipeline_.reset();
+    drop_packed();
   }
   units_.clear();
   parameters_.clear();
@@ -176,6 +177,7 @@ void Engine::refresh() {
   check_at_rest("refresh()");
   for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
     if (!pipeline().plan().is_resident(unit)) {
+      units_[unit].is_to_be_packed = is_packed(unit);
       pipeline_->invalidate(unit);
     }
   }

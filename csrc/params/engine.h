@@ -7,8 +7,10 @@
 #include <string>
 #include <vector>
 
+#include "codec/encoder.h"
 #include "core/device.h"
 #include "core/loader.h"
+#include "core/packed_loader.h"
 #include "core/pinned_arena.h"
 #include "core/pipeline.h"
 #include "params/streamed_parameter.h"
@@ -53,6 +55,21 @@ class Engine : private Loader {
   /// Moves a streamed unit's parameters into the arena; units in order, each once.
   /// Blocking: copies the bytes. Throws: MemoryError if they cannot be page-locked; call move_out.
   void move_in(UnitIndex unit);
+  /// Packs the streamed units without loss, as they are now: from here on they are copied packed
+  /// and decoded on the device. A unit that packing would not shrink below `max_share` of its bytes
+  /// stays raw. Masters stay what they are; a unit whose weights are edited is packed anew.
+  ///
+  /// Blocking:  reads and writes all bytes, on all cores; page-locks the packed ones.
+  /// Throws:    StateError during a forward or after an earlier call; NotImplementedError if the
+  ///            device cannot decode; MemoryError. Units are then copied as before.
+  void pack(double max_share);
+  /// Bytes of each unit as it is copied: packed, or all of it.
+  std::vector<std::size_t> transport_bytes() const;
+  /// The staging ring on the device.
+  std::size_t staging_bytes() const { return packed_ == nullptr ? 0 : packed_->ring_bytes(); }
+  std::uint64_t bytes_copied() const { return device_->counters().bytes_copied; }
+  bool can_decode() const { return device_->can_decode(); }
+
   /// Moves all parameters back into ordinary memory, where they were if they fit. Returns the names
   /// of those which did not fit there and are on the CPU now. Blocks while copying.
   std::vector<std::string> move_out();
@@ -124,6 +141,7 @@ class Engine : private Loader {
     std::uint32_t uses = 0;             // under way; the parameters show the place while > 0
     bool is_sampled = false;            // since the last copy
     bool is_compared = false;           // with the sample, in this pass
+    bool is_to_be_packed = false;       // whatever a comparison would say
   };
 
   /// The parameters of one unit, to iterate over.
@@ -146,6 +164,13 @@ class Engine : private Loader {
 
   StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                 std::uint64_t generation) override;
+  std::vector<StreamId> own_streams() const override;
+  bool is_packed(UnitIndex unit) const { return packed_ != nullptr && packed_->has_source(unit); }
+  UnitEncoder encoder_of(const UnitParameters& entry, std::size_t unit_bytes) const;
+  void write_packed(UnitIndex unit, const UnitEncoder& encoder);
+  void pack_anew(UnitIndex unit);
+  void note_content(UnitParameters& entry);
+  void drop_packed();
   std::vector<UnitParameters> cut(const Plan& plan,
                                   const std::vector<ParameterRange>& ranges) const;
   std::vector<std::size_t> master_sizes(const Plan& plan,
@@ -174,6 +199,8 @@ class Engine : private Loader {
   // whose master is elsewhere or that have none.
   std::vector<std::shared_ptr<PinnedArena>> arenas_;
   std::unique_ptr<Pipeline> pipeline_;
+  std::shared_ptr<PinnedArena> blobs_;  // one piece per unit, empty for one that is raw
+  std::unique_ptr<PackedLoader> packed_;
   std::shared_ptr<OpLog> log_;  // attached to the device; or none
   std::uint64_t cpu_ns_ = 0;
   bool has_warned_of_backward_ = false;
