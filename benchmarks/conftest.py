@@ -45,6 +45,7 @@ FILE_LIMITS_S = {
     "profile": 60,
     "simulated": 120,
     "planner": 240,
+    "codec": 60,
     "layer": 60,
 }
 _RECORDS = pytest.StashKey[Records]()

@@ -53,4 +53,5 @@ if(TORCH_CUDA_VERSION)
   target_link_libraries(
     torch_offload::torch_cuda INTERFACE torch_offload::torch torch_offload::c10_cuda
                                         torch_offload::cudart)
+  include(cmake/Nvcc.cmake)
 endif()

@@ -7,8 +7,30 @@ import torch
 from torch import nn
 
 has_cuda: bool
+has_kernels: bool
 
 class StateError(RuntimeError): ...
+
+class PackedUnit:
+    @property
+    def blob(self) -> torch.Tensor: ...
+    @property
+    def place_bytes(self) -> int: ...
+    @property
+    def num_tiles(self) -> int: ...
+    @property
+    def codecs(self) -> list[str]: ...
+
+def pack(
+    tensors: Sequence[torch.Tensor],
+    codec: str | None = None,
+    num_threads: int = 0,
+    max_entry_weights: int = 0,
+) -> PackedUnit: ...
+def unpack(blob: torch.Tensor, place: torch.Tensor, num_threads: int = 0) -> None: ...
+def unpack_on_gpu(
+    blob: torch.Tensor, place: torch.Tensor, num_tiles: int, max_blocks: int = 0
+) -> None: ...
 
 class Unit:
     def __init__(self, name: str, size_bytes: int, layer_index: int, kind: str) -> None: ...

@@ -6,6 +6,7 @@ namespace torch_offload {
 
 /// One function per core type; module.cpp calls them in the order in which types depend.
 void bind_errors(pybind11::module_& module);
+void bind_codec(pybind11::module_& module);
 void bind_plan(pybind11::module_& module);
 void bind_device(pybind11::module_& module);
 void bind_op_log(pybind11::module_& module);

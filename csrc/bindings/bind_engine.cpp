@@ -84,6 +84,11 @@ void bind_engine(py::module_& module) {
       .def("move_in", &Engine::move_in, py::arg("unit"))
       .def("lock_files", &Engine::lock_files, py::arg("unit"))
       .def("move_out", &Engine::move_out)
+      .def("pack", &Engine::pack, py::arg("max_share"))
+      .def_property_readonly("transport_bytes", &Engine::transport_bytes)
+      .def_property_readonly("staging_bytes", &Engine::staging_bytes)
+      .def_property_readonly("bytes_copied", &Engine::bytes_copied)
+      .def_property_readonly("can_decode", &Engine::can_decode)
       .def(
           "recut",
           [](Engine& engine, Plan plan, const std::vector<RangePair>& ranges) {

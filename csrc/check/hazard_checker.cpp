@@ -15,6 +15,7 @@ constexpr std::uint32_t kMaxId = 1U << 20U;
 bool needs_stream(OpKind kind) {
   switch (kind) {
     case OpKind::kCopy:
+    case OpKind::kDecode:
     case OpKind::kFill:
     case OpKind::kRead:
     case OpKind::kReadEnd:
@@ -107,6 +108,11 @@ void HazardChecker::visit(OpIndex index, const Op& op) {
       read(index, op.source, stream, epoch);
       write(index, op.memory, stream, epoch);
       break;
+    case OpKind::kDecode:
+      expect_fresh_source(index, op);
+      read(index, op.source, stream, epoch);
+      write(index, op.memory, stream, epoch);
+      break;
     case OpKind::kFill:
       write(index, op.memory, stream, epoch);
       break;
@@ -194,10 +200,16 @@ void HazardChecker::expect_fresh(OpIndex index, const Op& op, const ShadowMemory
     return;
   }
   const Op& writer = log_->ops()[cell.last_write];
-  if (writer.kind != OpKind::kCopy || writer.unit != op.unit ||
+  if ((writer.kind != OpKind::kCopy && writer.kind != OpKind::kDecode) || writer.unit != op.unit ||
       writer.generation != op.generation) {
     report(FindingKind::kStale, cell.last_write, index, {cell.begin, cell.end});
   }
+}
+
+/// What is decoded was copied for just that.
+void HazardChecker::expect_fresh_source(OpIndex index, const Op& op) {
+  memory_.for_each_cell(op.source,
+                        [&](ShadowMemory::Cell& cell) { expect_fresh(index, op, cell); });
 }
 
 /// Ends the reads on this stream. With those on the stream where the use began, all of it ends.

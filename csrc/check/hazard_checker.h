@@ -94,6 +94,7 @@ class HazardChecker {
   void go_on(OpIndex index, OpKind kind, StreamIndex stream);
   void expect_returned();
   void expect_not_open(FindingKind kind, OpIndex index, const AddressRange& memory);
+  void expect_fresh_source(OpIndex index, const Op& op);
   void expect_fresh(OpIndex index, const Op& op, const ShadowMemory::Cell& cell);
   void compare(FindingKind kind, OpIndex index, const ShadowMemory::Cell& cell, bool writes,
                const Epoch* clock);

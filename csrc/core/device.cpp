@@ -90,14 +90,15 @@ template <typename Call>
 void Device::submit_logged(Op& op, Call call) {
   op.host_time_ns = do_host_time_ns();
   OpMarks marks;
-  if (log_has_times_ &&
-      (op.kind == OpKind::kCopy || op.kind == OpKind::kFill || op.kind == OpKind::kWait)) {
+  if (log_has_times_ && (op.kind == OpKind::kCopy || op.kind == OpKind::kDecode ||
+                         op.kind == OpKind::kFill || op.kind == OpKind::kWait)) {
     marks.begin = do_mark(op.stream, MarkPoint::kNextBegins);
   }
   call(op);
   if (log_has_times_) {
     switch (op.kind) {
       case OpKind::kCopy:
+      case OpKind::kDecode:
       case OpKind::kFill:
       case OpKind::kWait:
         marks.end = do_mark(op.stream, MarkPoint::kReached);
@@ -202,6 +203,23 @@ void Device::copy(StreamId stream, const Copy& copy) {
     op.memory = AddressRange::of(copy.destination, copy.size_bytes);
     op.source = source;
   });
+}
+
+void Device::decode(StreamId stream, const Decode& decode) {
+  submit(op_of(OpKind::kDecode, stream), [&](Op& op) {
+    do_decode(stream, decode);
+    ++counters_.decodes;
+    op.unit = decode.unit;
+    op.generation = decode.generation;
+    op.memory = AddressRange::of(decode.destination, decode.size_bytes);
+    op.source = AddressRange::of(decode.source, decode.packed_bytes);
+  });
+}
+
+void Device::do_decode(StreamId /*stream*/, const Decode& /*decode*/) {
+  throw NotImplementedError(
+      "expected a device that decodes packed weights, got one that does not; use "
+      "transport='raw', or build torch_offload where there is a CUDA compiler");
 }
 
 void Device::begin_read(StreamId stream, const void* memory, std::size_t size_bytes, UnitIndex unit,

@@ -14,7 +14,7 @@
 namespace torch_offload {
 
 enum class StreamRole : std::uint8_t {
-  kCopy,     ///< Host-to-device copies; nobody else submits to it.
+  kCopy,     ///< Host-to-device copies, or decoders; nobody else submits to it.
   kCompute,  ///< The model's own kernels.
 };
 
@@ -33,6 +33,17 @@ struct Copy {
   std::uint64_t generation = 0;
 };
 
+/// The decoding of one packed unit, from device memory to device memory.
+struct Decode {
+  void* destination = nullptr;  ///< The unit's place ...
+  std::size_t size_bytes = 0;   ///< ... all of it.
+  const void* source = nullptr;
+  std::size_t packed_bytes = 0;
+  std::uint32_t num_tiles = 0;  ///< As the packed unit's header says.
+  UnitIndex unit = kNoUnit;
+  std::uint64_t generation = 0;
+};
+
 /// Which point of a stream is to be marked.
 enum class MarkPoint : std::uint8_t {
   kReached,     ///< All that was submitted to the stream is done.
@@ -44,6 +55,7 @@ enum class MarkPoint : std::uint8_t {
 struct DeviceCounters {
   std::uint64_t copies = 0;
   std::uint64_t bytes_copied = 0;
+  std::uint64_t decodes = 0;
   std::uint64_t records = 0;
   std::uint64_t waits = 0;
   std::uint64_t host_synchronizes = 0;  ///< The host waited because it was told to.
@@ -104,6 +116,12 @@ class Device {
   /// Throws: ValueError if the source is not page-locked memory of this device: such a copy would
   /// block the host without saying so.
   void copy(StreamId stream, const Copy& copy);
+
+  /// Submits the decoding of a packed unit that was checked on the host.
+  /// Lifetime: source and destination must stay valid until it is done.
+  /// Throws: NotImplementedError if this device cannot (see can_decode).
+  void decode(StreamId stream, const Decode& decode);
+  virtual bool can_decode() const { return false; }
 
   /// Declares that work submitted to `stream` from now on may read the place of `unit` ...
   ///
@@ -170,6 +188,7 @@ class Device {
   virtual bool do_is_done(EventId event) = 0;
   virtual void do_synchronize(StreamId stream) = 0;
   virtual void do_copy(StreamId stream, const Copy& copy) = 0;
+  virtual void do_decode(StreamId stream, const Decode& decode);
   virtual void do_fill(StreamId stream, void* memory, std::size_t size_bytes,
                        std::uint8_t value) = 0;
   virtual void* do_allocate(std::size_t size_bytes) = 0;

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "core/op_log.h"
 #include "core/unit.h"
@@ -28,6 +29,9 @@ class Loader {
   /// for.
   virtual StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                         std::uint64_t generation) = 0;
+
+  /// Streams of the loader's own, which are drained with those of the pipeline.
+  virtual std::vector<StreamId> own_streams() const { return {}; }
 };
 
 }  // namespace torch_offload

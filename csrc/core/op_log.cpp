@@ -8,7 +8,7 @@
 // kernels may begin and where they have ended. What a mark is, is the device's affair: an event
 // with a timestamp, a clock read by a worker, virtual time. Marks become times when the log is
 // detached.
-//   copy, fill   the transfer itself.
+//   copy, fill   the transfer itself; decode likewise.
 //   wait         begin: the stream came to the wait; end: it went on. The difference is the stall.
 //   read         both: the stream has come to where the kernels of a unit begin, and
 //   read_end     both: to where the last of them has ended. In between lies the unit's compute.
@@ -23,6 +23,8 @@ const char* name_of(OpKind kind) {
   switch (kind) {
     case OpKind::kCopy:
       return "copy";
+    case OpKind::kDecode:
+      return "decode";
     case OpKind::kFill:
       return "fill";
     case OpKind::kRead:

@@ -20,6 +20,7 @@ constexpr EventId kNoEvent = UINT32_MAX;
 
 enum class OpKind : std::uint8_t {
   kCopy,         ///< `stream` copies `source` into `memory`.
+  kDecode,       ///< `stream` decodes the packed unit in `source` into `memory`.
   kFill,         ///< `stream` overwrites `memory` with poison.
   kRead,         ///< Work submitted to `stream` from here on may read `memory`.
   kReadEnd,      ///< No later work on `stream` reads `memory`.
@@ -64,8 +65,8 @@ struct Op {
   bool is_done = false;  ///< Of a query.
   UnitIndex unit = kNoUnit;
   std::uint64_t generation = 0;   ///< Which onload of the unit, counted from 1.
-  AddressRange memory;            ///< Written by a copy or fill, else read or written.
-  AddressRange source;            ///< Of a copy.
+  AddressRange memory;            ///< Written by a copy, decode or fill, else read or written.
+  AddressRange source;            ///< Of a copy or decode.
   std::int64_t host_time_ns = 0;  ///< Monotonic clock of the host when it made the call.
 
   // When the device carried it out, by the clock of `host_time_ns`; see Note [Times in the log].

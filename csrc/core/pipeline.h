@@ -117,7 +117,7 @@ class Pipeline {
   const Stats& stats() const { return stats_; }
   const UnitStats& unit_stats(UnitIndex unit) const { return unit_stats_.at(unit); }
   const PipelineOptions& options() const { return options_; }
-  /// Copy streams first, then the compute streams of `split`.
+  /// Copy streams first, then the compute streams of `split`, then the loader's.
   std::vector<StreamId> streams() const;
   std::size_t window_bytes() const { return window_ ? window_->size_bytes() : 0; }
   AddressRange window() const {

@@ -106,6 +106,7 @@ void Pipeline::synchronize() {
 
 std::vector<StreamId> Pipeline::streams() const {
   std::vector<StreamId> streams;
+  const std::vector<StreamId> of_loader = loader_.own_streams();
   for (const auto& group : {copy_streams_, compute_streams_}) {
     for (const StreamId stream : group) {
       if (stream != kNoStream &&
@@ -114,6 +115,7 @@ std::vector<StreamId> Pipeline::streams() const {
       }
     }
   }
+  streams.insert(streams.end(), of_loader.begin(), of_loader.end());
   return streams;
 }
 

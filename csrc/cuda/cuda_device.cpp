@@ -17,6 +17,9 @@
 #include "core/error.h"
 #include "core/host_limits.h"
 #include "cuda/cuda_marks.h"
+#ifdef TORCH_OFFLOAD_WITH_KERNELS
+#include "cuda/packed_decoder.h"
+#endif
 
 namespace torch_offload {
 
@@ -237,6 +240,27 @@ void CudaDevice::do_copy(StreamId stream, const Copy& copy) {
   C10_CUDA_CHECK(cudaMemcpyAsync(copy.destination, copy.source, copy.size_bytes,
                                  cudaMemcpyHostToDevice, state_->stream_for_work(stream)));
 }
+
+#ifdef TORCH_OFFLOAD_WITH_KERNELS
+bool CudaDevice::can_decode() const { return true; }
+
+void CudaDevice::do_decode(StreamId stream, const Decode& decode) {
+  DecodeLaunch launch;
+  launch.blob = static_cast<const std::byte*>(decode.source);
+  launch.blob_bytes = decode.packed_bytes;
+  launch.place = static_cast<std::byte*>(decode.destination);
+  launch.place_bytes = decode.size_bytes;
+  launch.num_tiles = decode.num_tiles;
+  const c10::cuda::CUDAGuard guard(state_->device_index);
+  C10_CUDA_CHECK(launch_decode(state_->stream_for_work(stream).stream(), launch));
+}
+#else
+bool CudaDevice::can_decode() const { return false; }
+
+void CudaDevice::do_decode(StreamId stream, const Decode& decode) {
+  Device::do_decode(stream, decode);
+}
+#endif
 
 void CudaDevice::do_fill(StreamId stream, void* memory, std::size_t size_bytes,
                          std::uint8_t value) {

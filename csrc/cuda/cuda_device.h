@@ -41,6 +41,8 @@ class CudaDevice : public Device {
   const std::string& stream_name(StreamId stream) const override;
   int device_index() const;
   std::optional<int> host_node() const override;
+  /// Whether this build has kernels; see cmake/Nvcc.cmake.
+  bool can_decode() const override;
 
  protected:
   StreamId do_create_stream(const StreamOptions& options) override;
@@ -52,6 +54,7 @@ class CudaDevice : public Device {
   bool do_is_done(EventId event) override;
   void do_synchronize(StreamId stream) override;
   void do_copy(StreamId stream, const Copy& copy) override;
+  void do_decode(StreamId stream, const Decode& decode) override;
   void do_fill(StreamId stream, void* memory, std::size_t size_bytes, std::uint8_t value) override;
   void* do_allocate(std::size_t size_bytes) override;
   void do_free(void* memory) override;

@@ -4,10 +4,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <utility>
 
+#include "codec/decoder.h"
 #include "core/error.h"
 
 namespace torch_offload {
@@ -122,10 +124,35 @@ struct HostDevice::Marks {
   std::size_t num_reached = 0;
 };
 
+/// The first thing that went wrong on a worker.
+struct HostDevice::Failure {
+  void keep(std::exception_ptr failed) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (error == nullptr) {
+      error = std::move(failed);
+    }
+  }
+
+  void rethrow() {
+    std::exception_ptr failed;
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      failed = std::exchange(error, nullptr);
+    }
+    if (failed != nullptr) {
+      std::rethrow_exception(failed);
+    }
+  }
+
+  std::mutex mutex;
+  std::exception_ptr error;  // guarded by mutex
+};
+
 HostDevice::HostDevice(ComputeStreams compute_streams)
     : compute_streams_(compute_streams),
       events_(std::make_unique<Events>()),
-      marks_(std::make_unique<Marks>()) {
+      marks_(std::make_unique<Marks>()),
+      failure_(std::make_unique<Failure>()) {
   streams_.push_back({"caller", nullptr});
 }
 
@@ -137,6 +164,7 @@ HostDevice::~HostDevice() {
     }
     [[maybe_unused]] const Events* leaked_events = events_.release();
     [[maybe_unused]] const Marks* leaked_marks = marks_.release();
+    [[maybe_unused]] const Failure* leaked_failure = failure_.release();
   }
 }
 
@@ -187,6 +215,7 @@ void HostDevice::do_wait(StreamId id, EventId event) {
   }
   run(id,
       [events = events_.get(), marker = std::move(marker)] { events->block_until_done(marker); });
+  failure_->rethrow();
 }
 
 bool HostDevice::do_is_done(EventId event) { return events_->is_done(events_->last_record(event)); }
@@ -204,10 +233,22 @@ void HostDevice::do_synchronize(StreamId id) {
     std::unique_lock<std::mutex> lock(mutex);
     reached_end.wait(lock, [&] { return reached; });
   }
+  failure_->rethrow();
 }
 
 void HostDevice::do_copy(StreamId id, const Copy& copy) {
   run(id, [copy] { std::memcpy(copy.destination, copy.source, copy.size_bytes); });
+}
+
+void HostDevice::do_decode(StreamId id, const Decode& task) {
+  run(id, [task, failure = failure_.get()] {
+    try {
+      torch_offload::decode(static_cast<const std::byte*>(task.source), task.packed_bytes,
+                            static_cast<std::byte*>(task.destination), task.size_bytes);
+    } catch (...) {
+      failure->keep(std::current_exception());
+    }
+  });
 }
 
 void HostDevice::do_fill(StreamId id, void* memory, std::size_t size_bytes, std::uint8_t value) {

@@ -19,6 +19,8 @@ namespace torch_offload {
 /// and a queue. An *inline* stream is executed by the thread that submits to it: recording on it is
 /// done at once, waiting on it blocks. The caller's stream is inline.
 ///
+/// Failures:  a packed unit that turns out to be damaged is found by a worker; the next wait or
+///            synchronize throws what it has found, and the place holds what it held.
 /// Blocking:  `wait` on an inline stream blocks and counts as `caller_waits` if it had to.
 /// Lifetime:  the destructor runs what is queued, then joins; in a forked child it leaks instead,
 ///            because the threads do not exist there.
@@ -34,6 +36,7 @@ class HostDevice : public Device {
   ~HostDevice() override;
 
   const std::string& stream_name(StreamId stream) const override;
+  bool can_decode() const override { return true; }
 
   /// Queues `work` on a stream, as a kernel would be; runs it at once on an inline stream.
   void run(StreamId stream, std::function<void()> work);
@@ -51,6 +54,7 @@ class HostDevice : public Device {
   bool do_is_done(EventId event) override;
   void do_synchronize(StreamId stream) override;
   void do_copy(StreamId stream, const Copy& copy) override;
+  void do_decode(StreamId stream, const Decode& decode) override;
   void do_fill(StreamId stream, void* memory, std::size_t size_bytes, std::uint8_t value) override;
   void* do_allocate(std::size_t size_bytes) override;
   void do_free(void* memory) override;
@@ -63,6 +67,7 @@ class HostDevice : public Device {
   class Worker;
   struct Events;
   struct Marks;
+  struct Failure;
   struct Stream {
     std::string name;
     Worker* worker = nullptr;  // nullptr: inline
@@ -74,7 +79,8 @@ class HostDevice : public Device {
   std::deque<Stream> streams_;  // a deque: stream_name() hands out references
   std::unique_ptr<Events> events_;
   std::unique_ptr<Marks> marks_;
-  // After events_ and marks_: they use both until they are joined.
+  std::unique_ptr<Failure> failure_;
+  // After all of these: they use them until they are joined.
   std::vector<std::unique_ptr<Worker>> workers_;
   StreamId current_stream_ = kCallerStream;
 };

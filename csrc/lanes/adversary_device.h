@@ -111,6 +111,11 @@ class AdversaryDevice : public HostDevice {
     count_down();
     submit(stream, [copy] { std::memcpy(copy.destination, copy.source, copy.size_bytes); });
   }
+  /// Nothing is packed here: what is decoded is as it was.
+  void do_decode(StreamId stream, const Decode& decode) override {
+    count_down();
+    submit(stream, [decode] { std::memcpy(decode.destination, decode.source, decode.size_bytes); });
+  }
   void do_fill(StreamId stream, void* memory, std::size_t size_bytes, std::uint8_t value) override {
     count_down();
     submit(stream, [=] { std::memset(memory, value, size_bytes); });

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -12,6 +13,7 @@
 #include "check/hazard_checker.h"
 #include "core/error.h"
 #include "core/loader.h"
+#include "core/packed_loader.h"
 #include "core/pipeline.h"
 #include "core/steps.h"
 #include "lanes/adversary_device.h"
@@ -50,7 +52,8 @@ struct Outcome {
 /// A pipeline on an AdversaryDevice, with kernels that check what they find when they run.
 class MutantRun {
  public:
-  MutantRun(Plan plan, const PipelineOptions& options, const Choice& choice, Outcome& outcome)
+  MutantRun(Plan plan, const PipelineOptions& options, bool is_packed, const Choice& choice,
+            Outcome& outcome)
       : device(choice.callers_go_last), choice_(choice), outcome_(outcome), units_(plan.units) {
     mutation.is_armed = !choice.begins_late;
     device.attach_log(&outcome.log);
@@ -72,6 +75,9 @@ class MutantRun {
       hold(callers, 0);
     }
     pipeline = std::make_unique<Pipeline>(device, *loader_, std::move(plan), options);
+    if (is_packed) {
+      loader_->pack();
+    }
     if (!choice.begins_late) {
       hold_chosen();
     }
@@ -175,6 +181,9 @@ class MutantRun {
     StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                   std::uint64_t generation) override {
       run_.generations_[unit] = generation;
+      if (packed_) {
+        return packed_->load(unit, place, copy_stream, generation);
+      }
       // In two pieces: the second may fail when the first is under way.
       const std::size_t half = run_.units_[unit].size_bytes / 2;
       const std::byte* master = run_.master(unit);
@@ -184,8 +193,26 @@ class MutantRun {
       return copy_stream;
     }
 
+    std::vector<StreamId> own_streams() const override {
+      return packed_ ? packed_->own_streams() : std::vector<StreamId>{};
+    }
+
+    /// From here on units go through a staging ring.
+    void pack() {
+      PackedLoader::Options options;
+      for (const Unit& unit : run_.units_) {
+        options.slot_bytes = std::max(options.slot_bytes, unit.size_bytes);
+      }
+      packed_.emplace(run_.device, run_.units_.size(), options);
+      for (UnitIndex unit = 0; unit < run_.units_.size(); ++unit) {
+        const std::size_t size_bytes = run_.units_[unit].size_bytes;
+        packed_->set_source(unit, {run_.master(unit), size_bytes, size_bytes, 1});
+      }
+    }
+
    private:
     MutantRun& run_;
+    std::optional<PackedLoader> packed_;
   };
 
   std::byte* master(UnitIndex unit) {

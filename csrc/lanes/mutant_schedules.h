@@ -16,13 +16,14 @@ struct Schedule {
   Plan plan;
   std::function<void(MutantRun&)> go;
   bool runs_in_turn = true;
-  bool may_fail = false;  ///< Whether calls of the device are made to fail in its midst, in turn.
+  bool may_fail = false;   ///< Whether calls of the device are made to fail in its midst, in turn.
+  bool is_packed = false;  ///< Whether units go through a staging ring.
 };
 
 inline Outcome run(const Schedule& schedule, const Choice& choice) {
   Outcome outcome;
   try {
-    MutantRun run(schedule.plan, schedule.options, choice, outcome);
+    MutantRun run(schedule.plan, schedule.options, schedule.is_packed, choice, outcome);
     run.runs_in_turn = schedule.runs_in_turn;
     schedule.go(run);
   } catch (const InternalError&) {
@@ -243,6 +244,11 @@ inline std::vector<Schedule> all_schedules() {
                          runs_in_turn,
                          may_fail});
   };
+  const auto add_packed = [&](const std::string& name, Mode mode, const Plan& plan,
+                              void (*go)(MutantRun&), bool may_fail = false) {
+    add(name + ", packed", mode, StreamLayout::kShared, plan, go, true, may_fail);
+    schedules.back().is_packed = true;
+  };
   constexpr StreamLayout kShared = StreamLayout::kShared;
   constexpr StreamLayout kSplit = StreamLayout::kSplit;
   for (const auto& [mode, layout] : {std::pair{Mode::kPipeline, kShared},
@@ -257,6 +263,13 @@ inline std::vector<Schedule> all_schedules() {
     add("failures", mode, layout, crossing_places(), fail_in_plain_calls, true, true);
     add("poison", mode, layout, own_places(), go_through_passes, true, false, true);
   }
+  for (const Mode mode : {Mode::kPipeline, Mode::kEvents, Mode::kStreams}) {
+    add_packed("passes", mode, two_places(), go_through_passes);
+    add_packed("other ways", mode, crossing_places(), go_another_way);
+    add_packed("nested overlapping units", mode, two_places(), nest_overlapping);
+    add_packed("failures", mode, crossing_places(), fail_in_plain_calls, true);
+  }
+  add_packed("edits", Mode::kPipeline, own_places(), edit_masters);
   add("passes without copies", Mode::kPipeline, kShared, own_places(), go_through_passes);
   add("edits", Mode::kPipeline, kShared, own_places(), edit_masters);
   add("streams between uses", Mode::kEvents, kShared, two_places(), change_streams_between_uses,

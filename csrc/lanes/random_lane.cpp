@@ -65,7 +65,10 @@ class RandomSchedule {
       request.units = std::move(units);
       request.depth_bytes = draw(20) * kSlice;
       if (draw(4) == 0) {
-        request.budget_bytes = least_budget_bytes(request.units) + draw(8) * kSlice;
+        request.resident.resize(request.units.size());
+        for (std::size_t i = 1; i < request.resident.size(); ++i) {
+          request.resident[i] = draw(3) == 0;
+        }
       }
       return make_plan(request);
     }

@@ -99,6 +99,7 @@ void Engine::let_go() {
       std::fprintf(stderr, "torch_offload: the op log has no times: %s\n", error.what());
     }
     pipeline_.reset();
+    drop_packed();
   }
   units_.clear();
   parameters_.clear();
@@ -212,6 +213,7 @@ void Engine::refresh() {
   find_edits();
   for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
     if (!pipeline().plan().is_resident(unit)) {
+      units_[unit].is_to_be_packed = is_packed(unit);
       pipeline_->invalidate(unit);
     }
   }

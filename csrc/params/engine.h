@@ -7,9 +7,11 @@
 #include <string>
 #include <vector>
 
+#include "codec/encoder.h"
 #include "core/device.h"
 #include "core/loader.h"
 #include "core/masters.h"
+#include "core/packed_loader.h"
 #include "core/pipeline.h"
 #include "params/streamed_parameter.h"
 
@@ -60,6 +62,21 @@ class Engine : private Loader {
   /// Page-locks what copies of the unit read of checkpoint files, as the first copy will otherwise.
   /// Blocking: while pages are read and locked. Throws: as LockedFiles::lock.
   void lock_files(UnitIndex unit);
+  /// Packs the streamed units without loss, as they are now: from here on they are copied packed
+  /// and decoded on the device. A unit that packing would not shrink below `max_share` of its bytes
+  /// stays raw. Masters stay what they are; a unit whose weights are edited is packed anew.
+  ///
+  /// Blocking:  reads and writes all bytes, on all cores; page-locks the packed ones.
+  /// Throws:    StateError during a forward or after an earlier call; NotImplementedError if the
+  ///            device cannot decode; MemoryError. Units are then copied as before.
+  void pack(double max_share);
+  /// Bytes of each unit as it is copied: packed, or all of it.
+  std::vector<std::size_t> transport_bytes() const;
+  /// The staging ring on the device.
+  std::size_t staging_bytes() const { return packed_ == nullptr ? 0 : packed_->ring_bytes(); }
+  std::uint64_t bytes_copied() const { return device_->counters().bytes_copied; }
+  bool can_decode() const { return device_->can_decode(); }
+
   /// Moves all parameters back into ordinary memory, where they were if they fit. Returns the names
   /// of those which did not fit there and are on the CPU now. Blocks while copying.
   std::vector<std::string> move_out();
@@ -142,6 +159,7 @@ class Engine : private Loader {
     bool is_compared = false;           // with the sample, in this pass
     bool is_checked = false;            // against the files, in this pass
     bool is_locked = false;             // all its pages of files, for good
+    bool is_to_be_packed = false;       // whatever a comparison would say
   };
 
   /// The parameters of one unit, to iterate over.
@@ -164,6 +182,13 @@ class Engine : private Loader {
 
   StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                 std::uint64_t generation) override;
+  std::vector<StreamId> own_streams() const override;
+  bool is_packed(UnitIndex unit) const { return packed_ != nullptr && packed_->has_source(unit); }
+  UnitEncoder encoder_of(const UnitParameters& entry, std::size_t unit_bytes) const;
+  void write_packed(UnitIndex unit, const UnitEncoder& encoder);
+  void pack_anew(UnitIndex unit);
+  void note_content(UnitParameters& entry);
+  void drop_packed();
   std::vector<UnitParameters> cut(const Plan& plan,
                                   const std::vector<ParameterRange>& ranges) const;
   std::vector<std::size_t> master_sizes(const Plan& plan,
@@ -192,6 +217,8 @@ class Engine : private Loader {
   std::vector<UnitParameters> units_;
   std::unique_ptr<Masters> masters_;  // by position in parameters_
   std::unique_ptr<Pipeline> pipeline_;
+  std::shared_ptr<PinnedArena> blobs_;  // one piece per unit, empty for one that is raw
+  std::unique_ptr<PackedLoader> packed_;
   std::shared_ptr<OpLog> log_;  // attached to the device; or none
   std::uint64_t cpu_ns_ = 0;
   bool has_warned_of_backward_ = false;

@@ -129,8 +129,10 @@ void Engine::adopt_edits(UnitIndex unit) {
   UnitParameters& entry = units_[unit];
   // Bytes that were copied in an earlier pass may be older than an edit that no counter shows:
   // `weight.data += d`, fused optimizers, numpy. Within a pass nobody edits behind our back.
-  const bool compares = pipeline_->copied_before_this_pass(unit) && !entry.is_compared;
-  bool is_stale = false;
+  // What was packed is older still: from when that was.
+  const bool compares =
+      (is_packed(unit) || pipeline_->copied_before_this_pass(unit)) && !entry.is_compared;
+  bool is_stale = entry.is_to_be_packed;
   for (std::size_t index = entry.range.begin; index < entry.range.end; ++index) {
     StreamedParameter& parameter = parameters_[index];
     const StreamedParameter::Edit edit = parameter.edit_since_copy();
@@ -159,6 +161,9 @@ void Engine::adopt_edits(UnitIndex unit) {
   }
   entry.is_compared = true;
   entry.is_checked = true;
+  if (is_stale && is_packed(unit)) {
+    pack_anew(unit);
+  }
   if (is_stale && pipeline_->is_whole(unit)) {
     pipeline_->invalidate(unit);
   }
@@ -167,6 +172,10 @@ void Engine::adopt_edits(UnitIndex unit) {
 StreamId Engine::load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                       std::uint64_t generation) {
   UnitParameters& entry = units_[unit];
+  if (is_packed(unit)) {
+    return packed_->load(unit, place, copy_stream,
+                         generation);  // what was noted when it was packed
+  }
   lock_files_of(entry);
   for (const CopySegment& segment : segments_of(entry)) {
     device_->copy(copy_stream,

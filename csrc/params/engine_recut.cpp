@@ -70,6 +70,10 @@ std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges)
     }
     throw;
   }
+  {
+    const py::gil_scoped_release no_gil;
+    drop_packed();  // it was of units that are no more
+  }
   units_ = std::move(units);
   std::int64_t bytes_moved = 0;
   for (std::size_t k = 0; k < coming.size(); ++k) {

@@ -23,6 +23,17 @@ void check_times(const char* what, const std::vector<std::int64_t>& times_ns) {
   }
 }
 
+std::int64_t duration_ns(const std::string& what, std::size_t size_bytes, double bytes_per_second) {
+  constexpr double kNsPerSecond = 1e9;
+  const double time_ns = static_cast<double>(size_bytes) / bytes_per_second * kNsPerSecond;
+  if (time_ns > static_cast<double>(kLongestSimTimeNs)) {
+    throw ValueError("expected " + what + " to take at most one hour, got " +
+                     std::to_string(size_bytes) + " bytes at " + std::to_string(bytes_per_second) +
+                     " bytes a second");
+  }
+  return std::llround(time_ns);
+}
+
 }  // namespace
 
 std::int64_t& call_cost(SimCallCosts& calls, const std::string& name) {
@@ -53,6 +64,11 @@ void check_costs(const SimCosts& costs) {
     throw ValueError("expected copy_bytes_per_second to be a positive number, got " +
                      std::to_string(*costs.copy_bytes_per_second));
   }
+  if (costs.decode_bytes_per_second &&
+      !(std::isfinite(*costs.decode_bytes_per_second) && *costs.decode_bytes_per_second > 0)) {
+    throw ValueError("expected decode_bytes_per_second to be a positive number, got " +
+                     std::to_string(*costs.decode_bytes_per_second));
+  }
   if (costs.num_copy_engines < 1) {
     throw ValueError("expected num_copy_engines to be at least 1, got " +
                      std::to_string(costs.num_copy_engines));
@@ -78,15 +94,14 @@ std::int64_t copy_duration_ns(const SimCosts& costs, const Copy& copy) {
     }
     return (*costs.copy_ns)[copy.unit];
   }
-  constexpr double kNsPerSecond = 1e9;
   const double bytes_per_second = costs.copy_bytes_per_second.value_or(0);  // there is one
-  const double transfer_ns = static_cast<double>(copy.size_bytes) / bytes_per_second * kNsPerSecond;
-  if (transfer_ns > static_cast<double>(kLongestSimTimeNs)) {
-    throw ValueError("expected a copy to take at most one hour, got " +
-                     std::to_string(copy.size_bytes) + " bytes at " +
-                     std::to_string(bytes_per_second) + " bytes a second");
-  }
-  return costs.copy_latency_ns + std::llround(transfer_ns);
+  return costs.copy_latency_ns + duration_ns("a copy", copy.size_bytes, bytes_per_second);
+}
+
+std::int64_t decode_duration_ns(const SimCosts& costs, const Decode& decode) {
+  return costs.decode_bytes_per_second
+             ? duration_ns("a decoder", decode.size_bytes, *costs.decode_bytes_per_second)
+             : 0;
 }
 
 }  // namespace torch_offload

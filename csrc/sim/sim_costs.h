@@ -25,6 +25,10 @@ struct SimCosts {
   std::int64_t copy_latency_ns = 0;
   std::optional<std::vector<std::int64_t>> copy_ns;  ///< By UnitIndex.
 
+  /// Of decoded bytes. A decoder is a kernel: it takes its turn with those of the units. Without
+  /// it, decoding takes no time.
+  std::optional<double> decode_bytes_per_second;
+
   std::vector<std::int64_t> compute_ns;  ///< By UnitIndex.
   SimCallCosts calls;
 
@@ -46,5 +50,9 @@ void check_costs(const SimCosts& costs);
 /// How long one copy takes.
 /// Throws: ValueError if nothing is said of its unit, or if it takes too long.
 std::int64_t copy_duration_ns(const SimCosts& costs, const Copy& copy);
+
+/// How long the decoding of one unit takes.
+/// Throws: ValueError if it takes too long.
+std::int64_t decode_duration_ns(const SimCosts& costs, const Decode& decode);
 
 }  // namespace torch_offload

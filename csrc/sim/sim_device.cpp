@@ -126,6 +126,10 @@ void SimDevice::do_copy(StreamId stream, const Copy& copy) {
   submit(stream, EntryKind::kCopy, costs_.calls.copy_ns, copy_duration_ns(costs_, copy));
 }
 
+void SimDevice::do_decode(StreamId stream, const Decode& decode) {
+  submit(stream, EntryKind::kCompute, costs_.calls.launch_ns, decode_duration_ns(costs_, decode));
+}
+
 void SimDevice::do_fill(StreamId stream, void* /*memory*/, std::size_t /*size_bytes*/,
                         std::uint8_t /*value*/) {
   submit(stream, EntryKind::kFill, 0);

@@ -34,6 +34,7 @@ class SimDevice : public Device {
   explicit SimDevice(SimCosts costs);
 
   const std::string& stream_name(StreamId stream) const override;
+  bool can_decode() const override { return true; }
 
   /// Submits the kernels of one unit, as one piece of work. Costs the host `calls.launch_ns`.
   void run(StreamId stream, std::int64_t duration_ns);
@@ -71,6 +72,7 @@ class SimDevice : public Device {
   bool do_is_done(EventId event) override;
   void do_synchronize(StreamId stream) override;
   void do_copy(StreamId stream, const Copy& copy) override;
+  void do_decode(StreamId stream, const Decode& decode) override;
   void do_fill(StreamId stream, void* memory, std::size_t size_bytes, std::uint8_t value) override;
   void* do_allocate(std::size_t size_bytes) override;
   void do_free(void* memory) override;

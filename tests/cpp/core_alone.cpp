@@ -1,6 +1,15 @@
-// Linked with all of core and checker and nothing else but threads: an object of theirs that needed
-// torch, CUDA or Python would not link, and a header that included one of them is refused here.
+// Linked with all of core, checker and codec and nothing else but threads: an object of theirs that
+// needed torch, CUDA or Python would not link, and a header that included one of them is refused
+// here.
 #include "check/hazard_checker.h"
+#include "codec/blob.h"
+#include "codec/checksum.h"
+#include "codec/codec.h"
+#include "codec/decoder.h"
+#include "codec/encoder.h"
+#include "codec/format.h"
+#include "codec/group.h"
+#include "codec/parallel.h"
 #include "core/device.h"
 #include "core/device_memory.h"
 #include "core/error.h"

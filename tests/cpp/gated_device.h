@@ -131,6 +131,10 @@ class TestDevice : public HostDevice {
     HostDevice::do_copy(stream, copy);
     run(stream, [this, unit = copy.unit] { step([&] { ++copies_run_[unit]; }); });
   }
+  void do_decode(StreamId stream, const Decode& decode) override {
+    count_down();
+    HostDevice::do_decode(stream, decode);
+  }
   void do_fill(StreamId stream, void* memory, std::size_t size_bytes, std::uint8_t value) override {
     count_down();
     HostDevice::do_fill(stream, memory, size_bytes, value);

@@ -1,0 +1,161 @@
+"""Packed weights: bits a weight, packing, the decoder alone, and copies beside the decoder."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import pytest
+import torch
+from clocks import DEVICE, ON_GPU, Link, Stamp, device_ms, spread, synchronize
+from records import Part
+
+from torch_offload import _C
+
+_CODECS = ("raw", "e4p", "e33")
+# Blocks of threads that decode; 0: as many as the GPU holds at once.
+_BLOCKS = (0, 132, 528, 2112, 4224)
+
+
+def _feed_forward(tiny: bool) -> list[torch.Tensor]:
+    """The three matrices of a feed-forward unit of Llama-70B, random normal as at creation."""
+    hidden, intermediate = (256, 896) if tiny else (8192, 28672)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    shapes = [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
+    return [
+        torch.randn(shape, generator=generator, device=DEVICE).mul_(0.02).bfloat16().cpu()
+        for shape in shapes
+    ]
+
+
+@pytest.fixture(scope="module")
+def tensors(tiny: bool) -> list[torch.Tensor]:
+    return _feed_forward(tiny)
+
+
+class _OnDevice:
+    """A packed unit in device memory, and the place that it is decoded into."""
+
+    def __init__(self, unit: _C.PackedUnit) -> None:
+        self.unit = unit
+        self.blob = unit.blob.to(DEVICE)
+        self.place = torch.zeros(unit.place_bytes, dtype=torch.uint8, device=DEVICE)
+
+    def decode(self, max_blocks: int = 0) -> None:
+        if ON_GPU:
+            _C.unpack_on_gpu(self.blob, self.place, self.unit.num_tiles, max_blocks)
+        else:
+            _C.unpack(self.blob, self.place)
+
+    def require_right(self, tensors: list[torch.Tensor]) -> None:
+        self.place.zero_()
+        self.decode()
+        begin = 0
+        for tensor in tensors:
+            plain = tensor.reshape(-1).view(torch.uint8)
+            decoded = self.place[begin : begin + plain.numel()].cpu()
+            assert torch.equal(decoded, plain), "the decoder has changed bits"
+            begin += -(-plain.numel() // 256) * 256
+
+
+@pytest.mark.parametrize("codec", _CODECS)
+def bench_codec_packing(part: Part, tensors: list[torch.Tensor], codec: str) -> None:
+    """The encoder of the CPU, on all cores and on one."""
+    weights_bytes = sum(tensor.nbytes for tensor in tensors)
+    num_threads = len(os.sched_getaffinity(0))
+
+    def rates(threads: int, rounds: int) -> dict[str, float]:
+        found = []
+        for _ in range(rounds):
+            begin = Stamp()
+            _C.pack(tensors, codec, threads)
+            synchronize()
+            found.append(weights_bytes / (Stamp() - begin))
+        return spread(found)
+
+    unit = _C.pack(tensors, codec)
+    part.figures.update(
+        what="packing",
+        codec=codec,
+        weights_bytes=weights_bytes,
+        bits_a_weight=8.0 * unit.blob.numel() / (weights_bytes / 2),
+        threads=num_threads,
+        bytes_per_s=rates(num_threads, 3),
+        one_thread_bytes_per_s=rates(1, 1),
+    )
+
+
+@pytest.mark.parametrize("codec", _CODECS)
+def bench_codec_decoder(part: Part, tensors: list[torch.Tensor], codec: str) -> None:
+    """The decoder alone, in bytes of weights that come out."""
+    unit = _OnDevice(_C.pack(tensors, codec))
+    unit.require_right(tensors)
+    weights_bytes = sum(tensor.nbytes for tensor in tensors)
+    rates = {}
+    for blocks in _BLOCKS if ON_GPU else (0,):
+        run = partial(unit.decode, blocks)
+        times = device_ms(run, forwards=10 if ON_GPU else 1, rounds=5)
+        rates[str(blocks)] = spread([weights_bytes / (ms * 1e-3) for ms in times])
+    part.figures.update(
+        what="decoder", codec=codec, weights_bytes=weights_bytes, bytes_per_s=rates, bit_equal=True
+    )
+
+
+@pytest.mark.parametrize("codec", ["e4p", "e33"])
+def bench_codec_beside_copies(
+    part: Part, tensors: list[torch.Tensor], codec: str, tiny: bool
+) -> None:
+    """What copies lose to a decoder that runs without a pause, and the decoder to them."""
+    unit = _OnDevice(_C.pack(tensors, codec))
+    link = Link(2**20 if tiny else 2**29)
+    copied_bytes = 4 * (2**20 if tiny else 2**29)
+    alone_ms = device_ms(lambda: link.copy(copied_bytes), forwards=1, rounds=5)
+    beside_ms = []
+    decodes = []
+    for _ in range(5):
+        synchronize()
+        if ON_GPU:
+            beside_ms.append(_copy_beside(unit, link, copied_bytes, alone_ms[0], decodes))
+        else:  # one thread does both: there is no beside
+            beside_ms.extend(device_ms(lambda: link.copy(copied_bytes), forwards=1, rounds=1))
+    unit.require_right(tensors)
+    alone, beside = spread(alone_ms), spread(beside_ms)
+    part.figures.update(
+        what="beside",
+        codec=codec,
+        copied_bytes=copied_bytes,
+        alone_ms=alone,
+        beside_ms=beside,
+        rate_kept=alone["median"] / beside["median"],
+        decodes=decodes,
+        bit_equal=True,
+    )
+
+
+def _copy_beside(
+    unit: _OnDevice, link: Link, copied_bytes: int, alone_ms: float, decodes: list[int]
+) -> float:
+    """Copies while another stream decodes the whole time; returns the copies' time in ms."""
+    decoding, copying = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE)
+    one_ms = device_ms(unit.decode, forwards=1, rounds=1)[0]
+    count = int(1.3 * alone_ms / max(one_ms, 1e-3)) + 4
+    with torch.cuda.stream(decoding):
+        unit.decode()
+        first = torch.cuda.Event()
+        first.record()
+        for _ in range(count):
+            unit.decode()
+        last = torch.cuda.Event()
+        last.record()
+    with torch.cuda.stream(copying):
+        copying.wait_event(first)
+        begin = Stamp()
+        link.copy(copied_bytes)
+        end = Stamp()
+        copying.synchronize()
+        was_decoding = not last.query()
+    synchronize()
+    if not was_decoding:
+        pytest.skip("the decoder had ended before the copies had: no figure")
+    decodes.append(count)
+    return (end - begin) * 1e3

@@ -1,0 +1,164 @@
+#include <ATen/Functions.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/bind.h"
+#include "codec/blob.h"
+#include "codec/decoder.h"
+#include "codec/encoder.h"
+#include "codec/parallel.h"
+#include "core/error.h"
+#include "core/unit.h"
+#ifdef TORCH_OFFLOAD_WITH_KERNELS
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "cuda/packed_decoder.h"
+#endif
+
+namespace py = pybind11;
+
+namespace torch_offload {
+
+namespace {
+
+Codec codec_named(const std::string& name) {
+  for (const Codec codec : {Codec::kRaw, Codec::kE4p, Codec::kE33}) {
+    if (name == name_of(codec)) {
+      return codec;
+    }
+  }
+  throw ValueError("expected codec 'raw', 'e4p' or 'e33', got '" + name + "'");
+}
+
+void check_bytes(const at::Tensor& tensor, const char* what, at::DeviceType device) {
+  if (tensor.scalar_type() != at::kByte || !tensor.is_contiguous() ||
+      tensor.device().type() != device) {
+    throw TypeError(std::string("expected ") + what + " as a contiguous uint8 tensor on " +
+                    (device == at::kCPU ? "the CPU" : "the GPU") + ", got " +
+                    c10::toString(tensor.scalar_type()) + " on " + tensor.device().str());
+  }
+}
+
+const std::byte* bytes_of(const at::Tensor& tensor) {
+  return static_cast<const std::byte*>(tensor.const_data_ptr());
+}
+
+std::uint64_t size_of(const at::Tensor& tensor) {
+  return static_cast<std::uint64_t>(tensor.nbytes());
+}
+
+unsigned threads_or_default(unsigned num_threads) {
+  return num_threads == 0 ? default_num_threads() : num_threads;
+}
+
+/// A packed unit that Python made, with what a launch must know of it.
+struct PackedUnit {
+  at::Tensor blob;
+  std::uint64_t place_bytes = 0;
+  std::uint32_t num_tiles = 0;
+  std::vector<TensorEntry> entries;
+};
+
+PackedUnit pack(const std::vector<at::Tensor>& tensors, const std::optional<std::string>& codec,
+                unsigned num_threads, std::uint64_t max_entry_weights) {
+  std::vector<TensorSource> sources;
+  PackedUnit unit;
+  for (const at::Tensor& tensor : tensors) {
+    if (!tensor.is_cpu() || !tensor.is_contiguous()) {
+      throw TypeError("expected contiguous tensors on the CPU to pack, got one on " +
+                      tensor.device().str());
+    }
+    sources.push_back(
+        {bytes_of(tensor), size_of(tensor), unit.place_bytes,
+         tensor.scalar_type() == at::kBFloat16 ? ElementType::kBf16 : ElementType::kOther});
+    unit.place_bytes += aligned_size(size_of(tensor));
+  }
+  EncodeOptions options;
+  options.num_threads = threads_or_default(num_threads);
+  if (codec) {
+    options.codec = codec_named(*codec);
+  }
+  if (max_entry_weights != 0) {
+    options.max_entry_weights = max_entry_weights;
+  }
+  const py::gil_scoped_release no_gil;
+  const UnitEncoder encoder(std::move(sources), unit.place_bytes, options);
+  unit.blob = at::empty({static_cast<std::int64_t>(encoder.blob_bytes())}, at::kByte);
+  encoder.encode(static_cast<std::byte*>(unit.blob.mutable_data_ptr()));
+  unit.entries = encoder.entries();
+  unit.num_tiles = encoder.num_tiles();
+  return unit;
+}
+
+void unpack(const at::Tensor& blob, const at::Tensor& place, unsigned num_threads) {
+  check_bytes(blob, "the packed unit", at::kCPU);
+  check_bytes(place, "the place", at::kCPU);
+  const py::gil_scoped_release no_gil;
+  decode(bytes_of(blob), size_of(blob), static_cast<std::byte*>(place.mutable_data_ptr()),
+         size_of(place), threads_or_default(num_threads));
+}
+
+#ifdef TORCH_OFFLOAD_WITH_KERNELS
+void unpack_on_gpu(const at::Tensor& blob, const at::Tensor& place, std::uint32_t num_tiles,
+                   std::uint32_t max_blocks) {
+  check_bytes(blob, "the packed unit", at::kCUDA);
+  check_bytes(place, "the place", at::kCUDA);
+  DecodeLaunch launch;
+  launch.blob = bytes_of(blob);
+  launch.blob_bytes = size_of(blob);
+  launch.place = static_cast<std::byte*>(place.mutable_data_ptr());
+  launch.place_bytes = size_of(place);
+  launch.num_tiles = num_tiles;
+  launch.max_blocks = max_blocks;
+  const py::gil_scoped_release no_gil;
+  const c10::cuda::CUDAGuard guard(blob.device());
+  C10_CUDA_CHECK(launch_decode(c10::cuda::getCurrentCUDAStream(), launch));
+}
+#else
+void unpack_on_gpu(const at::Tensor& /*blob*/, const at::Tensor& /*place*/,
+                   std::uint32_t /*num_tiles*/, std::uint32_t /*max_blocks*/) {
+  throw NotImplementedError(
+      "expected a build with kernels to unpack on a GPU, got one made without nvcc; install the "
+      "CUDA compiler of torch's own major version and build torch_offload again");
+}
+#endif
+
+}  // namespace
+
+void bind_codec(py::module_& module) {
+  py::class_<PackedUnit>(module, "PackedUnit", "Tensors packed into one blob, without loss.")
+      .def_readonly("blob", &PackedUnit::blob)
+      .def_readonly("place_bytes", &PackedUnit::place_bytes)
+      .def_readonly("num_tiles", &PackedUnit::num_tiles)
+      .def_property_readonly("codecs", [](const PackedUnit& unit) {
+        std::vector<std::string> names;
+        for (const TensorEntry& entry : unit.entries) {
+          names.emplace_back(name_of(entry.codec));
+        }
+        return names;
+      });
+  module.def("pack", &pack, py::arg("tensors"), py::arg("codec") = py::none(),
+             py::arg("num_threads") = 0, py::arg("max_entry_weights") = 0,
+             "Packs tensors as they would lie in a place, each at a multiple of 256 bytes.");
+  module.def("unpack", &unpack, py::arg("blob"), py::arg("place"), py::arg("num_threads") = 0,
+             "Checks a packed unit and decodes it on the CPU. Blocks until that is done.");
+  module.def("unpack_on_gpu", &unpack_on_gpu, py::arg("blob"), py::arg("place"),
+             py::arg("num_tiles"), py::arg("max_blocks") = 0,
+             "Submits the decoding to the current stream. Never blocks.");
+  module.attr("has_kernels") =
+#ifdef TORCH_OFFLOAD_WITH_KERNELS
+      true;
+#else
+      false;
+#endif
+}
+
+}  // namespace torch_offload

@@ -1,0 +1,20 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "codec/blob.h"
+
+namespace torch_offload {
+
+/// Decodes a unit into its place, on the CPU. Bytes between its tensors stay as they are.
+///
+/// Blocking:  until all is decoded.
+void decode(const BlobView& blob, std::byte* place, unsigned num_threads = 1);
+
+/// Likewise, of a blob of which nothing is known yet.
+/// Throws: as BlobView::checked; then nothing is decoded.
+void decode(const std::byte* blob, std::uint64_t blob_bytes, std::byte* place,
+            std::uint64_t place_bytes, unsigned num_threads = 1);
+
+}  // namespace torch_offload

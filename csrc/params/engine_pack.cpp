@@ -1,0 +1,151 @@
+// Units that are copied packed: when they are packed, and what an edit of their weights means.
+//
+// Note [Packed units and edits]
+// A raw unit is read from its master at every copy. A packed one is what the master was when it was
+// packed, so it is compared with that, version and samples, in every pass, and packed anew on the
+// spot when it differs: the call that notices blocks for as long as that takes. A unit for which
+// there is no room any more is raw from then on.
+
+#include <algorithm>
+#include <utility>
+
+#include "codec/parallel.h"
+#include "core/error.h"
+#include "params/engine.h"
+
+namespace py = pybind11;
+
+namespace torch_offload {
+
+namespace {
+
+/// Room for weights that pack a little worse after an edit.
+constexpr std::size_t with_slack(std::size_t packed_bytes) {
+  return aligned_size(packed_bytes + packed_bytes / 64);
+}
+
+}  // namespace
+
+UnitEncoder Engine::encoder_of(const UnitParameters& entry, std::size_t unit_bytes) const {
+  std::vector<TensorSource> tensors;
+  auto offset = entry.offsets.begin();
+  for (std::size_t i = entry.range.begin; i < entry.range.end; ++i) {
+    const StreamedParameter& parameter = parameters_[i];
+    tensors.push_back({masters_->memory(i), parameter.size_bytes(), *offset++,
+                       parameter.parameter().scalar_type() == at::kBFloat16 ? ElementType::kBf16
+                                                                            : ElementType::kOther});
+  }
+  EncodeOptions options;
+  options.num_threads = default_num_threads();
+  return UnitEncoder(std::move(tensors), unit_bytes, options);
+}
+
+void Engine::pack(double max_share) {
+  check_at_rest("pack()");
+  const Plan& plan = pipeline().plan();
+  if (packed_ != nullptr) {
+    throw StateError("expected units that are not packed yet, got a second call of pack()");
+  }
+  if (!device_->can_decode()) {
+    throw NotImplementedError(
+        "expected a device that decodes packed weights, got one for which this build has no "
+        "decoder; use transport='raw', or build torch_offload where there is a CUDA compiler of "
+        "torch's own major version");
+  }
+  try {
+    const py::gil_scoped_release no_gil;
+    std::vector<std::optional<UnitEncoder>> encoders(units_.size());
+    std::vector<std::size_t> sizes(units_.size(), 0);
+    for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
+      if (plan.is_resident(unit)) {
+        continue;
+      }
+      const std::size_t unit_bytes = plan.units[unit].size_bytes;
+      UnitEncoder encoder = encoder_of(units_[unit], unit_bytes);
+      const std::size_t room = with_slack(encoder.blob_bytes());
+      if (static_cast<double>(room) <= max_share * static_cast<double>(unit_bytes)) {
+        sizes[unit] = room;
+        encoders[unit].emplace(std::move(encoder));
+      }
+    }
+    const std::size_t largest = *std::max_element(sizes.begin(), sizes.end());
+    if (largest == 0) {
+      return;  // nothing here is worth packing
+    }
+    PackedLoader::Options options;
+    options.slot_bytes = largest;
+    options.has_decode_stream = policy_of(pipeline_->options().mode).has_copy_stream;
+    blobs_ = std::make_shared<PinnedArena>(device_, sizes);
+    packed_ = std::make_unique<PackedLoader>(*device_, units_.size(), options);
+    for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
+      if (encoders[unit]) {
+        blobs_->prepare(unit);
+        write_packed(unit, *encoders[unit]);
+      }
+      blobs_->seal_up_to(unit);
+    }
+  } catch (...) {
+    const py::gil_scoped_release no_gil;
+    drop_packed();
+    throw;
+  }
+  for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
+    if (is_packed(unit)) {
+      pipeline_->invalidate(unit);
+      note_content(units_[unit]);
+    }
+  }
+}
+
+void Engine::write_packed(UnitIndex unit, const UnitEncoder& encoder) {
+  std::byte* const memory = blobs_->piece_memory(unit);
+  device_->host_write(memory, encoder.blob_bytes(), unit);
+  encoder.encode(memory);
+  packed_->set_source(unit, {memory, encoder.blob_bytes(), pipeline_->plan().units[unit].size_bytes,
+                             encoder.num_tiles()});
+}
+
+/// Takes what the masters hold now as what is packed.
+void Engine::note_content(UnitParameters& entry) {
+  for (StreamedParameter& parameter : parameters_of(entry)) {
+    parameter.note_copied();
+    parameter.take_sample();
+  }
+  entry.is_sampled = true;
+  entry.is_to_be_packed = false;
+}
+
+void Engine::pack_anew(UnitIndex unit) {
+  {
+    const py::gil_scoped_release no_gil;
+    pipeline_->synchronize_onload(unit);  // a copy may still read what is packed
+    packed_->drop_source(unit);           // raw, unless all goes well
+    const UnitEncoder encoder = encoder_of(units_[unit], pipeline_->plan().units[unit].size_bytes);
+    if (encoder.blob_bytes() <= blobs_->piece_bytes(unit)) {
+      write_packed(unit, encoder);
+    }
+  }
+  note_content(units_[unit]);
+}
+
+/// Nothing may be in flight.
+void Engine::drop_packed() {
+  packed_.reset();
+  blobs_.reset();
+}
+
+std::vector<StreamId> Engine::own_streams() const {
+  return packed_ == nullptr ? std::vector<StreamId>{} : packed_->own_streams();
+}
+
+std::vector<std::size_t> Engine::transport_bytes() const {
+  const Plan& plan = pipeline().plan();
+  std::vector<std::size_t> sizes;
+  for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
+    sizes.push_back(is_packed(unit) ? packed_->source(unit).packed_bytes
+                                    : plan.units[unit].size_bytes);
+  }
+  return sizes;
+}
+
+}  // namespace torch_offload
