@@ -171,8 +171,11 @@ class AdversaryDevice : public HostDevice {
   }
 
   void count_down() {
-    if (calls_until_failure_ > 0 && --calls_until_failure_ == 0) {
-      throw PlantedFailure();
+    if (calls_until_failure_ > 0) {
+      --calls_until_failure_;
+      if (calls_until_failure_ == 0) {
+        throw PlantedFailure();
+      }
     }
   }
 

@@ -5,7 +5,6 @@
 #include <cstring>
 #include <map>
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -68,11 +67,11 @@ class MutantRun {
       callers.push_back(device.create_stream({name, StreamRole::kCompute, 0}));
     }
     device.set_current_stream(callers[0]);
-    loader_.emplace(*this);
+    loader_ = std::make_unique<MasterLoader>(*this);
     if (!choice.begins_late) {
       hold(callers, 0);
     }
-    pipeline.emplace(device, *loader_, std::move(plan), options);
+    pipeline = std::make_unique<Pipeline>(device, *loader_, std::move(plan), options);
     if (!choice.begins_late) {
       hold_chosen();
     }
@@ -153,8 +152,9 @@ class MutantRun {
     std::byte* memory = master(unit);
     auto bytes = std::make_shared<std::vector<std::byte>>(units_[unit].size_bytes);
     ++num_edits_;
+    const std::size_t first = std::size_t{unit} * 31 + num_edits_ * 17;
     for (std::size_t i = 0; i < bytes->size(); ++i) {
-      (*bytes)[i] = static_cast<std::byte>((unit * 31 + num_edits_ * 17 + i * 7) % 251);
+      (*bytes)[i] = static_cast<std::byte>((first + i * 7) % 251);
     }
     device.host_write(memory, bytes->size(), unit);
     std::memcpy(memory, bytes->data(), bytes->size());
@@ -163,7 +163,7 @@ class MutantRun {
 
   AdversaryDevice device;
   std::vector<StreamId> callers;
-  std::optional<Pipeline> pipeline;
+  std::unique_ptr<Pipeline> pipeline;
   bool runs_in_turn = true;  // whether all kernels are meant to run in the order of submission
 
  private:
@@ -224,7 +224,7 @@ class MutantRun {
   std::vector<std::byte> masters_;
   std::map<UnitIndex, std::shared_ptr<const std::vector<std::byte>>> expected_;
   std::map<UnitIndex, std::uint64_t> generations_;
-  std::optional<MasterLoader> loader_;
+  std::unique_ptr<MasterLoader> loader_;
   std::size_t num_edits_ = 0;
   int num_kernels_ = 0;
   int num_kernels_run_ = 0;

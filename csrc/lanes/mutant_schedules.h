@@ -171,12 +171,13 @@ inline void replan(MutantRun& run) {
 }
 
 /// One call as the wrapper makes it: whatever was acquired is released.
-inline void call(MutantRun& run, UnitIndex unit, const std::function<void()>& inside) {
+inline void call(MutantRun& run, UnitIndex unit,
+                 const std::function<void(const std::byte*)>& inside) {
   const std::byte* place = run.acquire(unit);
   const StreamId found = run.device.current_stream();
   try {
     run.read(unit, place);
-    inside();
+    inside(place);
   } catch (...) {
     run.device.set_current_stream(found);
     run.release(unit);
@@ -190,11 +191,11 @@ inline void fail_somewhere(MutantRun& run, const std::function<void()>& calls) {
   run.pass({0, 1, 2, 3});
   run.begin_failing();
   run.pipeline->enter();
-  bool completed = false;
+  bool completed = true;
   try {
     calls();
-    completed = true;
   } catch (const PlantedFailure&) {
+    completed = false;
   }
   run.end_failing();
   run.pipeline->leave(completed);
@@ -209,7 +210,7 @@ inline void fail_somewhere(MutantRun& run, const std::function<void()>& calls) {
 inline void fail_in_plain_calls(MutantRun& run) {
   fail_somewhere(run, [&] {
     for (const UnitIndex unit : {2U, 3U, 0U, 1U, 3U}) {
-      call(run, unit, [] {});
+      call(run, unit, [](const std::byte*) {});
       run.compute();
     }
   });
@@ -217,15 +218,15 @@ inline void fail_in_plain_calls(MutantRun& run) {
 
 inline void fail_in_a_use_of_two_streams(MutantRun& run) {
   fail_somewhere(run, [&] {
-    call(run, 0, [&] {
+    call(run, 0, [&](const std::byte* place) {
       const EventId switched = run.device.create_event();
       run.device.record(switched, run.device.current_stream());
       run.device.wait(run.callers[1], switched);
       run.device.set_current_stream(run.callers[1]);
-      run.read(0, reinterpret_cast<const std::byte*>(run.pipeline->window().begin));
+      run.read(0, place);
     });
     run.device.set_current_stream(run.callers[0]);
-    call(run, 2, [] {});
+    call(run, 2, [](const std::byte*) {});
   });
 }
 

@@ -2,7 +2,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <random>
 #include <set>
 #include <sstream>
@@ -37,10 +36,10 @@ class RandomLog {
 
  private:
   struct Use {
-    StreamId stream;
+    StreamId stream = kNoStream;
     AddressRange memory;
-    UnitIndex unit;
-    std::uint64_t generation;
+    UnitIndex unit = kNoUnit;
+    std::uint64_t generation = 0;
   };
 
   std::size_t draw(std::size_t bound) { return random_() % bound; }
@@ -121,8 +120,8 @@ class RandomLog {
       const StreamId copies = stream();
       const StreamId compute = stream();
       const AddressRange memory = place();
-      if (freed_ && draw(5) != 0) {
-        build.wait(copies, *freed_);
+      if (freed_ != kNoEvent && draw(5) != 0) {
+        build.wait(copies, freed_);
       }
       const Use use = copy(copies, memory);
       const EventId ready = event();
@@ -136,7 +135,7 @@ class RandomLog {
       if (draw(6) != 0) {
         end_read();
         freed_ = event();
-        build.record(*freed_, compute);
+        build.record(freed_, compute);
       }
     }
   }
@@ -151,8 +150,8 @@ class RandomLog {
 
   void begin_read(StreamId on, AddressRange memory) {
     Use use{on, memory, next_unit_++, 0};
-    if (last_copy_ && draw(2) == 0) {
-      use = *last_copy_;
+    if (last_copy_.unit != kNoUnit && draw(2) == 0) {
+      use = last_copy_;
     }
     begin_read(on, use.memory, use);
   }
@@ -191,8 +190,8 @@ class RandomLog {
   std::size_t num_streams_ = 0;
   std::size_t num_events_ = 0;
   UnitIndex next_unit_ = 0;
-  std::optional<Use> last_copy_;
-  std::optional<EventId> freed_;
+  Use last_copy_;
+  EventId freed_ = kNoEvent;
   std::set<UnitIndex> used_;
   std::vector<Use> open_;
 };
