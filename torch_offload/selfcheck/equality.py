@@ -45,8 +45,7 @@ def _prototype(subject: Subject, width: int) -> nn.Module:
 
 @cache
 def _plain(subject: Subject, device: torch.device) -> nn.Module:
-    plain = copy.deepcopy(_prototype(subject, _width(device))).to(device)
-    align(plain)
+    plain = align(copy.deepcopy(_prototype(subject, _width(device)))).to(device)
     # A module with hooks gives up torch's fast path, and the streamed one has hooks for delays.
     for module in plain.modules():
         if not any(True for _ in module.children()):
@@ -125,10 +124,15 @@ class StreamedModel:
         self._synchronize()
         return list(zip(outputs, musts, strict=True))
 
-    def forward_with_fault(self, held: str, *, armed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """One forward with the fault switched on, or not, and with copies or kernels held back."""
-        x = self._case.subject.rows(_width(self._device), 99, self._device)
-        must = _plain(self._case.subject, self._device)(x)
+    def forward_with_fault(
+        self, held: str, seed: int, *, armed: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One forward with the fault switched on, or not, and with copies or kernels held back.
+
+        Of an input that nothing was computed of before: the allocator hands out memory that still
+        holds what was computed in it, which must not be what is computed now.
+        """
+        x = self._case.subject.rows(_width(self._device), seed, self._device)
         self._synchronize()
         if self._device.type == "cuda":
             caller = [torch.cuda.current_stream(self._device)]
@@ -140,7 +144,7 @@ class StreamedModel:
             self._synchronize()
         finally:
             self._fault.is_armed = False
-        return output, must
+        return output, _plain(self._case.subject, self._device)(x)
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -168,7 +172,7 @@ class Equality(Lane):
         case = Case(SUBJECTS[0], "pipeline", "shared")
         with StreamedModel(case, self._device, 0, "compute_waits").offloaded(20_000) as streamed:
             streamed.forwards(2)
-            output, must = streamed.forward_with_fault("copies", armed=True)
+            output, must = streamed.forward_with_fault("copies", 99, armed=True)
         tally.must(torch.equal(output, must), "the outputs differ")
         return tally
 
@@ -271,8 +275,8 @@ class VisibleRaces(Lane):
             case = Case(SUBJECTS[0], fault.mode, fault.streams)
             with StreamedModel(case, self._device, 0, fault.kind).offloaded(20_000) as streamed:
                 before = streamed.forwards(2)
-                twin = streamed.forward_with_fault(fault.held, armed=False)
-                output, must = streamed.forward_with_fault(fault.held, armed=armed)
+                twin = streamed.forward_with_fault(fault.held, 98, armed=False)
+                output, must = streamed.forward_with_fault(fault.held, 99, armed=armed)
             tally.must(not torch.equal(output, must), f"{fault}: the numbers are right")
             if not all(torch.equal(*pair) for pair in (*before, twin)):
                 tally.add_fault(f"{fault}: numbers are wrong without it")
