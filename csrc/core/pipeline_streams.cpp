@@ -87,15 +87,17 @@ void Pipeline::synchronize() {
   for (const StreamId stream : ours) {
     synchronize(stream, Step::kDrainOwnStreams);
   }
-  std::vector<StreamId> callers;
+  std::vector<StreamId> others;  // callers', and those that a loader has chosen
   for (const UnitState& state : states_) {
-    if (state.used_on != kNoStream) {
-      callers.push_back(state.used_on);
+    for (const StreamId stream : {state.used_on, state.loaded_on}) {
+      if (stream != kNoStream) {
+        others.push_back(stream);
+      }
     }
   }
-  std::sort(callers.begin(), callers.end());
-  callers.erase(std::unique(callers.begin(), callers.end()), callers.end());
-  for (const StreamId stream : callers) {
+  std::sort(others.begin(), others.end());
+  others.erase(std::unique(others.begin(), others.end()), others.end());
+  for (const StreamId stream : others) {
     if (std::find(ours.begin(), ours.end(), stream) == ours.end()) {
       synchronize(stream, Step::kDrainUsedStreams);
     }

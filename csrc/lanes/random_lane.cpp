@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "lanes/misuse.h"
 #include "lanes/placed_plan.h"
 #include "lanes/schedule_rig.h"
 
@@ -30,7 +31,7 @@ class RandomSchedule {
     options.poison_on_release = draw(5) == 0;
     options.wait_for_each = draw(12) == 0;
     num_units_ = 1 + draw(8);
-    rig_ = std::make_unique<ScheduleRig>(plan(), options);
+    rig_ = std::make_unique<ScheduleRig>(plan(units()), options, draw(8) == 0);
     routine_ = sequence();
   }
 
@@ -58,21 +59,23 @@ class RandomSchedule {
     return units;
   }
 
-  Plan plan() {
-    PlanRequest request;
-    request.units = units();
-    request.depth_bytes = draw(20) * kSlice;
+  Plan plan(std::vector<Unit> units) {
     if (draw(2) == 0) {
+      PlanRequest request;
+      request.units = std::move(units);
+      request.depth_bytes = draw(20) * kSlice;
+      if (draw(4) == 0) {
+        request.budget_bytes = least_budget_bytes(request.units) + draw(8) * kSlice;
+      }
       return make_plan(request);
     }
     // Places that no planner would choose: safety must not hang on the plan's kindness.
     std::vector<ByteRange> places;
-    for (const Unit& unit : request.units) {
+    for (const Unit& unit : units) {
       const std::size_t begin = draw(12) * kSlice;
       places.push_back({begin, begin + unit.size_bytes});
     }
-    const std::size_t depth_bytes = draw(20) * kSlice;
-    return lanes::plan_with_places(std::move(request.units), places, depth_bytes);
+    return lanes::plan_with_places(std::move(units), places, draw(20) * kSlice);
   }
 
   std::vector<UnitIndex> sequence() {
@@ -91,21 +94,15 @@ class RandomSchedule {
       rig_->device().set_current_stream(rig_->callers()[draw(2)]);
     }
     if (draw(16) == 0) {
-      Plan other = plan();
-      // The masters stay as large as they are.
-      if (sizes_are_those_of(other) && other.window_bytes <= pipeline().window_bytes()) {
+      // The masters stay as they are.
+      Plan other = plan(pipeline().plan().units);
+      if (other.window_bytes <= pipeline().window_bytes()) {
         pipeline().replan(std::move(other));
       }
     }
-  }
-
-  bool sizes_are_those_of(Plan& other) {
-    for (UnitIndex i = 0; i < num_units_; ++i) {
-      if (other.units[i].size_bytes != pipeline().plan().units[i].size_bytes) {
-        return false;
-      }
+    if (draw(16) == 0) {
+      Misuse(*rig_).between_passes(unit());
     }
-    return true;
   }
 
   void pass() {
@@ -130,6 +127,9 @@ class RandomSchedule {
 
   /// One unit, perhaps with others inside it, perhaps on another stream, perhaps failing.
   void call(UnitIndex called, int nesting) {
+    if (pipeline().plan().is_resident(called)) {
+      return;  // it has no wrapper
+    }
     const StreamId found = rig_->device().current_stream();
     if (draw(8) == 0) {
       rig_->device().set_current_stream(rig_->callers()[draw(2)]);
@@ -137,7 +137,7 @@ class RandomSchedule {
     if (draw(5) != 0) {
       rig_->call(called);
     } else {
-      rig_->call(called, [&] { inside(called, nesting); });
+      rig_->call(called, [&](const std::byte* place) { inside(called, place, nesting); });
     }
     // Between units a caller may stay on another stream; inside one, it comes back.
     if (nesting > 0 || draw(2) == 0) {
@@ -145,18 +145,35 @@ class RandomSchedule {
     }
   }
 
-  void inside(UnitIndex called, int nesting) {
-    switch (draw(6)) {
+  void inside(UnitIndex called, const std::byte* place, int nesting) {
+    switch (draw(7)) {
       case 0:
         throw PlantedFailure();
       case 1:
         go_on_elsewhere();
         break;
+      case 2:
+        Misuse(*rig_).in_a_use(called, place, unit());
+        break;
       default:
         if (nesting < kDeepestNesting) {
-          call(draw(2) == 0 ? called : unit(), nesting + 1);
+          nest(draw(2) == 0 ? called : unit(), nesting + 1);
         }
     }
+  }
+
+  /// One unit inside another one, below a wrapped ancestor of its own.
+  void nest(UnitIndex called, int nesting) {
+    pipeline().enter();
+    bool completed = false;
+    try {
+      call(called, nesting);
+      completed = true;
+    } catch (...) {
+      pipeline().leave(completed);
+      throw;
+    }
+    pipeline().leave(completed);
   }
 
   /// A module that changes streams orders them itself.

@@ -63,25 +63,49 @@ void* ScheduleRig::FailingDevice::do_allocate(std::size_t size_bytes) {
   return SimDevice::do_allocate(size_bytes);
 }
 
-/// In two copies: the second may fail when the first is under way.
 StreamId ScheduleRig::MasterLoader::load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                                          std::uint64_t generation) {
   rig_.generations_[unit] = generation;
+  if (!loads_elsewhere_) {
+    copy(unit, place, copy_stream, generation);
+    return copy_stream;
+  }
+  const StreamId own_stream = own_stream_behind(copy_stream);
+  try {
+    copy(unit, place, own_stream, generation);
+  } catch (...) {
+    rig_.without_failure([&] { rig_.device_.synchronize(own_stream); });
+    throw;
+  }
+  return own_stream;
+}
+
+StreamId ScheduleRig::MasterLoader::own_stream_behind(StreamId copy_stream) {
+  if (own_stream_ == kNoStream) {
+    own_stream_ = rig_.device_.create_stream({"loader", StreamRole::kCopy, 0});
+    begun_ = rig_.device_.create_event();
+  }
+  rig_.device_.record(begun_, copy_stream);
+  rig_.device_.wait(own_stream_, begun_);
+  return own_stream_;
+}
+
+/// In two copies: the second may fail when the first is under way.
+void ScheduleRig::MasterLoader::copy(UnitIndex unit, std::byte* place, StreamId stream,
+                                     std::uint64_t generation) {
   const std::size_t size_bytes = rig_.sizes_[unit];
   const std::size_t half = size_bytes / 2 / kAlignmentBytes * kAlignmentBytes;
   const std::byte* master = rig_.masters_ + rig_.offsets_[unit];
   if (half > 0) {
-    rig_.device_.copy(copy_stream, {place, master, half, unit, generation});
+    rig_.device_.copy(stream, {place, master, half, unit, generation});
   }
-  rig_.device_.copy(copy_stream,
-                    {place + half, master + half, size_bytes - half, unit, generation});
-  return copy_stream;
+  rig_.device_.copy(stream, {place + half, master + half, size_bytes - half, unit, generation});
 }
 
 // --- the rig -----------------------------------------------------------------------------------
 
-ScheduleRig::ScheduleRig(Plan plan, const PipelineOptions& options)
-    : device_(no_costs()), loader_(*this), generations_(plan.units.size(), 0) {
+ScheduleRig::ScheduleRig(Plan plan, const PipelineOptions& options, bool loads_elsewhere)
+    : device_(no_costs()), loader_(*this, loads_elsewhere), generations_(plan.units.size(), 0) {
   device_.attach_log(&log_);
   std::size_t size_bytes = 0;
   for (const Unit& unit : plan.units) {
@@ -123,18 +147,16 @@ void ScheduleRig::call(UnitIndex unit) {
   pipeline_->release(unit);
 }
 
-void ScheduleRig::call(UnitIndex unit, const std::function<void()>& inside) {
+void ScheduleRig::call(UnitIndex unit, const std::function<void(const std::byte*)>& inside) {
   const std::byte* place = pipeline_->acquire(unit);
   const StreamId found = device_.current_stream();
   try {
     kernel(unit, place);
-    inside();
+    inside(place);
     kernel(unit, place);
   } catch (...) {
     // A module that fails puts back the stream that it switched from, as torch's guard does.
-    const int calls_until_failure = std::exchange(device_.calls_until_failure, 0);
-    device_.set_current_stream(found);
-    device_.calls_until_failure = calls_until_failure;
+    without_failure([&] { device_.set_current_stream(found); });
     pipeline_->release(unit);
     throw;
   }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "core/loader.h"
@@ -21,7 +22,8 @@ namespace torch_offload {
 /// what comes before the first pass and after the last is checked as well.
 class ScheduleRig {
  public:
-  ScheduleRig(Plan plan, const PipelineOptions& options);
+  /// `loads_elsewhere`: the loader copies on a stream of its own, as one that decodes would.
+  ScheduleRig(Plan plan, const PipelineOptions& options, bool loads_elsewhere = false);
   ScheduleRig(const ScheduleRig&) = delete;
   ScheduleRig& operator=(const ScheduleRig&) = delete;
   ~ScheduleRig();
@@ -29,10 +31,16 @@ class ScheduleRig {
   Pipeline& pipeline() { return *pipeline_; }
   Device& device() { return device_; }
   const std::vector<StreamId>& callers() const { return callers_; }
+  const std::byte* masters() const { return masters_; }
+  std::size_t log_size() const { return log_.ops().size(); }
+  /// Another pipeline on the same device and masters.
+  std::unique_ptr<Pipeline> make_pipeline(Plan plan, const PipelineOptions& options) {
+    return std::make_unique<Pipeline>(device_, loader_, std::move(plan), options);
+  }
 
   /// One call of a unit, as the wrapper makes it: whatever was acquired is released. `inside` is
-  /// called between two kernels of the unit.
-  void call(UnitIndex unit, const std::function<void()>& inside);
+  /// called between two kernels of the unit, and told its place.
+  void call(UnitIndex unit, const std::function<void(const std::byte*)>& inside);
   /// One call whose module does nothing but its kernels.
   void call(UnitIndex unit);
   /// Gives the master new bytes, with the care that its owner has to take.
@@ -67,14 +75,28 @@ class ScheduleRig {
 
   class MasterLoader : public Loader {
    public:
-    explicit MasterLoader(ScheduleRig& rig) : rig_(rig) {}
+    MasterLoader(ScheduleRig& rig, bool loads_elsewhere)
+        : rig_(rig), loads_elsewhere_(loads_elsewhere) {}
     StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                   std::uint64_t generation) override;
 
    private:
+    void copy(UnitIndex unit, std::byte* place, StreamId stream, std::uint64_t generation);
+    StreamId own_stream_behind(StreamId copy_stream);
+
     ScheduleRig& rig_;
+    const bool loads_elsewhere_;
+    StreamId own_stream_ = kNoStream;
+    EventId begun_ = kNoEvent;
   };
 
+  /// Calls that must not fail, whatever the device has been told.
+  template <typename Calls>
+  void without_failure(const Calls& calls) {
+    const int calls_until_failure = std::exchange(device_.calls_until_failure, 0);
+    calls();
+    device_.calls_until_failure = calls_until_failure;
+  }
   void kernel(UnitIndex unit, const std::byte* place);
 
   OpLog log_;

@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -12,8 +13,11 @@
 #include <string>
 #include <tuple>
 
+#include "check/hazard_checker.h"
 #include "lanes/exhaustive_lane.h"
+#include "lanes/placed_plan.h"
 #include "lanes/random_lane.h"
+#include "lanes/schedule_rig.h"
 
 namespace torch_offload {
 namespace {
@@ -75,6 +79,21 @@ TEST(RandomLaneTest, SeedGivesTheSameScheduleAgainAndThreadsTheSameReport) {
   EXPECT_EQ(together.report().num_schedules, 500U);
   EXPECT_EQ(together.report().num_distinct, alone.report().num_distinct);
   EXPECT_EQ(together.report().num_ops, alone.report().num_ops);
+}
+
+/// A loader may choose another stream than the one it is given; who frees its target must know.
+TEST(ScheduleRigTest, CopiesThatALoaderMakesElsewhereAreDrainedBeforeTheWindowGoes) {
+  ScheduleRig rig(lanes::plan_with_places(lanes::layers_of(1, 1, 1), {{0, 256}, {256, 512}}, 512),
+                  {}, /*loads_elsewhere=*/true);
+  rig.pipeline().enter();
+  rig.call(0);  // unit 1 is copied ahead, and never used
+  rig.pipeline().leave(true);
+  const OpLog& log = rig.finish();
+  const auto is_copy = [](const Op& op) { return op.kind == OpKind::kCopy; };
+  EXPECT_EQ(std::count_if(log.ops().begin(), log.ops().end(), is_copy), 2);
+  for (const Finding& finding : HazardChecker().check(log)) {
+    ADD_FAILURE() << finding.message;
+  }
 }
 
 class ExhaustiveLaneTest : public ::testing::TestWithParam<std::tuple<Mode, StreamLayout>> {
