@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -132,7 +134,26 @@ def test_interrupt_ends_all_lanes() -> None:
         run_lanes([_Toy(error=KeyboardInterrupt()), _Toy()], Effort())
 
 
-def test_torch_keeps_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "lane", [RandomSchedules(), AllSmallSchedules(), Linearisations()], ids=lambda lane: lane.name
+)
+def test_interrupt_is_noticed_between_two_chunks_of_a_lane_in_cpp(lane: Lane) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGALRM, interrupt)
+    begin = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_lanes([lane], Effort(full=True, num_threads=2))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+    assert time.monotonic() - begin < 10, "the whole of it takes longer"
+
+
+def test_torch_keeps_its_threads() -> None:
     torch.set_num_threads(2)
     try:
         with pytest.raises(KeyboardInterrupt):

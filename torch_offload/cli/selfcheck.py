@@ -1,4 +1,4 @@
-"""`selfcheck`: the proof that no schedule can go wrong, run on this machine."""
+"""`selfcheck`: whether an order of copies and kernels can go wrong, tried on this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def selfcheck(
     full: Annotated[
-        bool, typer.Option("--full", help="Try everything; takes some minutes.")
+        bool, typer.Option("--full", help="Try much more; takes some minutes.")
     ] = False,
     lanes: Annotated[
         str | None, typer.Option(help="Some lanes only, such as random,mutants.")

@@ -1,4 +1,4 @@
-"""`torch-offload selfcheck`: the proof that no schedule can go wrong, run on this machine."""
+"""`torch-offload selfcheck`: whether copies and kernels can go wrong, tried on this machine."""
 
 from __future__ import annotations
 

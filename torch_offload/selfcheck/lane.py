@@ -20,7 +20,7 @@ class Effort:
     """How much a lane tries.
 
     Attributes:
-        full: Everything, however long it takes; else what fits a minute or two for all lanes.
+        full: The full sizes, however long they take; else what fits a minute or two for all lanes.
         num_threads: How many threads may compute at once.
         progress: Told now and then how much is done, of how much.
     """
