@@ -91,7 +91,11 @@ def main() -> int:
     chosen = options.lanes.split(",") if options.lanes else ["checker", *lanes]
     if unknown := set(chosen) - {"checker", *lanes}:
         parser.error(f"expected --lanes of {', '.join(lanes)}, got {', '.join(sorted(unknown))}")
-    command = " ".join(["benchmarks/correctness.py", *sys.argv[1:]])
+    arguments = [
+        Path(argument).name if Path(argument).is_absolute() else argument
+        for argument in sys.argv[1:]
+    ]
+    command = " ".join(["benchmarks/correctness.py", *arguments])
     records = Records(options.results_dir, command, options.quick)
     failed = False
     for name in chosen:
