@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import Part, Records
-
-from torch_offload import _C
-from torch_offload.selfcheck import Effort, all_lanes
-from torch_offload.selfcheck.runner import run_lane
 
 _HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(_HERE.parent))
+
+from records import Part, Records  # noqa: E402  (the path comes first)
+
+from torch_offload import _C  # noqa: E402
+from torch_offload.selfcheck import Effort, all_lanes  # noqa: E402
+from torch_offload.selfcheck.runner import run_lane  # noqa: E402
+
 _SUBJECT = "correctness"
 
 
