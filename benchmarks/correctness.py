@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import Part, Records
-
-from torch_offload import _C
-from torch_offload.selfcheck import Effort, all_lanes
-from torch_offload.selfcheck.runner import run_lane
 
 _HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(_HERE.parent))
+
+from records import Part, Records  # noqa: E402  (the path comes first)
+
+from torch_offload import _C  # noqa: E402
+from torch_offload.selfcheck import Effort, all_lanes  # noqa: E402
+from torch_offload.selfcheck.runner import run_lane  # noqa: E402
+
 _SUBJECT = "correctness"
 
 
@@ -91,7 +94,11 @@ def main() -> int:
     chosen = options.lanes.split(",") if options.lanes else ["checker", *lanes]
     if unknown := set(chosen) - {"checker", *lanes}:
         parser.error(f"expected --lanes of {', '.join(lanes)}, got {', '.join(sorted(unknown))}")
-    command = " ".join(["benchmarks/correctness.py", *sys.argv[1:]])
+    arguments = [
+        Path(argument).name if Path(argument).is_absolute() else argument
+        for argument in sys.argv[1:]
+    ]
+    command = " ".join(["benchmarks/correctness.py", *arguments])
     records = Records(options.results_dir, command, options.quick)
     failed = False
     for name in chosen:

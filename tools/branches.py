@@ -115,7 +115,7 @@ def main() -> int:
 def _write(
     path: Path, schedules: int, sides: list[Side], explained: list[Side], unexplained: list[Side]
 ) -> None:
-    sys.path.insert(0, str(_ROOT / "benchmarks"))
+    sys.path[:0] = [str(_ROOT / "benchmarks"), str(_ROOT)]
     from records import Part, Records
 
     records = Records(path.parent, f"tools/coverage.sh --json {path.name}", tiny=False)

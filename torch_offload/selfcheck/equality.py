@@ -197,7 +197,7 @@ class Equality(Lane):
             # Leaves are cut, and the order is learned, in the first ones.
             pairs = streamed.forwards(2)
             uses = Uses(streamed.handle)
-            pairs += streamed.forwards(num_forwards - 2 if num_forwards > 2 else 1, 2)
+            pairs += streamed.forwards(num_forwards - 2, 2)
             num_uses, num_copies = uses.counts()
         for number, (output, must) in enumerate(pairs):
             tally.must(torch.equal(output, must), f"{case}: forward {number} differs")
