@@ -180,7 +180,10 @@ class Streamed:
 
 
 def offload_with_device(model: nn.Module, **options: Any) -> tuple[torch_offload.Handle, _C.Device]:
-    """`offload`, and the C++ device it made, whose counters the handle does not show."""
+    """`offload`, and the C++ device it made, whose counters the handle does not show.
+
+    Every unit streams unless a budget is given: that is what is to be measured.
+    """
     made: list[_C.Device] = []
     plain_device = _C.Device
 
@@ -190,7 +193,7 @@ def offload_with_device(model: nn.Module, **options: Any) -> tuple[torch_offload
 
     _C.Device = kept
     try:
-        handle = torch_offload.offload(model, DEVICE, **options)
+        handle = torch_offload.offload(model, DEVICE, **{"gpu_budget": None, **options})
     finally:
         _C.Device = plain_device
     return handle, made[-1]

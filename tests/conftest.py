@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ REQUIRE_CUDA = os.environ.get("TORCH_OFFLOAD_REQUIRE_CUDA") == "1"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_cuda: runs on a machine with a GPU only")
+    config.addinivalue_line("markers", "knows_memory: offload() sees the memory of the device")
     torch.set_num_threads(1)  # tiny models: a second thread costs more than it computes
 
 
@@ -64,6 +66,19 @@ def restored_state() -> Iterator[None]:
     assert not leaked, f"the test left autocast changed for {leaked}"
     assert cache_now == cache, "the test left the autocast cache changed"
     assert grad_now == grad, "the test left grad mode changed"
+
+
+@pytest.fixture(autouse=True)
+def every_unit_streams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU tiny models would be resident after their first forward: here none is, unless asked.
+
+    As on the host device, ``gpu_budget="auto"`` then has no memory to go by. Tests of that are
+    marked `knows_memory`.
+    """
+    if request.node.get_closest_marker("knows_memory") is None:
+        monkeypatch.setattr(
+            importlib.import_module("torch_offload.offload"), "memory_of", lambda _: None
+        )
 
 
 @pytest.fixture

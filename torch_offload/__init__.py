@@ -12,7 +12,8 @@ from torch_offload._version import __version__
 from torch_offload.calls import probe as _probe
 from torch_offload.checkpoint import CheckpointError
 from torch_offload.config import Config
-from torch_offload.handle import Handle, OffloadStats, UnitInfo, handle_of
+from torch_offload.counts import OffloadStats, UnitInfo
+from torch_offload.handle import Handle, handle_of
 from torch_offload.hazards import Finding, check
 from torch_offload.offload import offload, offload_with
 from torch_offload.pretrained import from_pretrained, offload_from_checkpoint

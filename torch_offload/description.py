@@ -10,7 +10,7 @@ from torch_offload.sizes import format_size
 from torch_offload.timeline.scale import duration
 
 if TYPE_CHECKING:
-    from torch_offload.handle import UnitInfo
+    from torch_offload.counts import UnitInfo
     from torch_offload.trace import Trace
 
 _MOST_LISTED = 6

@@ -5,10 +5,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -17,6 +17,7 @@ from torch import nn
 from torch_offload import _C
 from torch_offload._C import StateError
 from torch_offload.config import Config
+from torch_offload.counts import OffloadStats, UnitInfo
 from torch_offload.description import UnitDescription, describe_unit
 from torch_offload.hazards import Finding, check
 from torch_offload.placed import Placed
@@ -35,68 +36,6 @@ KEEP: Any = object()
 
 # Key in `vars(model)`. The model keeps its handle alive, never the other way round.
 HANDLE_KEY = "_torch_offload_handle"
-
-
-@dataclass(frozen=True)
-class OffloadStats:
-    """Counts since `offload`. Sizes in bytes.
-
-    Attributes:
-        forwards: Passes that were completed: calls of the model or of any part of it.
-        onloads: Copies of a whole unit into its place.
-        prefetched: Onloads issued before their unit was asked for.
-        misses: Units asked for that nobody had prefetched.
-        bytes_onloaded: Bytes of all onloads, padding between parameters included.
-        bytes_resident: Weights and buffers that stay on the device.
-        window_bytes: The one device allocation that streamed units pass through.
-        host_bytes: Page-locked host memory of the masters.
-        cpu_seconds: Time spent in our own calls during forwards.
-        hits: Units asked for that were still whole in their places.
-        extra_places: Units called inside one that they overlap, which got places of their own.
-    """
-
-    forwards: int
-    onloads: int
-    prefetched: int
-    misses: int
-    bytes_onloaded: int
-    bytes_resident: int
-    window_bytes: int
-    host_bytes: int
-    cpu_seconds: float
-    hits: int
-    extra_places: int
-
-
-@dataclass(frozen=True)
-class UnitInfo:
-    """One unit of an offloaded model.
-
-    Attributes:
-        name: Qualified name of its module.
-        layer_index: Running number of its layer.
-        kind: ``"mha"`` or ``"ffn"``.
-        size_bytes: Flat size, each parameter aligned to 256 bytes.
-        place: Its byte range ``(begin, end)`` in the window; None if it stays on the device.
-        parameters: Qualified names of its parameters.
-        acquired: How often it was used.
-        onloads: How often it was copied.
-        misses: How often it was asked for before its copy had been issued.
-        copies: How many copies an onload takes; 0 if it stays on the device.
-        bytes_in_files: How many of its bytes are streamed from checkpoint files.
-    """
-
-    name: str
-    layer_index: int
-    kind: Literal["mha", "ffn"]
-    size_bytes: int
-    place: tuple[int, int] | None
-    parameters: tuple[str, ...]
-    acquired: int
-    onloads: int
-    misses: int
-    copies: int
-    bytes_in_files: int
 
 
 class Handle:

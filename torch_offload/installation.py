@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -27,6 +27,7 @@ from torch_offload.idle import IdleUnits
 from torch_offload.leaves import LeafCut
 from torch_offload.memory import Memory, total_bytes_of
 from torch_offload.mismatch import MismatchExplainer
+from torch_offload.module_tree import modules_above, parameter_slots
 from torch_offload.placed import Placed
 from torch_offload.planning import Cut, Planned, least_budget, plan_cut, plan_in_window
 from torch_offload.progress import Progress
@@ -37,14 +38,6 @@ from torch_offload.units import UnitSpec
 
 # transformers compiles the forward by itself for static caches; it asks this method before.
 _AUTO_COMPILE = "_valid_auto_compile_criteria"
-
-
-_ParameterSlot = tuple[
-    str,
-    torch.Tensor,
-    list[tuple[dict[str, nn.Parameter | None], str]],
-    _C.FileView | None,
-]
 
 
 class FilesNotLockedError(MemoryError):
@@ -116,7 +109,7 @@ class _Installation:
         self._former_devices: list[tuple[weakref.ref[torch.Tensor], torch.device]] = []
         self._wrapped: list[weakref.ref[nn.Module]] = []
         self._guarded: list[weakref.ref[nn.Module]] = []
-        slots = [slot for spec in planned.specs for slot in _parameter_slots(spec, files)]
+        slots = [slot for spec in planned.specs for slot in parameter_slots(spec, files)]
         self._positions = {name: index for index, (name, *_) in enumerate(slots)}
         self._engine = _C.Engine(
             device=make_device(device),
@@ -178,7 +171,7 @@ class _Installation:
             wrap_table(embedding, self._device)
         # Above a unit that stays as well: it may be given back when memory runs out.
         inner = {id(spec.module) for spec in planned.specs} | set(map(id, embeddings))
-        for module in _above(model, inner):
+        for module in modules_above(model, inner):
             self._wrapped.append(weakref.ref(module))
             idle_units = self._idle_units if module is model else None
             wrap_ancestor(
@@ -403,31 +396,3 @@ def _streamed(planned: Planned) -> list[tuple[int, UnitSpec]]:
 
 def _parameter_ids(streamed: Sequence[tuple[int, UnitSpec]]) -> set[int]:
     return {id(parameter) for _, spec in streamed for _, parameter in spec.parameters}
-
-
-def _parameter_slots(spec: UnitSpec, files: FileMasters) -> list[_ParameterSlot]:
-    """Where each parameter of a unit is looked up: every `_parameters` entry that holds it."""
-    entries = [
-        (module._parameters, key, parameter)
-        for module in spec.module.modules()
-        for key, parameter in module._parameters.items()
-    ]
-    return [
-        (
-            name,
-            parameter,
-            [(owner, key) for owner, key, found in entries if found is parameter],
-            files.view_of(parameter),
-        )
-        for name, parameter in spec.parameters
-    ]
-
-
-def _above(model: nn.Module, units: set[int]) -> Iterator[nn.Module]:
-    """Modules that are called and have a unit somewhere below them, the model itself included."""
-    for module in model.modules():
-        below = module.modules()
-        next(below)
-        is_called = type(module).forward is not nn.Module.forward
-        if id(module) not in units and is_called and any(id(child) in units for child in below):
-            yield module

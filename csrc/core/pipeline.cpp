@@ -93,41 +93,61 @@ void Pipeline::replan(Plan plan) {
   if (in_pass()) {
     throw StateError("expected replan between forwards, got it while one is running");
   }
-  check_internal(plan.places.size() == plan.units.size(), "a plan without places");
   if (!is_left_out(Step::kReplanDrain)) {
     synchronize();  // who copies next will not ask for the uses of this plan
   }
-  own_places_.clear();
-  if (window_ && plan.window_bytes == window_bytes()) {
-    adopt(std::move(plan));
-    return;
-  }
   const std::size_t former_bytes = window_bytes();
-  window_.reset();  // first: there need not be room for both
   try {
-    window_.emplace(device_, plan.window_bytes);
+    resize_window(plan.window_bytes);
+    std::vector<UnitState> states = states_of(plan);
+    order_ = std::make_unique<Order>(streamed_units(plan));
+    plan_ = std::move(plan);
+    states_ = std::move(states);
   } catch (...) {
-    try {
-      window_.emplace(device_, former_bytes);
-    } catch (const MemoryError&) {
-      window_.reset();
-    }
-    adopt(std::move(plan_));
+    go_back_to_window(former_bytes);
     throw;
   }
-  // As in the constructor.
-  synchronize(device_.current_stream(), Step::kNewWindowDrain);
-  adopt(std::move(plan));
+  unit_stats_.assign(plan_.units.size(), UnitStats{});
+  own_places_.clear();
+  current_ = kNoUnit;
 }
 
-/// Goes on with this plan and empty places in the window that is there.
-void Pipeline::adopt(Plan plan) {
-  std::vector<UnitState> states = states_of(plan);
-  order_ = std::make_unique<Order>(streamed_units(plan));
-  plan_ = std::move(plan);
-  states_ = std::move(states);
-  unit_stats_.assign(plan_.units.size(), UnitStats{});
-  current_ = kNoUnit;
+/// The former window first, then the new one: there need not be room for both.
+void Pipeline::resize_window(std::size_t size_bytes) {
+  if (window_ && size_bytes == window_bytes()) {
+    return;
+  }
+  window_.reset();
+  window_.emplace(device_, size_bytes);
+  // As in the constructor.
+  synchronize(device_.current_stream(), Step::kNewWindowDrain);
+}
+
+/// After a replan that failed. Nothing is in flight; what was whole is so no more.
+void Pipeline::go_back_to_window(std::size_t size_bytes) {
+  if (window_ && window_bytes() == size_bytes) {
+    return;
+  }
+  try {
+    resize_window(size_bytes);
+  } catch (const std::exception& error) {
+    window_.reset();
+    std::fprintf(stderr, "torch_offload: the former window could not be had back: %s\n",
+                 error.what());
+  }
+  const auto has_own_place = [this](const UnitState& state) {
+    return std::any_of(own_places_.begin(), own_places_.end(),
+                       [&](const DeviceMemory& memory) { return memory.memory() == state.memory; });
+  };
+  for (UnitIndex unit = 0; unit < states_.size(); ++unit) {
+    UnitState& state = states_[unit];
+    const std::optional<ByteRange>& place = plan_.places[unit];
+    if (place && !has_own_place(state)) {
+      state.memory = window_ ? window_->memory() + place->begin : nullptr;
+    }
+    forget(state);
+    state.pending.fill(kNoEvent);
+  }
 }
 
 Pipeline::~Pipeline() {

@@ -149,7 +149,8 @@ class Pipeline {
   };
 
   std::vector<UnitState> states_of(const Plan& plan);
-  void adopt(Plan plan);
+  void resize_window(std::size_t size_bytes);
+  void go_back_to_window(std::size_t size_bytes);
   std::size_t copy_stream_index(UnitIndex unit) const;
   StreamId copy_stream(UnitIndex unit);
   StreamId enter_compute_stream(UnitIndex unit);

@@ -402,7 +402,6 @@ TEST(PipelineTest, ReplanThatCannotBeLeavesThePipelineAsItWas) {
   const Plan plan = plan_of(layers_of(3, 1, 2));
   Rig rig(plan);
   rig.pass(sequence_of(6));
-  EXPECT_THROW(rig.pipeline->replan(with_window(plan, plan.window_bytes + 256)), ValueError);
   rig.pipeline->enter();
   EXPECT_THROW(rig.pipeline->replan(plan), StateError);
   rig.pipeline->leave(true);
@@ -412,6 +411,72 @@ TEST(PipelineTest, ReplanThatCannotBeLeavesThePipelineAsItWas) {
   EXPECT_THROW(rig.pipeline->replan(with_window(larger, plan.window_bytes)), InjectedFault);
   EXPECT_EQ(rig.pipeline->plan().units.size(), 6U);
   rig.pass(sequence_of(6));
+  rig.expect_at_rest_and_right();
+}
+
+TEST(PipelineTest, ReplanGivesTheWindowAnotherSize) {
+  for (const StreamLayout layout : {StreamLayout::kShared, StreamLayout::kSplit}) {
+    const std::vector<Unit> units = layers_of(4, 1, 2);
+    Rig rig(plan_of(units), {Mode::kPipeline, layout, false});
+    rig.pass(sequence_of(8));
+    for (const std::size_t depth : {std::size_t{0}, 4 * kSlice, 2 * kSlice, 100 * kSlice}) {
+      const Plan other = plan_of(units, depth);
+      rig.pipeline->replan(other);
+      EXPECT_EQ(rig.pipeline->window_bytes(), other.window_bytes);
+      EXPECT_EQ(rig.device.counters().allocated_bytes, other.window_bytes);
+      rig.pass(sequence_of(8));
+      rig.pass(sequence_of(8));
+    }
+    PlanRequest everything;
+    everything.units = units;
+    everything.resident.assign(units.size(), true);
+    rig.pipeline->replan(make_plan(everything));
+    EXPECT_EQ(rig.device.counters().allocated_bytes, 0U);
+    rig.pass({});
+    rig.pipeline->replan(plan_of(units));
+    rig.pass(sequence_of(8));
+    rig.expect_at_rest_and_right();
+  }
+}
+
+TEST(PipelineTest, ReplanThatFailsAnywhereLeavesThePipelineAsItWas) {
+  const std::vector<Unit> units = layers_of(3, 1, 2);
+  const Plan plan = plan_of(units);
+  const Plan larger = plan_of(layers_of(4, 1, 2), 100 * kSlice);
+  int num_failed = 0;
+  for (int at = 1; at <= 12; ++at) {
+    Rig rig(plan);
+    rig.pass(sequence_of(6));
+    rig.device.fail_at(at);
+    try {
+      rig.pipeline->replan(larger);
+    } catch (const InjectedFault&) {
+      ++num_failed;
+      rig.device.fail_at(0);
+      EXPECT_EQ(rig.pipeline->plan().units.size(), 6U);
+      EXPECT_EQ(rig.pipeline->window_bytes(), plan.window_bytes);
+      rig.pass(sequence_of(6));
+      rig.pass(sequence_of(6));
+      rig.expect_at_rest_and_right();
+    }
+  }
+  EXPECT_GE(num_failed, 3);
+}
+
+TEST(PipelineTest, ReplanAfterANestedCallForgetsItsPlace) {
+  const std::vector<Unit> units = layers_of(2, 1, 1);
+  Rig rig(plan_with_places(units, {{0, 256}, {0, 256}, {256, 512}, {256, 512}}, 0));
+  rig.pipeline->enter();
+  rig.pipeline->acquire(0);
+  rig.use(1);  // inside the one that it overlaps
+  rig.pipeline->release(0);
+  rig.pipeline->leave(true);
+  ASSERT_EQ(rig.pipeline->stats().extra_places, 1U);
+  const Plan other = plan_of(units);
+  rig.pipeline->replan(other);
+  EXPECT_EQ(rig.device.counters().allocated_bytes, other.window_bytes);
+  rig.pass(sequence_of(4));
+  rig.pass(sequence_of(4));
   rig.expect_at_rest_and_right();
 }
 

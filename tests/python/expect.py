@@ -38,7 +38,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_offload.handle import Handle, OffloadStats
+from torch_offload.counts import OffloadStats
+from torch_offload.handle import Handle
 
 _WRAPPER = "_call_impl"
 

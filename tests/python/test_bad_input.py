@@ -100,6 +100,7 @@ def test_budget_below_the_least_names_the_least() -> None:
 
 
 @pytest.mark.needs_cuda
+@pytest.mark.knows_memory
 def test_budget_above_the_device_fails(device: torch.device) -> None:
     model = tiny_stack()
     with refused(model, ValueError, r"gpu_budget of at most"):
