@@ -2,61 +2,20 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from statistics import median
 from typing import Any
 
 import pytest
-import torch
-from clocks import Link, Stamp, device_ms, spread, synchronize
+from clocks import Link, device_ms, spread
 from conftest import Reference
 from observe import Counting
 from records import Part
-from torch import nn
-from yardstick import YARDSTICK, Stage, Workload, bound, forward, require_equal, shape_id
+from unit_times import unit_times_ns
+from yardstick import YARDSTICK, Stage, Workload, bound, require_equal, shape_id
 
 from torch_offload import _C
 from torch_offload.prediction import Scenario, run_scenario
 
 _MODES = ("pipeline", "events", "streams", "sync")
-
-
-def _unit_times_ns(plain: nn.Module, names: list[str], tokens: torch.Tensor) -> dict[str, int]:
-    """Device time of each unit in a resident forward, and of all else as "".
-
-    Of the plain model: nothing of what is predicted goes into the prediction.
-    """
-    marks: dict[str, list[tuple[Stamp, Stamp]]] = defaultdict(list)
-    begun: dict[str, Stamp] = {}
-    hooks = []
-    for name in names:
-        module = plain.get_submodule(name)
-
-        def before(*_: object, name: str = name) -> None:
-            begun[name] = Stamp()
-
-        def after(*_: object, name: str = name) -> None:
-            marks[name].append((begun[name], Stamp()))
-
-        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(module.register_forward_hook(after, with_kwargs=True))
-    wholes = []
-    forward(plain, tokens)
-    marks.clear()
-    for _ in range(3):
-        synchronize()
-        begin = Stamp()
-        forward(plain, tokens)
-        wholes.append(Stamp() - begin)
-    synchronize()
-    for hook in hooks:
-        hook.remove()
-    times = {
-        name: round(median(end - begin for begin, end in pairs) * 1e9)
-        for name, pairs in marks.items()
-    }
-    times[""] = max(0, round(median(wholes) * 1e9) - sum(times.values()))
-    return times
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +50,7 @@ def bench_simulated_forward(
     handle = streamed.handle
     names = [unit.name for unit in handle.units]
     if shape not in measured_units:
-        measured_units[shape] = _unit_times_ns(plain, names, tokens)
+        measured_units[shape] = unit_times_ns(plain, names, tokens)
     times = measured_units[shape]
     for size in {unit.size_bytes for unit in handle.units}:
         if size not in measured_units:

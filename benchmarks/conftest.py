@@ -43,6 +43,7 @@ FILE_LIMITS_S = {
     "cpu_free": 60,
     "profile": 60,
     "simulated": 120,
+    "planner": 240,
     "layer": 60,
 }
 _RECORDS = pytest.StashKey[Records]()

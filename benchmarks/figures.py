@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from measured import Document, Figures, Results, Row, greatest, row_of, tuple_of
+from planner_figures import PLANNER_ROWS
 from seen_figures import SEEN_ROWS
 
 __all__ = ["GRANULARITIES", "Document", "Figures", "Results", "Row", "rows", "tuple_of"]
@@ -270,6 +271,7 @@ _ROWS: tuple[Callable[[Results], Row], ...] = (
     _deep,
     _split_activations,
     *SEEN_ROWS,
+    *PLANNER_ROWS,
 )
 
 

@@ -30,6 +30,34 @@ class AccelerateOffload:
         remove_hook_from_submodules(self.model)
 
 
+class AccelerateAuto:
+    """accelerate's ``device_map="auto"``: the first layers stay, within so many bytes.
+
+    Without a GPU it has nothing to choose, and all is offloaded.
+    """
+
+    def __init__(self, model: nn.Module, budget_bytes: int) -> None:
+        from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
+
+        if not ON_GPU:
+            self.model = cpu_offload(model, execution_device=DEVICE)
+            return
+        device_map = infer_auto_device_map(
+            model,
+            max_memory={DEVICE.index or 0: budget_bytes, "cpu": 10**13},
+            no_split_module_classes=["LlamaDecoderLayer"],
+        )
+        self.model = dispatch_model(model, device_map)
+
+    def __enter__(self) -> AccelerateAuto:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from accelerate.hooks import remove_hook_from_submodules
+
+        remove_hook_from_submodules(self.model)
+
+
 class BarePipeline:
     """The least event pipeline: a flat page-locked layer per copy, one copy stream, two slots.
 
