@@ -20,11 +20,13 @@ _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))
 
 from torch_offload.estimate import ModelRequest, estimate  # noqa: E402  (the path comes first)
+from torch_offload.plan_report import Planner, PlanOptions  # noqa: E402
 from torch_offload.reference import CallCosts, LayerTimes  # noqa: E402
 from torch_offload.simulate import MODES, run_layers  # noqa: E402
 from torch_offload.sweep import AXES, scenarios_along, sweep_along  # noqa: E402
 from torch_offload.timeline import read_traces, write_timeline  # noqa: E402
 from torch_offload.timeline.chart import write_chart  # noqa: E402
+from torch_offload.timeline.plan_chart import write_plan_chart  # noqa: E402
 from torch_offload.trace import Trace  # noqa: E402
 
 FIGURES = _ROOT / "docs" / "figures"
@@ -92,8 +94,11 @@ def reference_figures() -> None:
         config = Path(folder) / "config.json"
         config.write_text(json.dumps(_LLAMA_70B))
         found = estimate(ModelRequest(model=config, gpu="h100", batch=8, tokens=512))
+        planner = Planner(PlanOptions(model=str(config), gpu_budget="24GiB", batch=8))
+        report = planner.report([planner.fit(budget) for budget in planner.budgets()])
     sweeps = [sweep_along(axis, scenarios_along(axis, found.prediction.scenario)) for axis in AXES]
     write_chart(sweeps, f"predicted: {found.title}, H100", FIGURES / "sweep-70b.png")
+    write_plan_chart(report, FIGURES / "plan-70b.png")
 
 
 def recorded_figures(results: Path) -> bool:
