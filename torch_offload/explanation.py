@@ -197,7 +197,7 @@ def _scenario_of(
         measured = scenario_of(profile, units_of(profile))
         if rate is not None:
             measured = measured.with_(link_bytes_per_second=rate, copy_ns=None)
-        return measured, "durations from the last profile of this plan"
+        return measured, "durations from the last profile of these units"
     rate = rate or NOMINAL_LINK_BYTES_PER_SECOND
     units = placed.plan.units
     share = KERNEL_SHARES[0]

@@ -68,7 +68,7 @@ class Handle:
         self._recorder = recorder
         self._replan = replan
         self._placed = placed
-        self._last_profiler: Profiler | None = None
+        self._last_profile: Profile | None = None
         self.device = device
         self.config = config
 
@@ -228,14 +228,21 @@ class Handle:
         Raises:
             StateError: At the start of the block, as `record`.
         """
-        self._last_profiler = Profiler(
-            self._engine, self._recorder, self.config, self.device, self._bytes_resident()
+        return Profiler(
+            self._engine,
+            self._recorder,
+            self.config,
+            self.device,
+            self._bytes_resident(),
+            self._keep_profile,
         )
-        return self._last_profiler
+
+    def _keep_profile(self, profile: Profile) -> None:
+        self._last_profile = profile
 
     def _profiled(self) -> Profile | None:
-        """The last profile of the plan that is followed now."""
-        profile = None if self._last_profiler is None else self._last_profiler.profile_or_none
+        """The last profile, if it is of the units that there are now."""
+        profile = self._last_profile
         if profile is None or [u.name for u in profile.units] != [u.name for u in self.units]:
             return None
         return profile
@@ -272,7 +279,8 @@ class Handle:
     ) -> None:
         """Plans anew between two forwards: what changes its home moves, the rest stays.
 
-        The results of later forwards have the same bits. Blocks while weights are copied.
+        The results of later forwards have the same bits. Counts of single units begin anew. Blocks
+        while weights are copied.
 
         Args:
             gpu_budget: As in `offload`; as it is if not given.

@@ -83,7 +83,9 @@ def cut_model(
     auto = config.granularity == "auto"
     granularity: Granularity = "sublayer" if config.granularity == "auto" else config.granularity
     specs = find_units(model, granularity, config.units, config.resident)
-    outsiders = find_outsiders(model, specs, config.resident) if has_budget else Outsiders()
+    # Who names the units says what streams: nothing else does then.
+    finds_outsiders = has_budget and config.units is None
+    outsiders = find_outsiders(model, specs, config.resident) if finds_outsiders else Outsiders()
     leaves = leaf_specs(model, specs) if auto or granularity == "module" else []
     if granularity == "module" and knows_leaves:
         specs = leaves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -35,12 +36,14 @@ class Profiler:
         config: Config,
         device: torch.device,
         outside_bytes: int,
+        tell: Callable[[Profile], None] = lambda profile: None,
     ) -> None:
         self._engine = engine
         self._recorder = recorder
         self._config = config
         self._device = device
         self._outside_bytes = outside_bytes
+        self._tell = tell
         self._block = ExitStack()
         self._profile: Profile | None = None
         self._trace: Trace | None = None
@@ -69,6 +72,7 @@ class Profiler:
         self._block.close()
         if kind is None and len(self._log):
             self._profile = self._made(end_ns)
+            self._tell(self._profile)
 
     def _made(self, end_ns: int) -> Profile:
         plan = self._plan
@@ -94,11 +98,6 @@ class Profiler:
             free_bytes=free_bytes(self._device),
         )
         return profile_of(self._trace, plan, measured)
-
-    @property
-    def profile_or_none(self) -> Profile | None:
-        """The profile, where there is one by now."""
-        return self._profile
 
     @property
     def result(self) -> Profile:

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <map>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "core/error.h"
@@ -56,7 +57,8 @@ class Search {
   struct Candidate {
     const ResidentFamily* family;
     const ResidentSet* set;
-    double least_ns;  // no plan with this set is faster
+    double least_ns;       // no plan with this set is faster
+    std::size_t position;  // in the order of the families
   };
 
   std::vector<Layout> layouts_of(const ResidentSet& set) const;
@@ -115,6 +117,7 @@ std::vector<Layout> Search::layouts_of(const ResidentSet& set) const {
     }
   }
   std::vector<std::size_t> layer_sizes;
+  layer_sizes.reserve(layers.size());
   for (const auto& [layer, size_bytes] : layers) {
     layer_sizes.push_back(size_bytes);
   }
@@ -230,9 +233,10 @@ Choice Search::take_choice() {
   for (auto& [rule, alternative] : alternatives_) {
     choice_.alternatives.push_back(std::move(alternative));
   }
-  std::stable_sort(
-      choice_.alternatives.begin(), choice_.alternatives.end(),
-      [](const Alternative& a, const Alternative& b) { return a.score_ns < b.score_ns; });
+  std::sort(choice_.alternatives.begin(), choice_.alternatives.end(),
+            [](const Alternative& a, const Alternative& b) {
+              return std::tie(a.score_ns, a.rule) < std::tie(b.score_ns, b.rule);
+            });
   return std::move(choice_);
 }
 
@@ -241,16 +245,15 @@ Choice Search::with_budget(std::size_t budget_bytes) {
   for (const ResidentFamily& family : families_) {
     for (const ResidentSet& set : family.sets) {
       if (set.size_bytes <= budget_bytes) {
-        candidates.push_back({&family, &set, least_ns(set)});
+        candidates.push_back({&family, &set, least_ns(set), candidates.size()});
       }
     }
   }
   // The most promising first; of equals, what leaves the least to stream.
-  std::stable_sort(candidates.begin(), candidates.end(),
-                   [](const Candidate& a, const Candidate& b) {
-                     return std::make_pair(a.least_ns, b.set->size_bytes) <
-                            std::make_pair(b.least_ns, a.set->size_bytes);
-                   });
+  std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
+    return std::tie(a.least_ns, b.set->size_bytes, a.position) <
+           std::tie(b.least_ns, a.set->size_bytes, b.position);
+  });
   const auto may_win = [&](const Candidate& candidate) {
     return has_time() &&
            (choice_.num_simulated == 0 || candidate.least_ns * kSameTime < choice_.score_ns);

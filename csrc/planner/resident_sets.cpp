@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <tuple>
 #include <utility>
 
 namespace torch_offload {
@@ -72,11 +73,13 @@ std::vector<Group> sorts_of(const std::vector<Unit>& units) {
     by_sort[{units[unit].kind, units[unit].size_bytes}].push_back(unit);
   }
   std::vector<Group> sorts;
+  sorts.reserve(by_sort.size());
   for (auto& [key, group] : by_sort) {
     sorts.push_back(std::move(group));
   }
-  std::stable_sort(sorts.begin(), sorts.end(),
-                   [](const Group& a, const Group& b) { return a.size() > b.size(); });
+  std::sort(sorts.begin(), sorts.end(), [](const Group& a, const Group& b) {
+    return std::make_pair(b.size(), a.front()) < std::make_pair(a.size(), b.front());
+  });
   return sorts;
 }
 
@@ -199,9 +202,10 @@ std::vector<ResidentFamily> resident_families(const std::vector<Unit>& units) {
   families.push_back(at_one_end(units, builder, /*at_front=*/true));
   families.push_back(at_one_end(units, builder, /*at_front=*/false));
   for (ResidentFamily& family : families) {
-    std::stable_sort(
-        family.sets.begin(), family.sets.end(),
-        [](const ResidentSet& a, const ResidentSet& b) { return a.size_bytes < b.size_bytes; });
+    std::sort(family.sets.begin(), family.sets.end(),
+              [](const ResidentSet& a, const ResidentSet& b) {
+                return std::tie(a.size_bytes, a.resident) < std::tie(b.size_bytes, b.resident);
+              });
   }
   return families;
 }
