@@ -110,7 +110,7 @@ class _Installation:
         self._former_devices: list[tuple[weakref.ref[torch.Tensor], torch.device]] = []
         self._wrapped: list[weakref.ref[nn.Module]] = []
         self._guarded: list[weakref.ref[nn.Module]] = []
-        slots = [slot for spec in planned.specs for slot in parameter_slots(spec, files.view_of)]
+        slots = [slot for spec in planned.specs for slot in parameter_slots(spec, files)]
         self._positions = {name: index for index, (name, *_) in enumerate(slots)}
         self._engine = _C.Engine(
             device=make_device(device),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from torch_offload import _C
+from torch_offload.file_masters import FileMasters
 from torch_offload.units import UnitSpec
 
+#: Name, parameter, where it is looked up, and where in a file its bytes are.
 ParameterSlot = tuple[
     str,
     torch.Tensor,
@@ -18,13 +20,8 @@ ParameterSlot = tuple[
 ]
 
 
-def parameter_slots(
-    spec: UnitSpec, view_of: Callable[[torch.Tensor], _C.FileView | None]
-) -> list[ParameterSlot]:
-    """Where each parameter of a unit is looked up: every `_parameters` entry that holds it.
-
-    Beside the view of checkpoint files that it shows, as `view_of` says.
-    """
+def parameter_slots(spec: UnitSpec, files: FileMasters) -> list[ParameterSlot]:
+    """Where each parameter of a unit is looked up: every `_parameters` entry that holds it."""
     entries = [
         (module._parameters, key, parameter)
         for module in spec.module.modules()
@@ -35,7 +32,7 @@ def parameter_slots(
             name,
             parameter,
             [(owner, key) for owner, key, found in entries if found is parameter],
-            view_of(parameter),
+            files.view_of(parameter),
         )
         for name, parameter in spec.parameters
     ]
