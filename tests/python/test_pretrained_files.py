@@ -230,10 +230,10 @@ def test_model_larger_than_the_memory_limit_runs_on_the_host(tmp_path: Path) -> 
     try:
         if not (group / "memory.limit_in_bytes").exists():
             pytest.skip("no memory cgroup can be made here")
-        model_class = _save_large(tmp_path, num_layers=16)
+        model_class = _save_large(tmp_path, num_layers=24)
         size = (tmp_path / "model.safetensors").stat().st_size
-        limit = 88 * MIB
-        assert size > 1.5 * limit
+        limit = 128 * MIB
+        assert size > 1.4 * limit
         done = subprocess.run(
             [sys.executable, "-c", _IN_A_CGROUP, str(group), str(tmp_path), str(limit)],
             cwd=ROOT,
@@ -243,7 +243,7 @@ def test_model_larger_than_the_memory_limit_runs_on_the_host(tmp_path: Path) -> 
         )
         assert done.returncode == 0, done.stderr[-2000:]
         onloads, in_files = (int(word) for word in done.stdout.split())
-        assert onloads > 32
+        assert onloads > 48
         assert in_files > limit
         with torch.inference_mode():
             plain = load_plain(model_class, tmp_path, torch.device("cpu"))
