@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,38 @@ def test_arena_streams_on_whatever_becomes_of_the_file(
     with (tmp_path / "model.safetensors").open("ab") as opened:
         opened.write(b"more")
     assert_streams_the_same(model, plain, _inputs(device))
+
+
+def test_deleted_model_lets_go_of_its_files_without_a_collection(
+    tmp_path: Path, device: torch.device
+) -> None:
+    source = save_llama(tmp_path)
+    model = load(type(source), tmp_path, device)
+    with torch.inference_mode():
+        model(**_inputs(device))
+    handle = weakref.ref(handle_of(model))
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert handle() is None
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
+
+
+def test_forked_child_reads_weights_at_rest(tmp_path: Path, device: torch.device) -> None:
+    if device.type == "cuda":
+        pytest.skip("CUDA does not survive a fork")
+    source = save_llama(tmp_path)
+    model = load(type(source), tmp_path, device)
+    expected = source.model.layers[1].mlp.up_proj.weight
+    child = os.fork()
+    if child == 0:
+        equal = torch.equal(model.model.layers[1].mlp.up_proj.weight, expected)
+        os._exit(0 if equal else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # --- larger than what may be locked ------------------------------------------------------------
