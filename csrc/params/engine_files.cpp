@@ -85,6 +85,7 @@ std::vector<std::string> Engine::find_edits() {
     for (std::size_t i = entry.range.begin; i < entry.range.end; ++i) {
       if (parameters_[i].is_moved_in() && leave_file_if_edited(i)) {
         entry.segments.clear();
+        entry.is_to_be_packed = is_packed(unit);
         pipeline_->invalidate(unit);
       }
       if (masters_->has_view(i) && !masters_->is_in_file(i)) {
