@@ -39,6 +39,8 @@ from torch_offload.units import UnitSpec
 
 # transformers compiles the forward by itself for static caches; it asks this method before.
 _AUTO_COMPILE = "_valid_auto_compile_criteria"
+# Smaller weights that stay on the device are not worth locking pages of a file for.
+_LEAST_BYTES_FROM_FILE = 2**20
 
 
 class FilesNotLockedError(MemoryError):
@@ -73,11 +75,10 @@ def install(
             is exactly what it was.
         FilesNotLockedError: A MemoryError as well, if it is the pages of checkpoint files.
     """
-    installation = _Installation(
-        model, device, config, cut, planned, memory, files or FileMasters(), wants_leaves
-    )
+    files = files or FileMasters()
+    installation = _Installation(model, device, config, cut, planned, memory, files, wants_leaves)
     try:
-        installation.move_weights(model, planned)
+        installation.move_weights(model, planned, files)
         installation.wrap(model, planned)
         return installation.commit(model)
     except BaseException:
@@ -123,6 +124,7 @@ class _Installation:
             ranges=self._ranges(planned.specs),
             wait_for_each=config.debug,
             lock_limit_bytes=files.lock_limit_bytes() if files.views else None,
+            residents=list(files.views.values()),
         )
         self._recorder = Recorder(self._engine)
         self._has_files = bool(files.views)
@@ -133,15 +135,30 @@ class _Installation:
             model, memory, config, self._weights_bytes, self._shrink, self._grow
         )
 
-    def move_weights(self, model: nn.Module, planned: Planned) -> None:
+    def move_weights(self, model: nn.Module, planned: Planned, files: FileMasters) -> None:
         """Streamed weights to the arena, everything else to the device."""
+
+        def from_file(tensor: torch.Tensor) -> torch.Tensor | None:
+            """Locked pages are copied at the link's rate, others at an eighth of it."""
+            view = files.view_of(tensor)
+            if view is None or view.size_bytes < _LEAST_BYTES_FROM_FILE:
+                return None
+            moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+            try:
+                return moved if self._engine.copy_resident(view, moved) else None
+            except MemoryError:  # what cannot be locked goes the ordinary way
+                return None
+
         streamed = _streamed(planned)
         tables = {id(table.weight) for table in planned.tables}
         elsewhere = _parameter_ids(streamed) | tables
         self._residents.move(
-            tensor
-            for tensor in (*model.parameters(), *model.buffers())
-            if id(tensor) not in elsewhere
+            (
+                tensor
+                for tensor in (*model.parameters(), *model.buffers())
+                if id(tensor) not in elsewhere
+            ),
+            from_file,
         )
         self._gathered.move(table.weight for table in planned.tables if not table.head)
         self._bytes_resident = self._residents.size_bytes

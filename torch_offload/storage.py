@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -58,8 +58,18 @@ class ResidentMove:
 
     # Whatever mode the caller is in: a parameter with the data of an inference tensor becomes one.
     @torch.inference_mode(False)
-    def move(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Moves them. Blocks while copying. On an exception, call `undo`."""
+    def move(
+        self,
+        tensors: Iterable[torch.Tensor],
+        another_way: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
+    ) -> None:
+        """Moves them. Blocks while copying. On an exception, call `undo`.
+
+        Args:
+            tensors: What to move, in place.
+            another_way: Asked first for a tensor on the device with the same values; None where it
+                has no better way.
+        """
         distinct = list(_distinct(tensors))
         sharers = Counter(tensor.untyped_storage().data_ptr() for tensor in distinct)
         moved_storages: dict[int, torch.UntypedStorage] = {}
@@ -76,7 +86,8 @@ class ResidentMove:
                     moved_storages[key], data.storage_offset(), data.size(), data.stride()
                 )
             else:
-                moved = self._moved(data)
+                found = another_way(tensor) if another_way is not None else None
+                moved = self._moved(data) if found is None else found
                 self.size_bytes += moved.nbytes
             if moved is not data:
                 self._former.append((tensor, data))

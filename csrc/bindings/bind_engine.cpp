@@ -57,7 +57,8 @@ void bind_engine(py::module_& module) {
                        const std::string& mode, const std::string& streams, bool poison_on_release,
                        std::vector<ParameterTuple> parameters, Plan plan,
                        const std::vector<RangePair>& ranges, bool wait_for_each,
-                       std::optional<std::size_t> lock_limit_bytes) {
+                       std::optional<std::size_t> lock_limit_bytes,
+                       const std::vector<std::shared_ptr<FileView>>& residents) {
              std::vector<ParameterSpec> specs;
              for (auto& [name, parameter, slots, view] : parameters) {
                ParameterSpec& spec = specs.emplace_back();
@@ -74,14 +75,16 @@ void bind_engine(py::module_& module) {
              options.poison_on_release = poison_on_release;
              options.wait_for_each = wait_for_each;
              options.warn = warn_in_python;
-             return std::make_shared<Engine>(std::move(device), torch_device, options,
-                                             std::move(specs), std::move(plan), ranges_from(ranges),
-                                             lock_limit_bytes.value_or(LockedFiles::kNoLimit));
+             return std::make_shared<Engine>(
+                 std::move(device), torch_device, options, std::move(specs), std::move(plan),
+                 ranges_from(ranges), lock_limit_bytes.value_or(LockedFiles::kNoLimit), residents);
            }),
            py::arg("device"), py::arg("torch_device"), py::arg("mode"), py::arg("streams"),
            py::arg("poison_on_release"), py::arg("parameters"), py::arg("plan"), py::arg("ranges"),
-           py::arg("wait_for_each") = false, py::arg("lock_limit_bytes") = py::none())
+           py::arg("wait_for_each") = false, py::arg("lock_limit_bytes") = py::none(),
+           py::arg("residents") = std::vector<std::shared_ptr<FileView>>{})
       .def("move_in", &Engine::move_in, py::arg("unit"))
+      .def("copy_resident", &Engine::copy_resident, py::arg("view"), py::arg("destination"))
       .def("lock_files", &Engine::lock_files, py::arg("unit"))
       .def("move_out", &Engine::move_out)
       .def("pack", &Engine::pack, py::arg("max_share"))

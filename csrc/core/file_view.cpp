@@ -1,6 +1,7 @@
 #include "core/file_view.h"
 
 #include <fcntl.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -23,6 +24,39 @@ namespace {
 std::size_t round_down(std::size_t bytes, std::size_t page) { return bytes / page * page; }
 std::size_t round_up(std::size_t bytes, std::size_t page) {
   return (bytes + page - 1) / page * page;
+}
+
+// PAGEMAP_SCAN of Linux 6.7; C libraries and older kernel headers do not know it.
+struct ScanArguments {
+  std::uint64_t size, flags, start, end, walk_end, regions, max_regions, max_pages;
+  std::uint64_t inverted, all_of, any_of, returned;
+};
+struct ScannedRegion {
+  std::uint64_t begin, end, categories;
+};
+constexpr std::uint64_t kIsOfFile = 1U << 2, kIsInMemory = 1U << 3, kIsSwapped = 1U << 4;
+
+/// The next anonymous pages in [begin, end), and where the search goes on; false if this system
+/// cannot search. Addresses that nobody has touched cost nothing.
+bool scan_anonymous(int pagemap, std::uint64_t& begin, std::uint64_t end,
+                    std::vector<ScannedRegion>& regions) {
+  regions.resize(256);
+  ScanArguments scan{};
+  scan.size = sizeof(scan);
+  scan.start = begin;
+  scan.end = end;
+  scan.regions = reinterpret_cast<std::uintptr_t>(regions.data());
+  scan.max_regions = regions.size();
+  scan.inverted = scan.all_of = kIsOfFile;
+  scan.any_of = kIsInMemory | kIsSwapped;
+  scan.returned = kIsInMemory;
+  const int found = ioctl(pagemap, _IOWR('f', 16, ScanArguments), &scan);
+  if (found < 0 || scan.walk_end <= begin) {
+    return false;
+  }
+  regions.resize(static_cast<std::size_t>(found));
+  begin = scan.walk_end;
+  return true;
 }
 
 [[noreturn]] void throw_unmapped(const FileBlock& block, const char* call) {
@@ -135,6 +169,22 @@ bool FileView::any_anonymous_run(const VisitRun& visit) const {
     const std::size_t end = std::min(last * page, lead + size_bytes_) - lead;
     return begin < end && visit(begin, end);
   };
+  std::uint64_t next = reinterpret_cast<std::uintptr_t>(pages_);
+  const std::uint64_t pages_begin = next;
+  const std::uint64_t pages_end = next + pages_bytes_;
+  std::vector<ScannedRegion> regions;
+  while (next < pages_end && scan_anonymous(pagemap, next, pages_end, regions)) {
+    for (const ScannedRegion& region : regions) {
+      if (visit_pages((region.begin - pages_begin) / page, (region.end - pages_begin) / page)) {
+        close(pagemap);
+        return true;
+      }
+    }
+  }
+  if (next >= pages_end) {
+    close(pagemap);
+    return false;
+  }
   const std::size_t num_pages = pages_bytes_ / page;
   const std::size_t first_page = reinterpret_cast<std::uintptr_t>(pages_) / page;
   std::array<std::uint64_t, 4096> entries{};

@@ -129,6 +129,7 @@ bool LockedFiles::try_lock(const Chunks& missing) {
   }
   try {
     device_->register_read_only(ranges, [this](const AddressRange& range) {
+      // NOLINTNEXTLINE(performance-no-int-to-ptr): the device tells of memory by its addresses
       const auto* const begin = reinterpret_cast<const std::byte*>(range.begin);
       files_[chunk_of(begin)->file]->read_pages(begin, range.size_bytes());
     });

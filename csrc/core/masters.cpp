@@ -19,15 +19,18 @@ namespace {
 constexpr std::size_t kReserveBytes = std::size_t{256} << 20;
 
 std::vector<std::shared_ptr<const FileMapping>> files_of(
-    const std::vector<std::shared_ptr<FileView>>& views) {
+    const std::vector<std::shared_ptr<FileView>>& views,
+    const std::vector<std::shared_ptr<FileView>>& residents) {
   std::vector<std::shared_ptr<const FileMapping>> files;
-  for (const std::shared_ptr<FileView>& view : views) {
-    if (view == nullptr) {
-      continue;
-    }
-    for (const FileBlock& block : view->blocks()) {
-      if (std::find(files.begin(), files.end(), block.file) == files.end()) {
-        files.push_back(block.file);
+  for (const auto* list : {&views, &residents}) {
+    for (const std::shared_ptr<FileView>& view : *list) {
+      if (view == nullptr) {
+        continue;
+      }
+      for (const FileBlock& block : view->blocks()) {
+        if (std::find(files.begin(), files.end(), block.file) == files.end()) {
+          files.push_back(block.file);
+        }
       }
     }
   }
@@ -55,14 +58,15 @@ std::vector<std::size_t> without_views(std::vector<std::size_t> sizes,
 
 Masters::Masters(const std::shared_ptr<Device>& device, std::vector<std::size_t> sizes,
                  const std::vector<PieceIndex>& run_begins,
-                 std::vector<std::shared_ptr<FileView>> views, std::size_t lock_limit_bytes)
+                 std::vector<std::shared_ptr<FileView>> views, std::size_t lock_limit_bytes,
+                 const std::vector<std::shared_ptr<FileView>>& residents)
     : device_(device),
       views_(std::move(views)),
       is_own_(views_.size(), 0),
       arenas_(views_.size(),
               std::make_shared<PinnedArena>(device, without_views(std::move(sizes), views_),
                                             PinnedArena::kMaxChunkBytes, run_begins)),
-      files_(device, files_of(views_), lock_limit_bytes,
+      files_(device, files_of(views_, residents), lock_limit_bytes,
              LockedFiles::chunk_bytes_within(lock_limit_bytes)),
       has_files_(std::any_of(views_.begin(), views_.end(),
                              [](const auto& view) { return view != nullptr; })) {}

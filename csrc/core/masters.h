@@ -26,10 +26,12 @@ class Masters {
  public:
   /// `sizes` are the bytes of each parameter's piece of the arena, zero for those that stay on the
   /// device; one with a view takes none. `run_begins` as in PinnedArena. Not more than
-  /// `lock_limit_bytes` of the files are page-locked at a time.
+  /// `lock_limit_bytes` of the files are page-locked at a time. Files of `residents` are among
+  /// them, so that what stays on the device can be copied from there.
   Masters(const std::shared_ptr<Device>& device, std::vector<std::size_t> sizes,
           const std::vector<PieceIndex>& run_begins, std::vector<std::shared_ptr<FileView>> views,
-          std::size_t lock_limit_bytes);
+          std::size_t lock_limit_bytes,
+          const std::vector<std::shared_ptr<FileView>>& residents = {});
   Masters(const Masters&) = delete;
   Masters& operator=(const Masters&) = delete;
   /// Never throws: what fails is told on stderr.

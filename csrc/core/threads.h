@@ -17,11 +17,13 @@ void run_by_threads(std::size_t num_threads, const Run& run) {
   const std::size_t num_helpers = std::max<std::size_t>(num_threads, 1) - 1;
   std::vector<std::thread> helpers;
   helpers.reserve(num_helpers);
-  try {
-    while (helpers.size() < num_helpers) {
+  bool may_have_more = true;
+  while (may_have_more && helpers.size() < num_helpers) {
+    try {
       helpers.emplace_back(run);
+    } catch (const std::system_error&) {
+      may_have_more = false;  // slower, not broken: those there are do it all
     }
-  } catch (const std::system_error&) {  // slower, not broken: those there are do it all
   }
   run();
   for (std::thread& helper : helpers) {

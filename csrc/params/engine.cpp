@@ -29,7 +29,8 @@ std::vector<PieceIndex> first_parameters(const std::vector<ParameterRange>& rang
 
 Engine::Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
                const PipelineOptions& options, std::vector<ParameterSpec> parameters, Plan plan,
-               const std::vector<ParameterRange>& ranges, std::size_t lock_limit_bytes)
+               const std::vector<ParameterRange>& ranges, std::size_t lock_limit_bytes,
+               const std::vector<std::shared_ptr<FileView>>& residents)
     : device_(std::move(device)), torch_device_(torch_device) {
   std::vector<std::shared_ptr<FileView>> views;
   for (ParameterSpec& spec : parameters) {
@@ -41,7 +42,7 @@ Engine::Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
   const std::vector<std::size_t> sizes = master_sizes(plan, ranges);
   const py::gil_scoped_release no_gil;
   masters_ = std::make_unique<Masters>(device_, sizes, first_parameters(ranges), std::move(views),
-                                       lock_limit_bytes);
+                                       lock_limit_bytes, residents);
   pipeline_ =
       std::make_unique<Pipeline>(*device_, static_cast<Loader&>(*this), std::move(plan), options);
 }

@@ -52,7 +52,8 @@ class Engine : private Loader {
   Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
          const PipelineOptions& options, std::vector<ParameterSpec> parameters, Plan plan,
          const std::vector<ParameterRange>& ranges,
-         std::size_t lock_limit_bytes = LockedFiles::kNoLimit);
+         std::size_t lock_limit_bytes = LockedFiles::kNoLimit,
+         const std::vector<std::shared_ptr<FileView>>& residents = {});
   ~Engine() override;
 
   /// Moves a streamed unit's parameters into their masters; units in order, each once. Those of a
@@ -77,6 +78,12 @@ class Engine : private Loader {
   std::uint64_t bytes_copied() const { return device_->counters().bytes_copied; }
   bool can_decode() const { return device_->can_decode(); }
 
+  /// Copies one of `residents` to a dense tensor on the device by way of locked pages, at the
+  /// link's rate. Returns false, having done nothing, if its bytes are not the file's any more.
+  ///
+  /// Ordering: as soon as it returns, on the current stream; the copy itself may still run.
+  /// Blocking: while pages are read and locked. Throws: as LockedFiles::lock; ValueError.
+  bool copy_resident(const std::shared_ptr<FileView>& view, const at::Tensor& destination);
   /// Moves all parameters back into ordinary memory, where they were if they fit. Returns the names
   /// of those which did not fit there and are on the CPU now. Blocks while copying.
   std::vector<std::string> move_out();

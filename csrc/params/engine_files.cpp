@@ -28,6 +28,44 @@ void Engine::lock_files(UnitIndex unit) {
   lock_files_of(units_.at(unit));
 }
 
+bool Engine::copy_resident(const std::shared_ptr<FileView>& view, const at::Tensor& destination) {
+  if (!destination.is_non_overlapping_and_dense() || destination.nbytes() != view->size_bytes() ||
+      destination.device() != torch_device_) {
+    throw ValueError("expected a dense tensor of " + std::to_string(view->size_bytes()) +
+                     " bytes on " + torch_device_.str() + ", got " +
+                     std::to_string(destination.nbytes()) + " on " + destination.device().str());
+  }
+  pipeline();
+  const py::gil_scoped_release no_gil;
+  if (view->is_edited()) {
+    return false;
+  }
+  std::vector<CopySegment> segments;
+  std::size_t offset = 0;
+  for (const FileBlock& block : view->blocks()) {
+    append_segment(segments, {block.data(), offset, block.size_bytes});
+    offset += block.size_bytes;
+  }
+  LockedFiles& files = masters_->files();
+  segments = files.cut(segments);
+  files.lock(segments);
+  const StreamId copies = pipeline_->streams().front();
+  const StreamId current = device_->current_stream();
+  const EventId handed_over = device_->create_event();
+  device_->record(handed_over, current);  // whoever had the destination before may still use it
+  device_->wait(copies, handed_over);
+  auto* const memory = static_cast<std::byte*>(destination.mutable_data_ptr());
+  for (const CopySegment& segment : segments) {
+    device_->copy(copies,
+                  {memory + segment.offset, segment.source, segment.size_bytes, kNoUnit, 0});
+  }
+  files.note_copied(segments, copies);
+  const EventId copied = device_->create_event();
+  device_->record(copied, copies);
+  device_->wait(current, copied);  // kernels read it behind the copy
+  return true;
+}
+
 /// Lets the parameter's copies read its own bytes if they are not the file's any more.
 bool Engine::leave_file_if_edited(std::size_t index) {
   if (!masters_->is_edited(index)) {
@@ -47,6 +85,7 @@ std::vector<std::string> Engine::find_edits() {
     for (std::size_t i = entry.range.begin; i < entry.range.end; ++i) {
       if (parameters_[i].is_moved_in() && leave_file_if_edited(i)) {
         entry.segments.clear();
+        entry.is_to_be_packed = is_packed(unit);
         pipeline_->invalidate(unit);
       }
       if (masters_->has_view(i) && !masters_->is_in_file(i)) {

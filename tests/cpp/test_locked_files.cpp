@@ -194,7 +194,7 @@ TEST_F(LockedFilesTest, MastersJoinNeighboursOfTheFileIntoOneCopy) {
   EXPECT_EQ(segments[0].size_bytes, 1024U);
   EXPECT_EQ(segments[0].source, mapping_->data() + 40);
   EXPECT_EQ(segments[1].offset, 1024U);
-  EXPECT_EQ(segments[1].source, masters.arena().piece_memory(2));
+  EXPECT_EQ(segments[1].source, masters.arena(2).piece_memory(2));
   EXPECT_EQ(segments[2].size_bytes, 1024U) << "up to the end of its place";
   EXPECT_EQ(segments[2].offset, 1280U);
 }

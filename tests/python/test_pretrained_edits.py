@@ -200,3 +200,26 @@ def test_lora_is_merged_and_unmerged(tmp_path: Path, device: torch.device) -> No
         wrapped.unmerge_adapter()
         plain.unmerge_adapter()
         assert_equal(wrapped(**inputs), plain(**inputs))
+
+
+def test_units_move_to_the_device_and_back_to_the_file(pair: _Pair) -> None:
+    before = bytes_in_files(pair.handle)
+    for _ in range(2):
+        pair.handle.replan(gpu_budget=2**24)
+        assert bytes_in_files(pair.handle) == 0
+        pair.assert_equal(passes=1)
+        pair.handle.replan(gpu_budget=None)
+        assert bytes_in_files(pair.handle) == before
+        pair.assert_equal(passes=2)
+
+
+def test_edit_made_on_the_device_is_kept_on_the_way_back(pair: _Pair) -> None:
+    before = bytes_in_files(pair.handle)
+    pair.handle.replan(gpu_budget=2**24)
+    with torch.no_grad():
+        pair.model.get_parameter(NAME).mul_(2)
+        pair.plain.get_parameter(NAME).mul_(2)
+    pair.assert_equal(passes=1)
+    pair.handle.replan(gpu_budget=None)
+    pair.assert_equal()
+    _assert_one_left(pair, before)
