@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 case "${1:-}" in
-  core) extension=OFF sources='/csrc/(check|core|host|lanes|planner|sim)/' ;;
+  core) extension=OFF sources='/csrc/(check|codec|core|host|lanes|planner|sim)/' ;;
   all) extension=ON sources='/csrc/' ;;
   *) echo "usage: tools/tidy.sh core|all" >&2; exit 2 ;;
 esac

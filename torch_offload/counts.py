@@ -22,6 +22,8 @@ class OffloadStats:
         cpu_seconds: Time spent in our own calls during forwards.
         hits: Units asked for that were still whole in their places.
         extra_places: Units called inside one that they overlap, which got places of their own.
+        bytes_copied: What went over the link: less than `bytes_onloaded` where units are packed.
+        staging_bytes: The device allocation that packed units are decoded from.
     """
 
     forwards: int
@@ -35,6 +37,8 @@ class OffloadStats:
     cpu_seconds: float
     hits: int
     extra_places: int
+    bytes_copied: int
+    staging_bytes: int
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class UnitInfo:
         place: Its byte range ``(begin, end)`` in the window; None if it stays on the device.
         parameters: Qualified names of its parameters.
         acquired: How often it was used.
+        copied_bytes: What one copy of it carries: less than `size_bytes` where it is packed.
         onloads: How often it was copied.
         misses: How often it was asked for before its copy had been issued.
         copies: How many copies an onload takes; 0 if it stays on the device.
@@ -62,6 +67,7 @@ class UnitInfo:
     place: tuple[int, int] | None
     parameters: tuple[str, ...]
     acquired: int
+    copied_bytes: int
     onloads: int
     misses: int
     copies: int

@@ -102,6 +102,8 @@ class Handle:
             cpu_seconds=self._engine.cpu_seconds,
             hits=stats.hits,
             extra_places=stats.extra_places,
+            bytes_copied=self._engine.bytes_copied,
+            staging_bytes=self._engine.staging_bytes,
         )
 
     @property
@@ -112,6 +114,7 @@ class Handle:
             StateError: After `remove`.
         """
         plan = self._engine.plan
+        copied = self._engine.transport_bytes
         infos = []
         for index, (unit, place) in enumerate(zip(plan.units, plan.places, strict=True)):
             stats = self._engine.unit_stats(index)
@@ -124,6 +127,7 @@ class Handle:
                     place=place,
                     parameters=tuple(self._engine.parameter_names(index)),
                     acquired=stats.acquired,
+                    copied_bytes=copied[index],
                     onloads=stats.onloads,
                     misses=stats.misses,
                     copies=self._engine.num_copies(index),

@@ -35,6 +35,7 @@ from torch_offload.progress import Progress
 from torch_offload.recording import Recorder
 from torch_offload.storage import ResidentMove
 from torch_offload.tables import wrap_table
+from torch_offload.transport import MAX_SHARE, staging_bytes
 from torch_offload.units import UnitSpec
 
 # transformers compiles the forward by itself for static caches; it asks this method before.
@@ -56,6 +57,7 @@ def install(
     memory: Memory | None = None,
     files: FileMasters | None = None,
     *,
+    packs: bool = False,
     wants_leaves: bool = False,
 ) -> Handle:
     """Moves the weights, wraps the calls and guards the model. Blocks while copying.
@@ -68,6 +70,7 @@ def install(
         planned: How its units are to lie.
         memory: Of the device; None where there is nothing to adapt to.
         files: Parameters that are streamed from checkpoint files; None for none.
+        packs: Whether units are to travel packed.
         wants_leaves: Whether the units are to be cut into leaves once a pass has proven them.
 
     Raises:
@@ -76,7 +79,9 @@ def install(
         FilesNotLockedError: A MemoryError as well, if it is the pages of checkpoint files.
     """
     files = files or FileMasters()
-    installation = _Installation(model, device, config, cut, planned, memory, files, wants_leaves)
+    installation = _Installation(
+        model, device, config, cut, planned, memory, files, packs, wants_leaves
+    )
     try:
         installation.move_weights(model, planned, files)
         installation.wrap(model, planned)
@@ -98,11 +103,13 @@ class _Installation:
         planned: Planned,
         memory: Memory | None,
         files: FileMasters,
+        packs: bool,
         wants_leaves: bool,
     ) -> None:
         self._device = device
         self._config = config
         self._memory = memory
+        self._packs = packs
         self._cut = CutNames.of(cut)
         self._placed = Placed.of(planned)
         self._residents = ResidentMove(device)
@@ -171,6 +178,11 @@ class _Installation:
                 self._engine.lock_files(index)
             except MemoryError as error:
                 raise FilesNotLockedError(str(error)) from error
+        self._pack()
+
+    def _pack(self) -> None:
+        if self._packs:
+            self._engine.pack(MAX_SHARE)
 
     def wrap(self, model: nn.Module, planned: Planned) -> None:
         """Wraps the call of each streamed unit, of each table, and of all that is above one."""
@@ -301,19 +313,26 @@ class _Installation:
 
     def replan(self, model: nn.Module, config: Config) -> None:
         """Goes on with other options for budget and depth; see `Handle.replan`."""
-        planned = plan_cut(self._cut.find(model), config, self._budget(config))
+        cut = self._cut.find(model)
+        planned = plan_cut(cut, config, self._budget(cut, config))
         self._apply(model, planned)
         self._config = config
         self._adaptation.configure(config)
 
-    def _budget(self, config: Config) -> int | None:
+    def _budget(self, cut: Cut, config: Config) -> int | None:
         """What weights may take by these options; None where every unit is to stream."""
         if config.gpu_budget == AUTO:
-            return self._adaptation.budget()
-        return budget_in_bytes(config.gpu_budget, total_bytes_of(self._memory))
+            budget = self._adaptation.budget()
+        else:
+            budget = budget_in_bytes(config.gpu_budget, total_bytes_of(self._memory))
+        return None if budget is None else self._beside_staging(cut, budget)
+
+    def _beside_staging(self, cut: Cut, budget: int) -> int:
+        """What of a budget is left for window and resident units."""
+        return max(0, budget - staging_bytes(cut.specs, self._packs))
 
     def _weights_bytes(self) -> int:
-        return self._bytes_resident + self._engine.window_bytes
+        return self._bytes_resident + self._engine.window_bytes + self._engine.staging_bytes
 
     def _grow(self, model: nn.Module, budget: int) -> None:
         """Takes what has turned out to be free, or gives back what is not; at the least the window.
@@ -322,7 +341,8 @@ class _Installation:
         """
         cut = self._cut.find(model)
         try:
-            self._apply(model, plan_cut(cut, self._config, max(budget, least_budget(cut))))
+            budget = max(self._beside_staging(cut, budget), least_budget(cut))
+            self._apply(model, plan_cut(cut, self._config, budget))
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
             LOGGER.info("kept the plan: %s", error)
 
@@ -366,6 +386,7 @@ class _Installation:
             except BaseException:
                 former = self._placed
                 self._engine.recut(former.plan, self._ranges_of(former.parameters))
+                self._pack_again()
                 raise
         except BaseException:
             for move in moves:
@@ -380,10 +401,22 @@ class _Installation:
         self._bytes_resident += moved - sum(t.size_bytes for t in to_host)
         self._bytes_resident += sum(t.size_bytes for t in to_device)
         self._placed = Placed.of(planned)
+        self._pack_again()
         self._unwrap()
         self.wrap(model, planned)
         if self._config.debug:
             self._recorder.keep()  # the former log tells of another plan
+
+    def _pack_again(self) -> None:
+        """Packs the units of another plan. Where there is no room for that, they travel raw."""
+        try:
+            self._pack()
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            warnings.warn(
+                f"torch_offload: the units travel raw, as there is no room to pack them anew: "
+                f"{error}",
+                stacklevel=2,
+            )
 
     def _ranges_of(self, parameters: Sequence[Sequence[str]]) -> list[tuple[int, int]]:
         firsts = [self._positions[names[0]] for names in parameters]
@@ -399,7 +432,7 @@ class _Installation:
         """
         LOGGER.info("cutting the units anew: %d leaves and sublayers", len(specs))
         cut = replace(self._cut.find(model), specs=tuple(specs), granularity="module")
-        budget = self._budget(self._config)
+        budget = self._budget(cut, self._config)
         try:
             if budget is None:
                 planned = plan_in_window(cut, self._config, self._engine.window_bytes)

@@ -12,12 +12,14 @@ from typing import Literal, Protocol, TypeAlias
 
 from torch_offload.names import UnitLike, short_names
 
-BarKind: TypeAlias = Literal["copy", "fill", "compute", "wait", "launch", "submit", "blocked"]
-RowKind: TypeAlias = Literal["cpu", "copy", "compute", "mixed", "idle"]
+BarKind: TypeAlias = Literal[
+    "copy", "decode", "fill", "compute", "wait", "launch", "submit", "blocked"
+]
+RowKind: TypeAlias = Literal["cpu", "copy", "decode", "compute", "mixed", "idle"]
 
 CPU_ROW = 0
 # Calls that cost the host no more than their submission.
-_SUBMITTED = frozenset({"copy", "fill", "record", "wait", "query"})
+_SUBMITTED = frozenset({"copy", "decode", "fill", "record", "wait", "query"})
 
 
 class OpLike(Protocol):
@@ -97,9 +99,10 @@ class Bar:
 
     Attributes:
         row: Index in `Trace.rows`.
-        kind: ``"copy"``, ``"fill"`` and ``"compute"`` are work of a stream, ``"wait"`` its stall;
-            ``"launch"`` is the host between the first and the last kernel of a unit, ``"submit"``
-            the moment of any other call, ``"blocked"`` the host in a synchronize.
+        kind: ``"copy"``, ``"decode"``, ``"fill"`` and ``"compute"`` are work of a stream,
+            ``"wait"`` its stall; ``"launch"`` is the host between the first and the last kernel of
+            a unit, ``"submit"`` the moment of any other call, ``"blocked"`` the host in a
+            synchronize.
         begin_ns: When it began.
         end_ns: When it ended; the same for a ``"submit"``, and for a wait that cost nothing.
         label: Short name of the unit, or of the call.
@@ -261,13 +264,15 @@ def _rows(ops: Iterable[OpLike], stream_names: Sequence[str]) -> list[Row]:
     for op in ops:
         if op.stream is not None:
             does.setdefault(op.stream, set()).add(op.kind)
-    order: tuple[RowKind, ...] = ("copy", "mixed", "compute", "idle")
+    order: tuple[RowKind, ...] = ("copy", "decode", "mixed", "compute", "idle")
     rows = []
     for stream, kinds in does.items():
         copies, computes = bool(kinds & {"copy"}), bool(kinds & {"read", "read_end"})
         kind: RowKind = "mixed" if copies and computes else "copy" if copies else "idle"
         if computes and not copies:
             kind = "compute"
+        elif "decode" in kinds and not copies:
+            kind = "decode"
         name = stream_names[stream] if stream < len(stream_names) else f"stream {stream}"
         rows.append(Row(name, stream, kind))
     rows.sort(key=lambda row: (order.index(row.kind), row.stream))
@@ -308,6 +313,8 @@ class _Reader:
                 row = self._row_of[op.stream] if op.stream is not None else CPU_ROW
                 if op.kind == "copy":
                     bars += self._timed(index, "copy", row, unit, "copy")
+                elif op.kind == "decode":
+                    bars += self._timed(index, "decode", row, unit, "decode")
                 elif op.kind == "fill":
                     bars += self._timed(index, "fill", row, unit, "fill")
                 elif op.kind == "wait":
@@ -355,9 +362,15 @@ class _Reader:
             elif op.kind == "record":
                 if op.stream in last:
                     served[index] = last[op.stream]
-            elif op.unit is not None and op.kind in ("copy", "fill", "read", "read_end"):
+            elif op.unit is not None and op.kind in (
+                "copy",
+                "decode",
+                "fill",
+                "read",
+                "read_end",
+            ):
                 last[op.stream] = op.unit
-                if op.kind in ("copy", "read"):
+                if op.kind in ("copy", "decode", "read"):
                     served.update(dict.fromkeys(waiting.pop(op.stream, []), op.unit))
         return served
 

@@ -90,7 +90,7 @@ PackedUnit pack(const std::vector<at::Tensor>& tensors, const std::optional<std:
     options.max_entry_weights = max_entry_weights;
   }
   const py::gil_scoped_release no_gil;
-  const UnitEncoder encoder(std::move(sources), unit.place_bytes, options);
+  const UnitEncoder encoder(sources, unit.place_bytes, options);
   unit.blob = at::empty({static_cast<std::int64_t>(encoder.blob_bytes())}, at::kByte);
   encoder.encode(static_cast<std::byte*>(unit.blob.mutable_data_ptr()));
   unit.entries = encoder.entries();

@@ -12,35 +12,33 @@ namespace torch_offload {
 
 namespace {
 
-// Sixteen lanes of 32 bits, so that a compiler makes vectors of them.
-constexpr std::size_t kNumLanes = 16;
-constexpr std::size_t kStripeBytes = kNumLanes * sizeof(std::uint32_t);
+// Lanes of 64 bits that do not wait for each other: a multiplication a cycle.
+constexpr std::size_t kNumLanes = 8;
+constexpr std::size_t kStripeBytes = kNumLanes * sizeof(std::uint64_t);
 constexpr std::size_t kChunkBytes = std::size_t{1} << 20U;
 
-constexpr std::uint32_t kMultiplier = 0x9E3779B1;
-constexpr std::uint64_t kWideMultiplier = 0x9E3779B97F4A7C15;
+constexpr std::uint64_t kMultiplier = 0x9E3779B97F4A7C15;
 
-using Lanes = std::array<std::uint32_t, kNumLanes>;
+using Lanes = std::array<std::uint64_t, kNumLanes>;
 
-/// Every step is a bijection of the lane: a changed word changes it for good.
+/// A bijection of either argument while the other stands: what has changed stays changed.
+constexpr std::uint64_t mix(std::uint64_t sum, std::uint64_t value) {
+  sum = (sum ^ value) * kMultiplier;
+  return sum ^ (sum >> 29U);
+}
+
 void add_stripe(Lanes& lanes, const std::byte* bytes) {
   Lanes words{};
   std::memcpy(words.data(), bytes, kStripeBytes);
   for (std::size_t i = 0; i < kNumLanes; ++i) {
-    const std::uint32_t mixed = (lanes[i] ^ words[i]) * kMultiplier;
-    lanes[i] = mixed ^ (mixed >> 15U);
+    lanes[i] = mix(lanes[i], words[i]);
   }
-}
-
-constexpr std::uint64_t mix(std::uint64_t sum, std::uint64_t value) {
-  sum = (sum ^ value) * kWideMultiplier;
-  return sum ^ (sum >> 29U);
 }
 
 std::uint64_t chunk_sum(const std::byte* bytes, std::size_t size_bytes) {
   Lanes lanes{};
   for (std::size_t i = 0; i < kNumLanes; ++i) {
-    lanes[i] = static_cast<std::uint32_t>(i + 1) * kMultiplier;
+    lanes[i] = (i + 1) * kMultiplier;
   }
   std::size_t at = 0;
   for (; at + kStripeBytes <= size_bytes; at += kStripeBytes) {
@@ -52,7 +50,7 @@ std::uint64_t chunk_sum(const std::byte* bytes, std::size_t size_bytes) {
     add_stripe(lanes, last.data());
   }
   std::uint64_t sum = size_bytes;
-  for (const std::uint32_t lane : lanes) {
+  for (const std::uint64_t lane : lanes) {
     sum = mix(sum, lane);
   }
   return sum;

@@ -6,7 +6,7 @@
 namespace torch_offload {
 
 /// A checksum of bytes in memory or in a file: against damage, not against an adversary. Any change
-/// within one word of 32 bits changes it.
+/// within one word of 64 bits changes it.
 ///
 /// Takes as many threads as are given; the sum does not depend on them.
 std::uint64_t checksum_of(const std::byte* bytes, std::size_t size_bytes, unsigned num_threads);

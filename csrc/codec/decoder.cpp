@@ -31,8 +31,9 @@ class EntryDecoder {
       std::memcpy(tensor_ + begin, data_ + begin, end - begin);
       return;
     }
-    for (std::uint64_t at = begin; at < end; at += 2 * kGroupWeights) {
-      decode_group(at / (2 * kGroupWeights), std::min<std::uint64_t>(2 * kGroupWeights, end - at));
+    constexpr std::uint64_t kGroupBytes = std::uint64_t{2} * kGroupWeights;
+    for (std::uint64_t at = begin; at < end; at += kGroupBytes) {
+      decode_group(at / kGroupBytes, std::min(kGroupBytes, end - at));
     }
     const std::byte* const offsets = data_ + sections_.patch_offsets + tile * 4;
     const std::uint32_t last = load_word(offsets + 4);

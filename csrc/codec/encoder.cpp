@@ -216,7 +216,7 @@ class UnitEncoder::ChunkWriter {
   std::uint32_t shared_ = 0;
 };
 
-UnitEncoder::UnitEncoder(std::vector<TensorSource> tensors, std::uint64_t unpacked_bytes,
+UnitEncoder::UnitEncoder(const std::vector<TensorSource>& tensors, std::uint64_t unpacked_bytes,
                          const EncodeOptions& options)
     : options_(options) {
   std::uint64_t reached = 0;

@@ -39,7 +39,7 @@ class UnitEncoder {
  public:
   /// Throws: ValueError for tensors that overlap in the place, lie outside of it, or at an offset
   ///         that is no multiple of 16 bytes.
-  UnitEncoder(std::vector<TensorSource> tensors, std::uint64_t unpacked_bytes,
+  UnitEncoder(const std::vector<TensorSource>& tensors, std::uint64_t unpacked_bytes,
               const EncodeOptions& options);
 
   std::uint64_t blob_bytes() const { return header_.blob_bytes; }

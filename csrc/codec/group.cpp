@@ -21,7 +21,7 @@ GroupBytes exponents_of(const GroupWeights& weights) {
 
 /// The index of each exponent among the first `NumEntries` of the palette; else `NumEntries`,
 /// or 0 where there are all.
-template <std::uint32_t NumEntries>
+template <std::uint8_t NumEntries>
 GroupBytes indices_of(const GroupBytes& exponents, const Palette& palette) {
   GroupBytes indices;
   indices.fill(NumEntries < kNumPaletteEntries ? NumEntries : 0);
@@ -37,7 +37,9 @@ GroupBytes indices_of(const GroupBytes& exponents, const Palette& palette) {
 /// Two codes a byte, the earlier one low.
 void pack_nibbles(const std::uint8_t* codes, std::size_t num_codes, std::uint8_t* nibbles) {
   for (std::size_t i = 0; i < num_codes / 2; ++i) {
-    nibbles[i] = static_cast<std::uint8_t>(codes[2 * i] | (codes[2 * i + 1] << 4U));
+    std::uint16_t pair = 0;  // as a word: loads of every second byte make no vectors
+    std::memcpy(&pair, codes + 2 * i, sizeof(pair));
+    nibbles[i] = static_cast<std::uint8_t>(pair | (pair >> 4U));
   }
 }
 
@@ -48,7 +50,7 @@ void unpack_nibbles(const std::uint8_t* nibbles, std::size_t num_codes, std::uin
   }
 }
 
-template <std::uint32_t NumEntries>
+template <std::uint8_t NumEntries>
 GroupBytes look_up(const GroupBytes& codes, const Palette& palette) {
   GroupBytes exponents{};
   for (std::uint8_t entry = 0; entry < NumEntries; ++entry) {
@@ -97,25 +99,27 @@ std::uint32_t num_escapes_in(const E33Codes& codes) {
 }
 
 void count_exponents(const std::byte* weights, std::uint64_t num_weights, ExponentCounts& counts) {
-  // Equal neighbours would wait for each other's increments: each of four has its own counts.
-  std::array<ExponentCounts, 4> partial{};
+  // Equal neighbours would wait for each other's increments: each of eight has its own counts.
+  constexpr std::size_t kNumPartial = 8;
+  std::array<ExponentCounts, kNumPartial> partial{};
   GroupWeights group{};
   for (std::uint64_t at = 0; at < num_weights; at += kGroupWeights) {
     const std::size_t here = std::min<std::uint64_t>(kGroupWeights, num_weights - at);
     std::memcpy(group.data(), weights + 2 * at, 2 * here);
     std::size_t i = 0;
-    for (; i + 4 <= here; i += 4) {
-      ++partial[0][exponent_of(group[i])];
-      ++partial[1][exponent_of(group[i + 1])];
-      ++partial[2][exponent_of(group[i + 2])];
-      ++partial[3][exponent_of(group[i + 3])];
+    for (; i + kNumPartial <= here; i += kNumPartial) {
+      for (std::size_t k = 0; k < kNumPartial; ++k) {
+        ++partial[k][exponent_of(group[i + k])];
+      }
     }
     for (; i < here; ++i) {
       ++partial[0][exponent_of(group[i])];
     }
   }
-  for (std::size_t i = 0; i < kNumExponents; ++i) {
-    counts[i] += partial[0][i] + partial[1][i] + partial[2][i] + partial[3][i];
+  for (const ExponentCounts& part : partial) {
+    for (std::size_t i = 0; i < kNumExponents; ++i) {
+      counts[i] += part[i];
+    }
   }
 }
 
@@ -157,7 +161,7 @@ void decode_e4p(const GroupBytes& bytes, const E4pCodes& codes, const Palette& p
 
 void decode_e33(const GroupBytes& bytes, const E33Codes& codes, const Palette& palette,
                 const std::byte* escapes, std::uint32_t first_escape, GroupWeights& weights) {
-  std::array<std::uint32_t, kLanes * 4> words;
+  std::array<std::uint32_t, std::size_t{4} * kLanes> words;
   for (std::uint32_t i = 0; i < kE33WordsPerGroup; ++i) {
     words[i] = codes[i] & ~kFourthBits;
   }

@@ -15,6 +15,20 @@ namespace {
 /// More only wait for memory.
 constexpr unsigned kMostThreads = 32;
 
+/// Starts `count` threads, or as many as this process may have: slower then, not broken.
+std::vector<std::thread> start_threads(std::size_t count, const std::function<void()>& run) {
+  std::vector<std::thread> threads;
+  threads.reserve(count);
+  try {
+    while (threads.size() < count) {
+      threads.emplace_back(run);
+    }
+  } catch (const std::system_error&) {
+    return threads;
+  }
+  return threads;
+}
+
 }  // namespace
 
 void parallel_for(std::size_t count, unsigned num_threads,
@@ -35,16 +49,8 @@ void parallel_for(std::size_t count, unsigned num_threads,
       }
     }
   };
-  std::vector<std::thread> helpers;
-  const std::size_t num_helpers = std::min<std::size_t>(std::max(num_threads, 1U), count);
-  helpers.reserve(num_helpers);
-  try {
-    while (helpers.size() + 1 < num_helpers) {
-      helpers.emplace_back(run);
-    }
-  } catch (const std::system_error&) {
-    // Slower, not broken.
-  }
+  const std::size_t num_runs = std::min<std::size_t>(std::max(num_threads, 1U), count);
+  std::vector<std::thread> helpers = start_threads(num_runs > 0 ? num_runs - 1 : 0, run);
   run();
   for (std::thread& helper : helpers) {
     helper.join();

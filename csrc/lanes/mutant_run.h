@@ -52,8 +52,8 @@ struct Outcome {
 /// A pipeline on an AdversaryDevice, with kernels that check what they find when they run.
 class MutantRun {
  public:
-  MutantRun(Plan plan, const PipelineOptions& options, bool is_packed, const Choice& choice,
-            Outcome& outcome)
+  MutantRun(Plan plan, const PipelineOptions& options, std::uint32_t packed_units,
+            const Choice& choice, Outcome& outcome)
       : device(choice.callers_go_last), choice_(choice), outcome_(outcome), units_(plan.units) {
     mutation.is_armed = !choice.begins_late;
     device.attach_log(&outcome.log);
@@ -75,8 +75,11 @@ class MutantRun {
       hold(callers, 0);
     }
     pipeline = std::make_unique<Pipeline>(device, *loader_, std::move(plan), options);
-    if (is_packed) {
-      loader_->pack();
+    if (packed_units != 0) {
+      if (!choice.begins_late) {
+        hold(callers, 0);
+      }
+      loader_->pack(packed_units);
     }
     if (!choice.begins_late) {
       hold_chosen();
@@ -181,7 +184,7 @@ class MutantRun {
     StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                   std::uint64_t generation) override {
       run_.generations_[unit] = generation;
-      if (packed_) {
+      if (packed_ && packed_->has_source(unit)) {
         return packed_->load(unit, place, copy_stream, generation);
       }
       // In two pieces: the second may fail when the first is under way.
@@ -197,16 +200,18 @@ class MutantRun {
       return packed_ ? packed_->own_streams() : std::vector<StreamId>{};
     }
 
-    /// From here on units go through a staging ring.
-    void pack() {
+    /// From here on these units, a bit each, go through a staging ring.
+    void pack(std::uint32_t packed_units) {
       PackedLoader::Options options;
       for (const Unit& unit : run_.units_) {
         options.slot_bytes = std::max(options.slot_bytes, unit.size_bytes);
       }
       packed_.emplace(run_.device, run_.units_.size(), options);
       for (UnitIndex unit = 0; unit < run_.units_.size(); ++unit) {
-        const std::size_t size_bytes = run_.units_[unit].size_bytes;
-        packed_->set_source(unit, {run_.master(unit), size_bytes, size_bytes, 1});
+        if ((packed_units >> unit & 1U) != 0) {
+          const std::size_t size_bytes = run_.units_[unit].size_bytes;
+          packed_->set_source(unit, {run_.master(unit), size_bytes, size_bytes, 1});
+        }
       }
     }
 

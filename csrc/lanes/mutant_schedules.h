@@ -16,14 +16,14 @@ struct Schedule {
   Plan plan;
   std::function<void(MutantRun&)> go;
   bool runs_in_turn = true;
-  bool may_fail = false;   ///< Whether calls of the device are made to fail in its midst, in turn.
-  bool is_packed = false;  ///< Whether units go through a staging ring.
+  bool may_fail = false;  ///< Whether calls of the device are made to fail in its midst, in turn.
+  std::uint32_t packed_units = 0;  ///< Those that go through a staging ring, a bit each.
 };
 
 inline Outcome run(const Schedule& schedule, const Choice& choice) {
   Outcome outcome;
   try {
-    MutantRun run(schedule.plan, schedule.options, schedule.is_packed, choice, outcome);
+    MutantRun run(schedule.plan, schedule.options, schedule.packed_units, choice, outcome);
     run.runs_in_turn = schedule.runs_in_turn;
     schedule.go(run);
   } catch (const InternalError&) {
@@ -247,7 +247,9 @@ inline std::vector<Schedule> all_schedules() {
   const auto add_packed = [&](const std::string& name, Mode mode, const Plan& plan,
                               void (*go)(MutantRun&), bool may_fail = false) {
     add(name + ", packed", mode, StreamLayout::kShared, plan, go, true, may_fail);
-    schedules.back().is_packed = true;
+    schedules.back().packed_units = 0b1111;
+    add(name + ", half packed", mode, StreamLayout::kShared, plan, go, true, may_fail);
+    schedules.back().packed_units = 0b0101;
   };
   constexpr StreamLayout kShared = StreamLayout::kShared;
   constexpr StreamLayout kSplit = StreamLayout::kSplit;

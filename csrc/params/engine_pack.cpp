@@ -37,7 +37,7 @@ UnitEncoder Engine::encoder_of(const UnitParameters& entry, std::size_t unit_byt
   }
   EncodeOptions options;
   options.num_threads = default_num_threads();
-  return UnitEncoder(std::move(tensors), unit_bytes, options);
+  return UnitEncoder(tensors, unit_bytes, options);
 }
 
 void Engine::pack(double max_share) {

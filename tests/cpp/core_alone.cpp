@@ -19,6 +19,7 @@
 #include "core/mode.h"
 #include "core/op_log.h"
 #include "core/order.h"
+#include "core/packed_loader.h"
 #include "core/pinned_arena.h"
 #include "core/pipeline.h"
 #include "core/plan.h"

@@ -207,8 +207,8 @@ TEST_F(CodecTest, WhatPackingWouldNotShrinkStaysRaw) {
 
 TEST_F(CodecTest, TensorsThatDoNotFitThePlaceAreRefused) {
   const Bytes bytes(512);
-  const auto refused = [&](std::vector<TensorSource> tensors) {
-    EXPECT_THROW(UnitEncoder(std::move(tensors), 512, {}), ValueError);
+  const auto refused = [&](const std::vector<TensorSource>& tensors) {
+    EXPECT_THROW(UnitEncoder(tensors, 512, {}), ValueError);
   };
   refused({{bytes.data(), 513, 0, ElementType::kOther}});
   refused({{bytes.data(), 16, 512, ElementType::kOther}});

@@ -32,7 +32,7 @@ using testing::weights_with_escapes;
 constexpr std::byte kFiller{0x5C};
 
 unsigned num_mutations() {
-  constexpr unsigned kSlice = 200000;
+  constexpr unsigned kSlice = 100000;
   const char* asked = std::getenv("TORCH_OFFLOAD_FUZZ");
   return asked == nullptr ? kSlice : static_cast<unsigned>(std::stoul(asked));
 }

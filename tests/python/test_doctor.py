@@ -13,7 +13,7 @@ from torch_offload import _C
 from torch_offload.doctor import Diagnosis, Finding, diagnose
 from torch_offload.doctor import gpu as gpu_module
 from torch_offload.doctor import versions as versions_module
-from torch_offload.doctor.gpu import Link, judge_link, judge_overlap, read_link
+from torch_offload.doctor.gpu import Link, judge_decoder, judge_link, judge_overlap, read_link
 from torch_offload.doctor.memory import (
     look_at_cpus,
     look_at_limits,
@@ -186,6 +186,13 @@ def test_variables_that_serialize_are_found(name: str, status: str) -> None:
 
 def smi(generation: str, width: str) -> dict[str, str]:
     return {"pcie.link.gen.current": f"00000000:1B:00.0, {generation}, 5, {width}, 16"}
+
+
+def test_decoder_that_was_not_built_is_off() -> None:
+    assert judge_decoder(True).status == "ok"
+    missing = judge_decoder(False)
+    assert missing.status == "off"
+    assert "nvcc" in missing.mend
 
 
 def test_link_is_read_from_nvidia_smi(tmp_path: Path) -> None:

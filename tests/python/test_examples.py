@@ -73,6 +73,8 @@ def a_run(demo, *, onloaded: int, is_equal: bool):
         cpu_seconds=0.0,
         hits=0,
         extra_places=0,
+        bytes_copied=onloaded,
+        staging_bytes=0,
     )
     return demo.Run("model", "sync", 1.0, 1, stats, is_equal)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from torch_offload import _C
 from torch_offload.doctor.finding import Finding
 from torch_offload.doctor.system import System
 from torch_offload.rates import format_byte_rate
@@ -66,10 +67,24 @@ def look_at_gpus(system: System) -> Iterator[Finding]:
     yield Finding(
         "GPU", "ok", f"{properties.name}, {format_size(free)} free of {format_size(total)}"
     )
+    yield judge_decoder(_C.has_kernels)
     rate, link = measure_link(system, device)
     yield from judge_link(link, rate)
     yield judge_overlap(*measure_overlap(device))
     yield from _neighbours(system, device)
+
+
+def judge_decoder(has_kernels: bool) -> Finding:
+    """Whether packed weights can be decoded on a GPU."""
+    if has_kernels:
+        return Finding("decoder of packed weights", "ok", "built")
+    return Finding(
+        "decoder of packed weights",
+        "off",
+        "missing: this build had no CUDA compiler of torch's own major version",
+        "transport='packed' is refused on GPUs, and 'auto' means 'raw'",
+        "install nvcc, or name one in CUDACXX, and build torch_offload again",
+    )
 
 
 def measure_link(system: System, device: torch.device) -> tuple[float, Link | None]:

@@ -34,6 +34,7 @@ _LOOKS = {
     "copy mha": Look("copy of attention weights", "#0072B2", "white", "", "▓"),
     "copy ffn": Look("copy of FFN weights", "#56B4E9", "black", "", "▒"),
     "copy": Look("copy of weights", "#0072B2", "white", "", "▓"),
+    "decode": Look("decoding of weights", "#CCBB44", "black", "", "▚"),
     "compute mha": Look("attention computes", "#D55E00", "black", "", "█"),
     "compute ffn": Look("FFN computes", "#E69F00", "black", "", "▆"),
     "compute": Look("unit computes", "#D55E00", "black", "", "█"),
