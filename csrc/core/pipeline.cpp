@@ -134,10 +134,14 @@ Pipeline::~Pipeline() {
   if (device_.in_forked_child()) {
     return;
   }
-  try {
-    synchronize();  // masters and window go next: nothing may be in flight from or to them
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "torch_offload: could not drain the copies: %s\n", error.what());
+  // Masters and window go next: nothing may be in flight from or to them.
+  if (!drain()) {
+    if (window_) {
+      window_->leak();
+    }
+    for (DeviceMemory& place : own_places_) {
+      place.leak();
+    }
   }
 }
 

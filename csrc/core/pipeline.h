@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "core/device.h"
@@ -101,6 +102,9 @@ class Pipeline {
   void synchronize_onload(UnitIndex unit);
   /// Blocks the host until nothing of ours is in flight any more.
   void synchronize();
+  /// Likewise, stream by stream, whatever fails. Returns whether nothing is in flight any more;
+  /// else window and masters must stay where they are for good.
+  bool drain() noexcept;
 
   /// Whether the unit's place holds its master's bytes, or will behind its ready event.
   bool is_whole(UnitIndex unit) const { return states_.at(unit).whole; }
@@ -163,6 +167,8 @@ class Pipeline {
   void record(EventId event, StreamId stream, Step step);
   void wait(StreamId stream, EventId event, Step step);
   void synchronize(StreamId stream, Step step);
+  bool drain(StreamId stream, Step step) noexcept;
+  std::vector<std::pair<StreamId, Step>> streams_to_drain() const;
   bool may_overwrite(UnitIndex unit, bool awaited_too) const;
   void onload(UnitIndex unit);
   void onload_on_demand(UnitIndex unit);

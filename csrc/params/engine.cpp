@@ -87,7 +87,8 @@ Engine::ParametersView Engine::parameters_of(const UnitParameters& entry) {
 
 Engine::~Engine() { let_go(); }
 
-/// Drains first; then the parameters, which keep the arena alive; then the arena itself.
+/// Drains first; then the parameters, which keep the arenas alive; then the arenas themselves, and
+/// the device.
 void Engine::let_go() {
   {
     const py::gil_scoped_release no_gil;
@@ -96,12 +97,18 @@ void Engine::let_go() {
     } catch (const std::exception& error) {
       std::fprintf(stderr, "torch_offload: the op log has no times: %s\n", error.what());
     }
+    if (pipeline_ != nullptr && !pipeline_->drain()) {
+      for (const auto& arena : arenas_) {
+        arena->leak();
+      }
+    }
     pipeline_.reset();
   }
   units_.clear();
   parameters_.clear();
   const py::gil_scoped_release no_gil;
   arenas_.clear();
+  device_.reset();  // its streams, which on the host are threads
 }
 
 const Pipeline& Engine::pipeline() const {
