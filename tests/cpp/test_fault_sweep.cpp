@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check/hazard_checker.h"
@@ -68,9 +70,13 @@ class FaultSweepTest : public ::testing::TestWithParam<FailureKind> {
 
 /// From before the window is allocated until after it is freed, streams that are still busy.
 TEST_P(FaultSweepTest, InThePipelinesLife) {
-  for (const StreamLayout layout : {StreamLayout::kShared, StreamLayout::kSplit}) {
+  // Planning anew drains: without it, copies are in flight at the end.
+  for (const auto& [layout, replans] :
+       {std::pair{StreamLayout::kShared, false}, std::pair{StreamLayout::kSplit, false},
+        std::pair{StreamLayout::kShared, true}, std::pair{StreamLayout::kSplit, true}}) {
     const Plan plan = plan_of(layers_of(3, 1, 2));
-    fail_everywhere(40, [&](const std::shared_ptr<Failing>& device, const auto& arm) {
+    fail_everywhere(40, [&, layout = layout, replans = replans](
+                            const std::shared_ptr<Failing>& device, const auto& arm) {
       Masters masters(*device, plan.units);
       RawLoader loader(*device, masters);
       device->set_current_stream(device->create_stream({"caller", StreamRole::kCompute, 0}));
@@ -90,7 +96,7 @@ TEST_P(FaultSweepTest, InThePipelinesLife) {
           }
           pipeline.leave(!thrown);
         }
-        if (!thrown) {
+        if (!thrown && replans) {
           pipeline.replan(plan);
         }
       } catch (const std::exception&) {
