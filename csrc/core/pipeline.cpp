@@ -60,22 +60,29 @@ Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOpti
   handover_ = device_.create_event();
   // The allocator may have handed out memory that kernels of the current stream still use.
   synchronize(device_.current_stream(), Step::kNewWindowDrain);
-  states_ = states_of(plan_);
+  states_ = states_of(plan_, events_for(plan_));
 }
 
-std::vector<Pipeline::UnitState> Pipeline::states_of(const Plan& plan) {
-  std::vector<EventId> unused;  // events of the plan before
+/// Events for every unit that streams: those that are there, and as many more as it takes.
+std::vector<EventId> Pipeline::events_for(const Plan& plan) {
+  std::vector<EventId> events;
   for (const UnitState& state : states_) {
     if (state.ready != kNoEvent) {
-      unused.insert(unused.end(), {state.ready, state.free});
+      events.insert(events.end(), {state.ready, state.free});
     }
   }
+  const std::size_t num_needed = 2 * streamed_units(plan).size();
+  while (events.size() < num_needed) {
+    events.push_back(device_.create_event());
+  }
+  return events;
+}
+
+std::vector<Pipeline::UnitState> Pipeline::states_of(const Plan& plan,
+                                                     std::vector<EventId> events) const {
   const auto next_event = [&] {
-    if (unused.empty()) {
-      return device_.create_event();
-    }
-    const EventId event = unused.back();
-    unused.pop_back();
+    const EventId event = events.back();
+    events.pop_back();
     return event;
   };
   std::vector<UnitState> states(plan.units.size());
@@ -94,35 +101,40 @@ void Pipeline::replan(Plan plan) {
     throw StateError("expected replan between forwards, got it while one is running");
   }
   check_internal(plan.places.size() == plan.units.size(), "a plan without places");
+  std::vector<EventId> events = events_for(plan);  // first, while a failure changes nothing
   if (!is_left_out(Step::kReplanDrain)) {
     synchronize();  // who copies next will not ask for the uses of this plan
   }
   own_places_.clear();
   if (window_ && plan.window_bytes == window_bytes()) {
-    adopt(std::move(plan));
+    adopt(std::move(plan), std::move(events));
     return;
   }
   const std::size_t former_bytes = window_bytes();
   window_.reset();  // first: there need not be room for both
   try {
     window_.emplace(device_, plan.window_bytes);
+    // As in the constructor.
+    synchronize(device_.current_stream(), Step::kNewWindowDrain);
   } catch (...) {
+    window_.reset();
     try {
       window_.emplace(device_, former_bytes);
-    } catch (const MemoryError&) {
+      quiesce(device_.current_stream(), Step::kNewWindowDrain);
+    } catch (const std::exception&) {
       window_.reset();
     }
-    adopt(std::move(plan_));
+    // Units that had places of their own are back in those that overlap others.
+    plan_.overlaps = overlaps_of(plan_.places);
+    adopt(std::move(plan_), std::move(events));
     throw;
   }
-  // As in the constructor.
-  synchronize(device_.current_stream(), Step::kNewWindowDrain);
-  adopt(std::move(plan));
+  adopt(std::move(plan), std::move(events));
 }
 
 /// Goes on with this plan and empty places in the window that is there.
-void Pipeline::adopt(Plan plan) {
-  std::vector<UnitState> states = states_of(plan);
+void Pipeline::adopt(Plan plan, std::vector<EventId> events) {
+  std::vector<UnitState> states = states_of(plan, std::move(events));
   order_ = std::make_unique<Order>(streamed_units(plan));
   plan_ = std::move(plan);
   states_ = std::move(states);

@@ -152,8 +152,9 @@ class Pipeline {
     std::array<EventId, kNumKinds> pending{kNoEvent, kNoEvent};
   };
 
-  std::vector<UnitState> states_of(const Plan& plan);
-  void adopt(Plan plan);
+  std::vector<EventId> events_for(const Plan& plan);
+  std::vector<UnitState> states_of(const Plan& plan, std::vector<EventId> events) const;
+  void adopt(Plan plan, std::vector<EventId> events);
   std::size_t copy_stream_index(UnitIndex unit) const;
   StreamId copy_stream(UnitIndex unit);
   StreamId enter_compute_stream(UnitIndex unit);

@@ -121,18 +121,13 @@ Plan plan_from(const std::vector<Unit>& units, const Ring& ring, std::size_t dep
   Plan plan;
   plan.units = units;
   plan.places.resize(units.size());
-  plan.overlaps.resize(units.size());
   plan.window_bytes = ring.window_bytes;
   plan.depth_bytes = depth_bytes;
   plan.resident_bytes = 0;
   for (std::size_t i = 0; i < ring.order.size(); ++i) {
     plan.places[ring.order[i]] = ring.places[i];
-    for (std::size_t j = 0; j < ring.order.size(); ++j) {
-      if (i != j && ring.places[i].overlaps(ring.places[j])) {
-        plan.overlaps[ring.order[i]].push_back(ring.order[j]);
-      }
-    }
   }
+  plan.overlaps = overlaps_of(plan.places);
   for (std::size_t i = 0; i < units.size(); ++i) {
     plan.resident_bytes += plan.places[i] ? 0 : units[i].size_bytes;
   }
@@ -179,6 +174,19 @@ std::size_t default_depth_bytes(const std::vector<Unit>& units) {
     layer = std::max(layer, size_bytes);
   }
   return std::min(layer, static_cast<std::size_t>(kLeafDepth * static_cast<double>(largest)));
+}
+
+std::vector<std::vector<UnitIndex>> overlaps_of(
+    const std::vector<std::optional<ByteRange>>& places) {
+  std::vector<std::vector<UnitIndex>> overlaps(places.size());
+  for (std::size_t i = 0; i < places.size(); ++i) {
+    for (std::size_t j = 0; j < places.size(); ++j) {
+      if (i != j && places[i] && places[j] && places[i]->overlaps(*places[j])) {
+        overlaps[i].push_back(static_cast<UnitIndex>(j));
+      }
+    }
+  }
+  return overlaps;
 }
 
 Plan make_plan(const PlanRequest& request) {

@@ -97,7 +97,9 @@ TEST_P(FaultSweepTest, InThePipelinesLife) {
           pipeline.leave(!thrown);
         }
         if (!thrown && replans) {
-          pipeline.replan(plan);
+          Plan larger = plan;
+          larger.window_bytes += 4096;
+          pipeline.replan(larger);
         }
       } catch (const std::exception&) {
         thrown = true;
