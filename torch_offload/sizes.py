@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 _UNITS = {
     "": 1,
@@ -16,6 +17,9 @@ _UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+# More than any machine has, and what fits the core's numbers.
+_MOST = 2**62
+_MOST_DIGITS = 40
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -39,14 +43,27 @@ def parse_size(value: int | str, what: str) -> int:
     if isinstance(value, int):
         if value < 0:
             raise ValueError(f"expected {what} >= 0 bytes, got {value}")
-        return value
+        return _at_most(value, what)
     match = _PATTERN.fullmatch(value)
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(
             f"expected {what} as a number of bytes or a string such as '2GiB' or '500MB', "
             f"got {value!r}"
         )
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    if len(match[1]) > _MOST_DIGITS:
+        raise ValueError(
+            f"expected {what} of at most {_MOST_DIGITS} digits, got {len(match[1])}: write it in "
+            "GiB or TiB"
+        )
+    return _at_most(int(Fraction(match[1]) * _UNITS[match[2].lower()]), what)
+
+
+def _at_most(size_bytes: int, what: str) -> int:
+    if size_bytes > _MOST:
+        raise ValueError(
+            f"expected {what} of at most {_MOST} bytes, got more: no machine has so much memory"
+        )
+    return size_bytes
 
 
 def format_size(size_bytes: int) -> str:

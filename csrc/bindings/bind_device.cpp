@@ -50,7 +50,9 @@ void bind_device(py::module_& module) {
       .def_readonly("allocations", &DeviceCounters::allocations)
       .def_readonly("allocated_bytes", &DeviceCounters::allocated_bytes)
       .def_readonly("registrations", &DeviceCounters::registrations)
-      .def_readonly("registered_bytes", &DeviceCounters::registered_bytes);
+      .def_readonly("registered_bytes", &DeviceCounters::registered_bytes)
+      .def_readonly("streams", &DeviceCounters::streams)
+      .def_readonly("events", &DeviceCounters::events);
 
   py::class_<Device, std::shared_ptr<Device>>(module, "Device",
                                               "Streams, events and memory of one device.")

@@ -9,8 +9,10 @@
 #include "bindings/bind.h"
 #include "bindings/make_device.h"
 #include "core/error.h"
+#include "lanes/device_failure.h"
 #include "lanes/device_fault.h"
 #include "lanes/exhaustive_lane.h"
+#include "lanes/failing_device.h"
 #include "lanes/faulty_device.h"
 #include "lanes/linearisation_lane.h"
 #include "lanes/mutant_lane.h"
@@ -60,6 +62,19 @@ std::shared_ptr<Device> make_faulty_device(const at::Device& device,
 #ifdef TORCH_OFFLOAD_WITH_CUDA
   if (device.is_cuda()) {
     return make_device<FaultyDevice<CudaDevice>>(fault, static_cast<int>(device.index()));
+  }
+#endif
+  throw ValueError("expected a device of this build, got '" + device.str() + "'");
+}
+
+std::shared_ptr<Device> make_failing_device(const at::Device& device,
+                                            const std::shared_ptr<DeviceFailure>& failure) {
+  if (device.is_cpu()) {
+    return make_device<FailingDevice<HostDevice>>(failure);
+  }
+#ifdef TORCH_OFFLOAD_WITH_CUDA
+  if (device.is_cuda()) {
+    return make_device<FailingDevice<CudaDevice>>(failure, static_cast<int>(device.index()));
   }
 #endif
   throw ValueError("expected a device of this build, got '" + device.str() + "'");
@@ -130,6 +145,20 @@ void bind_lanes(py::module_& module) {
              py::kw_only(), py::arg("seed") = 0, py::arg("longest_delay_us") = 0,
              "A device that goes wrong while its fault is armed. On the host, copies come late by "
              "random times as well.");
+
+  py::class_<DeviceFailure, std::shared_ptr<DeviceFailure>>(module, "DeviceFailure",
+                                                            "A call of a device that fails.")
+      .def(py::init([](const std::string& kind) {
+             auto failure = std::make_shared<DeviceFailure>();
+             failure->kind = parse_failure_kind(kind);
+             return failure;
+           }),
+           py::arg("kind"))
+      .def_readwrite("calls_until_failure", &DeviceFailure::calls_until_failure)
+      .def_readonly("num_calls", &DeviceFailure::num_calls)
+      .def_readonly("failed_call", &DeviceFailure::failed_call);
+  module.def("failing_device", &make_failing_device, py::arg("device"), py::arg("failure"),
+             "A device of which one call fails, when the failure says so.");
 }
 
 }  // namespace torch_offload

@@ -130,10 +130,15 @@ void Device::check_recorded(EventId event, const char* call) const {
 
 // --- the calls ---------------------------------------------------------------------------------
 
-StreamId Device::create_stream(const StreamOptions& options) { return do_create_stream(options); }
+StreamId Device::create_stream(const StreamOptions& options) {
+  const StreamId stream = do_create_stream(options);
+  ++counters_.streams;
+  return stream;
+}
 
 EventId Device::create_event() {
   const EventId event = do_create_event();
+  ++counters_.events;
   if (event >= recorded_.size()) {
     recorded_.resize(event + 1, false);
   }

@@ -64,6 +64,8 @@ struct DeviceCounters {
   std::uint64_t allocated_bytes = 0;   ///< Live now.
   std::uint64_t registrations = 0;     ///< Live now.
   std::uint64_t registered_bytes = 0;  ///< Live now.
+  std::uint64_t streams = 0;           ///< Made; they live as long as the device.
+  std::uint64_t events = 0;            ///< Likewise.
 };
 
 /// Streams, events and memory, as the pipeline sees them: CUDA, host threads, or virtual time.

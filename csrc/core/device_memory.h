@@ -18,6 +18,9 @@ class DeviceMemory {
   ~DeviceMemory();
 
   std::byte* memory() const { return memory_; }
+  /// Leaves the memory to the device for good, since something may still write to it.
+  void leak() { memory_ = nullptr; }
+
   std::size_t size_bytes() const { return size_bytes_; }
 
  private:

@@ -57,6 +57,9 @@ class LockedFiles {
   /// Throws: StateError naming a file that is not what was opened.
   void check_unchanged() const;
 
+  /// Leaves all as it is for good, because copies from it may still be under way.
+  void leak();
+
   std::size_t limit_bytes() const { return limit_bytes_; }
   std::size_t locked_bytes() const { return locked_bytes_; }
   /// Whether chunks take turns, as not all fit the limit.

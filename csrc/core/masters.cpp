@@ -90,6 +90,17 @@ Masters::~Masters() {
   }
 }
 
+void Masters::leak() {
+  for (PieceIndex index = 0; index < views_.size(); ++index) {
+    arenas_[index]->leak();
+    if (is_own_[index] != 0) {
+      views_[index]->leak();
+      is_own_[index] = 0;
+    }
+  }
+  files_.leak();
+}
+
 void Masters::reserve(std::vector<std::size_t> sizes) {
   sizes = without_views(std::move(sizes), views_);
   bool is_missing = false;

@@ -60,6 +60,8 @@ class Masters {
 
   LockedFiles& files() { return files_; }
   const LockedFiles& files() const { return files_; }
+  /// Leaves all memory as it is for good, because copies from it may still be under way.
+  void leak();
   bool has_files() const { return has_files_; }
 
   /// As FileView says; false for what is not in the file.

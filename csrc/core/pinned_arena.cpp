@@ -89,7 +89,7 @@ PinnedArena::PinnedArena(Layout layout, std::size_t max_chunk_bytes, std::shared
 }
 
 PinnedArena::~PinnedArena() {
-  if (device_->in_forked_child()) {
+  if (leaked_ || device_->in_forked_child()) {
     return;  // The registrations are the parent's, and its device must not be touched here.
   }
   for (const Chunk& chunk : chunks_) {
@@ -206,6 +206,11 @@ void PinnedArena::seal_up_to(PieceIndex piece) {
       register_chunk(chunk);
     }
   }
+}
+
+void PinnedArena::leak() {
+  leaked_ = true;
+  memory_.leak();
 }
 
 bool PinnedArena::is_sealed(PieceIndex piece) const {

@@ -92,6 +92,9 @@ class PinnedArena {
   /// Whether all of the piece is page-locked, so that copies may start. Throws: IndexError.
   bool is_sealed(PieceIndex piece) const;
 
+  /// Keeps memory and registrations for good, since a copy may still read them.
+  void leak();
+
   std::size_t num_pieces() const { return pieces_.size(); }
   std::size_t num_chunks() const { return chunks_.size(); }
   /// What the arena takes when all is filled: the pieces, and less than a page per chunk.
@@ -130,6 +133,7 @@ class PinnedArena {
   std::vector<Piece> pieces_;
   std::vector<Chunk> chunks_;
   HostMapping memory_;
+  bool leaked_ = false;
 };
 
 }  // namespace torch_offload

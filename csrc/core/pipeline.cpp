@@ -60,22 +60,29 @@ Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOpti
   handover_ = device_.create_event();
   // The allocator may have handed out memory that kernels of the current stream still use.
   synchronize(device_.current_stream(), Step::kNewWindowDrain);
-  states_ = states_of(plan_);
+  states_ = states_of(plan_, events_for(plan_));
 }
 
-std::vector<Pipeline::UnitState> Pipeline::states_of(const Plan& plan) {
-  std::vector<EventId> unused;  // events of the plan before
+/// Events for every unit that streams: those that are there, and as many more as it takes.
+std::vector<EventId> Pipeline::events_for(const Plan& plan) {
+  std::vector<EventId> events;
   for (const UnitState& state : states_) {
     if (state.ready != kNoEvent) {
-      unused.insert(unused.end(), {state.ready, state.free});
+      events.insert(events.end(), {state.ready, state.free});
     }
   }
+  const std::size_t num_needed = 2 * streamed_units(plan).size();
+  while (events.size() < num_needed) {
+    events.push_back(device_.create_event());
+  }
+  return events;
+}
+
+std::vector<Pipeline::UnitState> Pipeline::states_of(const Plan& plan,
+                                                     std::vector<EventId> events) const {
   const auto next_event = [&] {
-    if (unused.empty()) {
-      return device_.create_event();
-    }
-    const EventId event = unused.back();
-    unused.pop_back();
+    const EventId event = events.back();
+    events.pop_back();
     return event;
   };
   std::vector<UnitState> states(plan.units.size());
@@ -93,71 +100,59 @@ void Pipeline::replan(Plan plan) {
   if (in_pass()) {
     throw StateError("expected replan between forwards, got it while one is running");
   }
+  check_internal(plan.places.size() == plan.units.size(), "a plan without places");
+  std::vector<EventId> events = events_for(plan);  // first, while a failure changes nothing
   if (!is_left_out(Step::kReplanDrain)) {
     synchronize();  // who copies next will not ask for the uses of this plan
   }
+  own_places_.clear();
+  if (window_ && plan.window_bytes == window_bytes()) {
+    adopt(std::move(plan), std::move(events));
+    return;
+  }
   const std::size_t former_bytes = window_bytes();
   try {
-    resize_window(plan.window_bytes);
-    std::vector<UnitState> states = states_of(plan);
-    order_ = std::make_unique<Order>(streamed_units(plan));
-    plan_ = std::move(plan);
-    states_ = std::move(states);
+    window_.emplace(device_, plan.window_bytes);
+    // As in the constructor.
+    synchronize(device_.current_stream(), Step::kNewWindowDrain);
   } catch (...) {
-    go_back_to_window(former_bytes);
+    window_.reset();
+    try {
+      window_.emplace(device_, former_bytes);
+      quiesce(device_.current_stream(), Step::kNewWindowDrain);
+    } catch (const std::exception&) {
+      window_.reset();
+    }
+    // Units that had places of their own are back in those that overlap others.
+    plan_.overlaps = overlaps_of(plan_.places);
+    adopt(std::move(plan_), std::move(events));
     throw;
   }
+  adopt(std::move(plan), std::move(events));
+}
+
+/// Goes on with this plan and empty places in the window that is there.
+void Pipeline::adopt(Plan plan, std::vector<EventId> events) {
+  std::vector<UnitState> states = states_of(plan, std::move(events));
+  order_ = std::make_unique<Order>(streamed_units(plan));
+  plan_ = std::move(plan);
+  states_ = std::move(states);
   unit_stats_.assign(plan_.units.size(), UnitStats{});
-  own_places_.clear();
   current_ = kNoUnit;
-}
-
-/// The former window first, then the new one: there need not be room for both.
-void Pipeline::resize_window(std::size_t size_bytes) {
-  if (window_ && size_bytes == window_bytes()) {
-    return;
-  }
-  window_.reset();
-  window_.emplace(device_, size_bytes);
-  // As in the constructor.
-  synchronize(device_.current_stream(), Step::kNewWindowDrain);
-}
-
-/// After a replan that failed. Nothing is in flight; what was whole is so no more.
-void Pipeline::go_back_to_window(std::size_t size_bytes) {
-  if (window_ && window_bytes() == size_bytes) {
-    return;
-  }
-  try {
-    resize_window(size_bytes);
-  } catch (const std::exception& error) {
-    window_.reset();
-    std::fprintf(stderr, "torch_offload: the former window could not be had back: %s\n",
-                 error.what());
-  }
-  const auto has_own_place = [this](const UnitState& state) {
-    return std::any_of(own_places_.begin(), own_places_.end(),
-                       [&](const DeviceMemory& memory) { return memory.memory() == state.memory; });
-  };
-  for (UnitIndex unit = 0; unit < states_.size(); ++unit) {
-    UnitState& state = states_[unit];
-    const std::optional<ByteRange>& place = plan_.places[unit];
-    if (place && !has_own_place(state)) {
-      state.memory = window_ ? window_->memory() + place->begin : nullptr;
-    }
-    forget(state);
-    state.pending.fill(kNoEvent);
-  }
 }
 
 Pipeline::~Pipeline() {
   if (device_.in_forked_child()) {
     return;
   }
-  try {
-    synchronize();  // masters and window go next: nothing may be in flight from or to them
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "torch_offload: could not drain the copies: %s\n", error.what());
+  // Masters and window go next: nothing may be in flight from or to them.
+  if (!drain()) {
+    if (window_) {
+      window_->leak();
+    }
+    for (DeviceMemory& place : own_places_) {
+      place.leak();
+    }
   }
 }
 

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "core/device.h"
@@ -101,6 +102,9 @@ class Pipeline {
   void synchronize_onload(UnitIndex unit);
   /// Blocks the host until nothing of ours is in flight any more.
   void synchronize();
+  /// Likewise, stream by stream, whatever fails. Returns whether nothing is in flight any more;
+  /// else window and masters must stay where they are for good.
+  bool drain() noexcept;
 
   /// Whether the unit's place holds its master's bytes, or will behind its ready event.
   bool is_whole(UnitIndex unit) const { return states_.at(unit).whole; }
@@ -148,9 +152,9 @@ class Pipeline {
     std::array<EventId, kNumKinds> pending{kNoEvent, kNoEvent};
   };
 
-  std::vector<UnitState> states_of(const Plan& plan);
-  void resize_window(std::size_t size_bytes);
-  void go_back_to_window(std::size_t size_bytes);
+  std::vector<EventId> events_for(const Plan& plan);
+  std::vector<UnitState> states_of(const Plan& plan, std::vector<EventId> events) const;
+  void adopt(Plan plan, std::vector<EventId> events);
   std::size_t copy_stream_index(UnitIndex unit) const;
   StreamId copy_stream(UnitIndex unit);
   StreamId enter_compute_stream(UnitIndex unit);
@@ -164,6 +168,8 @@ class Pipeline {
   void record(EventId event, StreamId stream, Step step);
   void wait(StreamId stream, EventId event, Step step);
   void synchronize(StreamId stream, Step step);
+  bool drain(StreamId stream, Step step) noexcept;
+  std::vector<std::pair<StreamId, Step>> streams_to_drain() const;
   bool may_overwrite(UnitIndex unit, bool awaited_too) const;
   void onload(UnitIndex unit);
   void onload_on_demand(UnitIndex unit);

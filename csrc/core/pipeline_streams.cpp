@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <exception>
+#include <utility>
 #include <vector>
 
 #include "core/pipeline.h"
@@ -83,9 +85,45 @@ void Pipeline::synchronize_onload(UnitIndex unit) {
 }
 
 void Pipeline::synchronize() {
+  for (const auto& [stream, step] : streams_to_drain()) {
+    synchronize(stream, step);
+  }
+}
+
+bool Pipeline::drain() noexcept {
+  bool is_drained = true;
+  try {
+    for (const auto& [stream, step] : streams_to_drain()) {
+      is_drained = drain(stream, step) && is_drained;
+    }
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "torch_offload: could not drain the copies: %s\n", error.what());
+    is_drained = false;
+  }
+  return is_drained;
+}
+
+bool Pipeline::drain(StreamId stream, Step step) noexcept {
+  // An error may be that of an earlier call, told by this one, which then has not waited.
+  constexpr int kAttempts = 2;
+  for (int attempt = 1; attempt <= kAttempts; ++attempt) {
+    try {
+      synchronize(stream, step);
+      return true;
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "torch_offload: could not drain stream %u: %s\n",
+                   static_cast<unsigned>(stream), error.what());
+    }
+  }
+  return false;
+}
+
+std::vector<std::pair<StreamId, Step>> Pipeline::streams_to_drain() const {
   const std::vector<StreamId> ours = streams();
+  std::vector<std::pair<StreamId, Step>> found;
+  found.reserve(ours.size());
   for (const StreamId stream : ours) {
-    synchronize(stream, Step::kDrainOwnStreams);
+    found.emplace_back(stream, Step::kDrainOwnStreams);
   }
   std::vector<StreamId> others;  // callers', and those that a loader has chosen
   for (const UnitState& state : states_) {
@@ -99,9 +137,10 @@ void Pipeline::synchronize() {
   others.erase(std::unique(others.begin(), others.end()), others.end());
   for (const StreamId stream : others) {
     if (std::find(ours.begin(), ours.end(), stream) == ours.end()) {
-      synchronize(stream, Step::kDrainUsedStreams);
+      found.emplace_back(stream, Step::kDrainUsedStreams);
     }
   }
+  return found;
 }
 
 std::vector<StreamId> Pipeline::streams() const {

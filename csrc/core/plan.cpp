@@ -121,30 +121,13 @@ Plan plan_from(const std::vector<Unit>& units, const Ring& ring, std::size_t dep
   Plan plan;
   plan.units = units;
   plan.places.resize(units.size());
-  plan.overlaps.resize(units.size());
   plan.window_bytes = ring.window_bytes;
   plan.depth_bytes = depth_bytes;
   plan.resident_bytes = 0;
-  // By address: what meets a place begins before it ends.
-  std::vector<std::size_t> by_begin(ring.order.size());
   for (std::size_t i = 0; i < ring.order.size(); ++i) {
     plan.places[ring.order[i]] = ring.places[i];
-    by_begin[i] = i;
   }
-  std::sort(by_begin.begin(), by_begin.end(), [&](std::size_t a, std::size_t b) {
-    return std::make_pair(ring.places[a].begin, a) < std::make_pair(ring.places[b].begin, b);
-  });
-  for (std::size_t i = 0; i < by_begin.size(); ++i) {
-    const std::size_t one = by_begin[i];
-    for (std::size_t j = i + 1;
-         j < by_begin.size() && ring.places[by_begin[j]].begin < ring.places[one].end; ++j) {
-      plan.overlaps[ring.order[one]].push_back(ring.order[by_begin[j]]);
-      plan.overlaps[ring.order[by_begin[j]]].push_back(ring.order[one]);
-    }
-  }
-  for (std::vector<UnitIndex>& overlaps : plan.overlaps) {
-    std::sort(overlaps.begin(), overlaps.end());
-  }
+  plan.overlaps = overlaps_of(plan.places);
   for (std::size_t i = 0; i < units.size(); ++i) {
     plan.resident_bytes += plan.places[i] ? 0 : units[i].size_bytes;
   }
@@ -191,6 +174,32 @@ std::size_t default_depth_bytes(const std::vector<Unit>& units) {
     layer = std::max(layer, size_bytes);
   }
   return std::min(layer, static_cast<std::size_t>(kLeafDepth * static_cast<double>(largest)));
+}
+
+std::vector<std::vector<UnitIndex>> overlaps_of(
+    const std::vector<std::optional<ByteRange>>& places) {
+  std::vector<std::vector<UnitIndex>> overlaps(places.size());
+  // By address: what meets a place begins before it ends.
+  std::vector<UnitIndex> by_begin;
+  for (UnitIndex unit = 0; unit < places.size(); ++unit) {
+    if (places[unit]) {
+      by_begin.push_back(unit);
+    }
+  }
+  std::sort(by_begin.begin(), by_begin.end(), [&](UnitIndex a, UnitIndex b) {
+    return std::make_pair(places[a]->begin, a) < std::make_pair(places[b]->begin, b);
+  });
+  for (auto one = by_begin.begin(); one != by_begin.end(); ++one) {
+    for (auto other = one + 1; other != by_begin.end() && places[*other]->begin < places[*one]->end;
+         ++other) {
+      overlaps[*one].push_back(*other);
+      overlaps[*other].push_back(*one);
+    }
+  }
+  for (std::vector<UnitIndex>& one : overlaps) {
+    std::sort(one.begin(), one.end());
+  }
+  return overlaps;
 }
 
 Plan make_plan(const PlanRequest& request) {

@@ -32,6 +32,10 @@ struct Plan {
   bool is_resident(UnitIndex unit) const { return !places[unit].has_value(); }
 };
 
+/// For each unit the others whose places share bytes with its own, in their order.
+std::vector<std::vector<UnitIndex>> overlaps_of(
+    const std::vector<std::optional<ByteRange>>& places);
+
 /// Gives each streamed unit a fixed range of one window.
 ///
 /// A pure function: the same request gives the same plan. Streamed units lie in a ring in their

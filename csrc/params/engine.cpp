@@ -90,7 +90,8 @@ Engine::ParametersView Engine::parameters_of(const UnitParameters& entry) {
 
 Engine::~Engine() { let_go(); }
 
-/// Drains first; then the parameters, which keep their masters alive; then the masters.
+/// Drains first; then the parameters, which keep their masters alive; then the masters, and the
+/// device.
 void Engine::let_go() {
   {
     const py::gil_scoped_release no_gil;
@@ -99,6 +100,12 @@ void Engine::let_go() {
     } catch (const std::exception& error) {
       std::fprintf(stderr, "torch_offload: the op log has no times: %s\n", error.what());
     }
+    if (pipeline_ != nullptr && !pipeline_->drain()) {
+      masters_->leak();
+      if (blobs_ != nullptr) {
+        blobs_->leak();
+      }
+    }
     pipeline_.reset();
     drop_packed();
   }
@@ -106,6 +113,7 @@ void Engine::let_go() {
   parameters_.clear();
   const py::gil_scoped_release no_gil;
   masters_.reset();
+  device_.reset();  // its streams, which on the host are threads
 }
 
 const Pipeline& Engine::pipeline() const {

@@ -135,7 +135,11 @@ class Engine : private Loader {
   const Pipeline& pipeline() const;
   /// A copy of the plan. Throws: StateError while another thread's pass may be changing it.
   Plan plan() const;
-  std::uint64_t host_bytes() const { return device_->counters().registered_bytes; }
+  /// Throws: StateError after close().
+  std::uint64_t host_bytes() const {
+    pipeline();
+    return device_->counters().registered_bytes;
+  }
   /// Time spent in `call` so far, what it calls excluded, in seconds.
   double cpu_seconds() const { return static_cast<double>(cpu_ns_) * 1e-9; }
   std::vector<std::string> parameter_names(UnitIndex unit) const;

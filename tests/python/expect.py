@@ -312,7 +312,8 @@ def _expected(handle: Handle, learned: _Learned, one: Pass) -> Expected:
     window = _Window(handle, one.whole_before)
     for unit in one.units:
         window.demand(unit)
-    for unit in one.copied_in_vain.intersection(one.units):
+    # The first one is asked for before anything is copied ahead.
+    for unit in one.copied_in_vain.intersection(one.units).difference(one.units[:1]):
         window.copy_again(unit)
     if one.completed and goes_as_known and one.units:
         window.run_ahead(one.units[-1], learned.endless(one.units))
