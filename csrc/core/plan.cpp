@@ -91,10 +91,10 @@ Ring streamed_ring(const std::vector<Unit>& units, const std::vector<bool>& resi
   return ring;
 }
 
-/// Finds the smallest window that lets copies run ahead as asked. Ends at the latest where every
-/// unit has bytes of its own.
+/// Finds the smallest window that lets copies run ahead as asked, or one above `most_bytes` if none
+/// below does. Ends at the latest where every unit has bytes of its own.
 Ring smallest_ring(const std::vector<Unit>& units, const std::vector<bool>& resident,
-                   std::size_t depth_bytes) {
+                   std::size_t depth_bytes, std::size_t most_bytes) {
   Ring ring = streamed_ring(units, resident);
   std::size_t total = 0;
   std::size_t largest = 0;
@@ -105,7 +105,7 @@ Ring smallest_ring(const std::vector<Unit>& units, const std::vector<bool>& resi
   const std::size_t step = std::max(aligned_size(largest / kWindowSteps), kAlignmentBytes);
   // While the largest unit is in use, the bytes ahead of it need room beside it.
   std::size_t window = largest + std::min(depth_bytes, total - largest);
-  for (std::size_t tries = 1; window < total; ++tries) {
+  for (std::size_t tries = 1; window < total && window <= most_bytes; ++tries) {
     place(ring, window);
     if (runs_ahead(ring, depth_bytes)) {
       return ring;
@@ -125,13 +125,25 @@ Plan plan_from(const std::vector<Unit>& units, const Ring& ring, std::size_t dep
   plan.window_bytes = ring.window_bytes;
   plan.depth_bytes = depth_bytes;
   plan.resident_bytes = 0;
+  // By address: what meets a place begins before it ends.
+  std::vector<std::size_t> by_begin(ring.order.size());
   for (std::size_t i = 0; i < ring.order.size(); ++i) {
     plan.places[ring.order[i]] = ring.places[i];
-    for (std::size_t j = 0; j < ring.order.size(); ++j) {
-      if (i != j && ring.places[i].overlaps(ring.places[j])) {
-        plan.overlaps[ring.order[i]].push_back(ring.order[j]);
-      }
+    by_begin[i] = i;
+  }
+  std::sort(by_begin.begin(), by_begin.end(), [&](std::size_t a, std::size_t b) {
+    return std::make_pair(ring.places[a].begin, a) < std::make_pair(ring.places[b].begin, b);
+  });
+  for (std::size_t i = 0; i < by_begin.size(); ++i) {
+    const std::size_t one = by_begin[i];
+    for (std::size_t j = i + 1;
+         j < by_begin.size() && ring.places[by_begin[j]].begin < ring.places[one].end; ++j) {
+      plan.overlaps[ring.order[one]].push_back(ring.order[by_begin[j]]);
+      plan.overlaps[ring.order[by_begin[j]]].push_back(ring.order[one]);
     }
+  }
+  for (std::vector<UnitIndex>& overlaps : plan.overlaps) {
+    std::sort(overlaps.begin(), overlaps.end());
   }
   for (std::size_t i = 0; i < units.size(); ++i) {
     plan.resident_bytes += plan.places[i] ? 0 : units[i].size_bytes;
@@ -181,7 +193,9 @@ std::size_t default_depth_bytes(const std::vector<Unit>& units) {
   return std::min(layer, static_cast<std::size_t>(kLeafDepth * static_cast<double>(largest)));
 }
 
-Plan make_plan(const PlanRequest& request) {
+Plan make_plan(const PlanRequest& request) { return *try_make_plan(request, SIZE_MAX); }
+
+std::optional<Plan> try_make_plan(const PlanRequest& request, std::size_t most_window_bytes) {
   const std::vector<Unit>& units = request.units;
   check_units(units);
   std::vector<bool> resident = request.resident;
@@ -193,8 +207,12 @@ Plan make_plan(const PlanRequest& request) {
                      " answers");
   }
   const std::size_t depth_bytes = request.depth_bytes.value_or(default_depth_bytes(units));
-  const Ring ring = request.window_bytes ? ring_within(units, resident, *request.window_bytes)
-                                         : smallest_ring(units, resident, depth_bytes);
+  const Ring ring = request.window_bytes
+                        ? ring_within(units, resident, *request.window_bytes)
+                        : smallest_ring(units, resident, depth_bytes, most_window_bytes);
+  if (ring.window_bytes > most_window_bytes) {
+    return std::nullopt;
+  }
   return plan_from(units, ring, depth_bytes);
 }
 

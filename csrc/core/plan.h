@@ -43,6 +43,10 @@ struct Plan {
 ///         unit does not fit the window that is there.
 Plan make_plan(const PlanRequest& request);
 
+/// The same, or nothing if it needs a window of more than `most_window_bytes`: soon said, where
+/// many are tried.
+std::optional<Plan> try_make_plan(const PlanRequest& request, std::size_t most_window_bytes);
+
 /// Throws: ValueError, naming the unit, unless every size is a positive multiple of
 /// kAlignmentBytes.
 void check_units(const std::vector<Unit>& units);

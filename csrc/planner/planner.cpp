@@ -29,7 +29,7 @@ constexpr double kCloseEnough = 1.005;
 constexpr double kSameTime = 1.0002;
 
 // Planning ends after so many simulated unit calls: a fraction of a second.
-constexpr std::size_t kMostSimulatedCalls = 90'000;
+constexpr std::size_t kMostSimulatedCalls = 80'000;
 
 /// One way to lay out the streamed units of a set: a depth, or the largest unit's window alone.
 struct Layout {
@@ -175,13 +175,13 @@ std::optional<Plan> Search::lay_out(const ResidentSet& set, const Layout& layout
   if (layout.is_single) {
     planned.window_bytes = largest;
   }
-  Plan plan = make_plan(planned);
-  if (plan.window_bytes > room) {
+  std::optional<Plan> plan = try_make_plan(planned, room);
+  if (!plan) {
     return std::nullopt;
   }
   if (num_streamed > 1 && request_.budget_bytes) {
-    for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
-      if (!plan.is_resident(unit) && plan.overlaps[unit].empty()) {
+    for (UnitIndex unit = 0; unit < plan->units.size(); ++unit) {
+      if (!plan->is_resident(unit) && plan->overlaps[unit].empty()) {
         return std::nullopt;
       }
     }

@@ -90,6 +90,7 @@ class StreamedModel:
             streams=self._case.streams,
             granularity=self._case.granularity,
             depth=0 if self._seed % 2 == 0 else None,
+            gpu_budget=None,
             poison=True,
         )
 

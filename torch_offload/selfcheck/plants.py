@@ -54,7 +54,7 @@ def _rows(device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def _streamed(model: nn.Module, device: torch.device, **options: Any) -> Iterator[Handle]:
-    with offload(model, device, **({"depth": 0} | options)) as handle:
+    with offload(model, device, **({"depth": 0, "gpu_budget": None} | options)) as handle:
         yield handle
 
 
