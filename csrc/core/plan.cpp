@@ -193,7 +193,9 @@ std::size_t default_depth_bytes(const std::vector<Unit>& units) {
   return std::min(layer, static_cast<std::size_t>(kLeafDepth * static_cast<double>(largest)));
 }
 
-Plan make_plan(const PlanRequest& request) { return *try_make_plan(request, SIZE_MAX); }
+Plan make_plan(const PlanRequest& request) {
+  return try_make_plan(request, SIZE_MAX).value_or(Plan{});  // no window is above that
+}
 
 std::optional<Plan> try_make_plan(const PlanRequest& request, std::size_t most_window_bytes) {
   const std::vector<Unit>& units = request.units;
