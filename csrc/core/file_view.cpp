@@ -38,7 +38,7 @@ constexpr std::uint64_t kIsOfFile = 1U << 2, kIsInMemory = 1U << 3, kIsSwapped =
 
 /// The next anonymous pages in [begin, end), and where the search goes on; false if this system
 /// cannot search. Addresses that nobody has touched cost nothing.
-bool scan_anonymous(int pagemap, std::uint64_t& begin, std::uint64_t end,
+bool scan_anonymous(int pagemap, std::uintptr_t& begin, std::uintptr_t end,
                     std::vector<ScannedRegion>& regions) {
   regions.resize(256);
   ScanArguments scan{};
@@ -169,9 +169,9 @@ bool FileView::any_anonymous_run(const VisitRun& visit) const {
     const std::size_t end = std::min(last * page, lead + size_bytes_) - lead;
     return begin < end && visit(begin, end);
   };
-  std::uint64_t next = reinterpret_cast<std::uintptr_t>(pages_);
-  const std::uint64_t pages_begin = next;
-  const std::uint64_t pages_end = next + pages_bytes_;
+  auto next = reinterpret_cast<std::uintptr_t>(pages_);
+  const std::uintptr_t pages_begin = next;
+  const std::uintptr_t pages_end = next + pages_bytes_;
   std::vector<ScannedRegion> regions;
   while (next < pages_end && scan_anonymous(pagemap, next, pages_end, regions)) {
     for (const ScannedRegion& region : regions) {
