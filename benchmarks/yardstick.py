@@ -20,6 +20,7 @@ from torch import nn
 
 import torch_offload
 from torch_offload import _C
+from torch_offload.devices import devices_made_by
 
 Shape = tuple[int, int]
 
@@ -185,17 +186,13 @@ def offload_with_device(model: nn.Module, **options: Any) -> tuple[torch_offload
     Every unit streams unless a budget is given: that is what is to be measured.
     """
     made: list[_C.Device] = []
-    plain_device = _C.Device
 
-    def kept(*args: Any, **kwargs: Any) -> _C.Device:
-        made.append(plain_device(*args, **kwargs))
+    def kept(device: torch.device) -> _C.Device:
+        made.append(_C.Device(device))
         return made[-1]
 
-    _C.Device = kept
-    try:
+    with devices_made_by(kept):
         handle = torch_offload.offload(model, DEVICE, **{"gpu_budget": None, **options})
-    finally:
-        _C.Device = plain_device
     return handle, made[-1]
 
 
@@ -233,7 +230,8 @@ class Stage:
             seconds = time.perf_counter() - begin
             extra = None
             if ON_GPU:
-                kept = handle.stats.bytes_resident + handle.stats.window_bytes
+                stats = handle.stats
+                kept = stats.bytes_resident + stats.window_bytes + stats.staging_bytes
                 extra = torch.cuda.memory_allocated(DEVICE) - before - kept
             self._streamed = Streamed(model, handle, device, options, seconds, extra)
             tokens = workload.tokens(workload.shapes[0])
