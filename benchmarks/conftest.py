@@ -46,6 +46,7 @@ FILE_LIMITS_S = {
     "simulated": 120,
     "planner": 240,
     "codec": 60,
+    "packed": 120,
     "layer": 60,
 }
 _RECORDS = pytest.StashKey[Records]()

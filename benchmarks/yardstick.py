@@ -230,7 +230,8 @@ class Stage:
             seconds = time.perf_counter() - begin
             extra = None
             if ON_GPU:
-                kept = handle.stats.bytes_resident + handle.stats.window_bytes
+                stats = handle.stats
+                kept = stats.bytes_resident + stats.window_bytes + stats.staging_bytes
                 extra = torch.cuda.memory_allocated(DEVICE) - before - kept
             self._streamed = Streamed(model, handle, device, options, seconds, extra)
             tokens = workload.tokens(workload.shapes[0])
