@@ -38,6 +38,7 @@ Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOpti
     : device_(device),
       loader_(loader),
       plan_(std::move(plan)),
+      planned_overlaps_(plan_.overlaps),
       options_(options),
       policy_(policy_of(options.mode)),
       order_(std::make_unique<Order>(streamed_units(plan_))),
@@ -105,19 +106,25 @@ void Pipeline::replan(Plan plan) {
   const std::size_t former_bytes = window_bytes();
   window_.reset();  // first: there need not be room for both
   try {
-    window_.emplace(device_, plan.window_bytes);
+    take_window(plan.window_bytes);
   } catch (...) {
     try {
-      window_.emplace(device_, former_bytes);
-    } catch (const MemoryError&) {
-      window_.reset();
+      take_window(former_bytes);
+    } catch (const std::exception&) {
+      window_.reset();  // what failed first is told
     }
+    plan_.overlaps = planned_overlaps_;  // those of units that had places of their own as well
     adopt(std::move(plan_));
     throw;
   }
-  // As in the constructor.
-  synchronize(device_.current_stream(), Step::kNewWindowDrain);
   adopt(std::move(plan));
+}
+
+/// Makes a window that nobody else uses any more.
+void Pipeline::take_window(std::size_t size_bytes) {
+  window_.emplace(device_, size_bytes);
+  // The allocator may have handed out memory that kernels of the current stream still use.
+  synchronize(device_.current_stream(), Step::kNewWindowDrain);
 }
 
 /// Goes on with this plan and empty places in the window that is there.
@@ -125,6 +132,7 @@ void Pipeline::adopt(Plan plan) {
   std::vector<UnitState> states = states_of(plan);
   order_ = std::make_unique<Order>(streamed_units(plan));
   plan_ = std::move(plan);
+  planned_overlaps_ = plan_.overlaps;
   states_ = std::move(states);
   unit_stats_.assign(plan_.units.size(), UnitStats{});
   current_ = kNoUnit;

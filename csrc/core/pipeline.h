@@ -119,6 +119,8 @@ class Pipeline {
   const PipelineOptions& options() const { return options_; }
   /// Copy streams first, then the compute streams of `split`.
   std::vector<StreamId> streams() const;
+  /// False only after a replan for which there was no room.
+  bool has_window() const { return window_.has_value(); }
   std::size_t window_bytes() const { return window_ ? window_->size_bytes() : 0; }
   AddressRange window() const {
     return AddressRange::of(window_ ? window_->memory() : nullptr, window_bytes());
@@ -149,6 +151,7 @@ class Pipeline {
   };
 
   std::vector<UnitState> states_of(const Plan& plan);
+  void take_window(std::size_t size_bytes);
   void adopt(Plan plan);
   std::size_t copy_stream_index(UnitIndex unit) const;
   StreamId copy_stream(UnitIndex unit);
@@ -175,7 +178,8 @@ class Pipeline {
 
   Device& device_;
   Loader& loader_;
-  Plan plan_;
+  Plan plan_;  // without the overlaps of units that were given places of their own
+  std::vector<std::vector<UnitIndex>> planned_overlaps_;  // with them
   PipelineOptions options_;
   Policy policy_;
   std::unique_ptr<Order> order_;
