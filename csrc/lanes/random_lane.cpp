@@ -115,7 +115,7 @@ class RandomSchedule {
     try {
       pipeline().replan(plan(pipeline().plan().units));
     } catch (const PlantedFailure&) {
-      // as it was, or without a window
+      rig_->fail_at(0);  // it is as it was, or without a window
     } catch (const MemoryError&) {
       Misuse(*rig_).without_memory(unit());
     }
