@@ -40,6 +40,7 @@ EXPLAINED = {
     ("pipeline.cpp", "options_.warn != nullptr", True): "asked behind such a lie only",
     ("pipeline.cpp", "options_.warn != nullptr", False): "asked behind such a lie only",
 }
+_SOURCES = ("order.cpp", "pipeline.cpp", "pipeline_copies.cpp", "pipeline_streams.cpp")
 # A constant in the product: see core/steps.h.
 _CONSTANT = "is_left_out"
 
@@ -64,10 +65,12 @@ class Side:
 
 
 def read_sides(document: dict[str, Any]) -> list[Side]:
-    """All sides of all conditions, but for those that are constants."""
+    """All sides of all conditions of the pipeline, but for those that are constants."""
     sides = []
     for file in document["data"][0]["files"]:
         path = Path(file["filename"])
+        if path.name not in _SOURCES:
+            continue
         lines = path.read_text().splitlines()
         counts: dict[tuple[int, int, int], list[int]] = {}
         for line, begin, _, end, is_true, is_false, *_ in file["branches"]:

@@ -21,6 +21,5 @@ LLVM_PROFILE_FILE="$build/lanes.profraw" TORCH_OFFLOAD_SCHEDULES=$schedules \
   "$build/tests/cpp/test_lanes" --gtest_filter=RandomLaneTest.NoScheduleHasAHazard
 llvm-profdata merge -sparse "$build/lanes.profraw" -o "$build/lanes.profdata"
 llvm-cov export "$build/tests/cpp/test_lanes" -instr-profile="$build/lanes.profdata" \
-  csrc/core/order.cpp csrc/core/pipeline.cpp csrc/core/pipeline_copies.cpp \
-  csrc/core/pipeline_streams.cpp >"$build/branches.json"
+  >"$build/branches.json"
 "$python" tools/branches.py "$build/branches.json" --schedules "$schedules" "$@"

@@ -111,6 +111,7 @@ void Pipeline::replan(Plan plan) {
     return;
   }
   const std::size_t former_bytes = window_bytes();
+  window_.reset();  // first: there need not be room for both
   try {
     window_.emplace(device_, plan.window_bytes);
     // As in the constructor.

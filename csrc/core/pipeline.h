@@ -123,6 +123,8 @@ class Pipeline {
   const PipelineOptions& options() const { return options_; }
   /// Copy streams first, then the compute streams of `split`, then the loader's.
   std::vector<StreamId> streams() const;
+  /// False only after a replan for which there was no room.
+  bool has_window() const { return window_.has_value(); }
   std::size_t window_bytes() const { return window_ ? window_->size_bytes() : 0; }
   AddressRange window() const {
     return AddressRange::of(window_ ? window_->memory() : nullptr, window_bytes());
@@ -182,7 +184,7 @@ class Pipeline {
 
   Device& device_;
   Loader& loader_;
-  Plan plan_;
+  Plan plan_;  // without the overlaps of units that were given places of their own
   PipelineOptions options_;
   Policy policy_;
   std::unique_ptr<Order> order_;

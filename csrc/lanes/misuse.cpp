@@ -33,15 +33,19 @@ void expect(bool is_so, const char* what) {
 void Misuse::between_passes(UnitIndex unit) {
   Pipeline& pipeline = rig_.pipeline();
   expect_refused<StateError>("acquire outside a pass", [&] { pipeline.acquire(unit); });
-  expect_refused<ValueError>("a plan for a larger window", [&] {
-    Plan larger = pipeline.plan();
-    larger.window_bytes = pipeline.window_bytes() + kAlignmentBytes;
-    pipeline.replan(std::move(larger));
-  });
   expect_refused<ValueError>("sync with two streams", [&] {
     rig_.make_pipeline(pipeline.plan(), {Mode::kSync, StreamLayout::kSplit});
   });
   expect(pipeline.is_mine(), "the pipeline to be this thread's");
+}
+
+void Misuse::without_memory(UnitIndex unit) {
+  Pipeline& pipeline = rig_.pipeline();
+  expect(!pipeline.has_window() || pipeline.window_bytes() == 0, "no window");
+  expect(!pipeline.owns(rig_.masters()), "a master not to be the pipeline's");
+  pipeline.enter();
+  expect_refused<StateError>("acquire without a window", [&] { pipeline.acquire(unit); });
+  pipeline.leave(false);
 }
 
 void Misuse::in_a_use(UnitIndex held, const std::byte* place, UnitIndex other) {

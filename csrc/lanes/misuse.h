@@ -14,6 +14,8 @@ class Misuse {
   explicit Misuse(ScheduleRig& rig) : rig_(rig) {}
 
   void between_passes(UnitIndex unit);
+  /// Behind a replan for which there was no room, nor for the former window.
+  void without_memory(UnitIndex unit);
   /// While `held` is in use, in its place; `other` is any unit.
   void in_a_use(UnitIndex held, const std::byte* place, UnitIndex other);
 

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/error.h"
 #include "lanes/misuse.h"
 #include "lanes/placed_plan.h"
 #include "lanes/schedule_rig.h"
@@ -64,10 +65,10 @@ class RandomSchedule {
       PlanRequest request;
       request.units = std::move(units);
       request.depth_bytes = draw(20) * kSlice;
-      if (draw(4) == 0) {
-        request.resident.resize(request.units.size());
-        for (std::size_t i = 1; i < request.resident.size(); ++i) {
-          request.resident[i] = draw(3) == 0;
+      if (draw(3) == 0) {
+        request.resident.resize(num_units_);
+        for (std::size_t i = 0; i < num_units_; ++i) {
+          request.resident[i] = draw(2) == 0;
         }
       }
       return make_plan(request);
@@ -96,15 +97,32 @@ class RandomSchedule {
     if (draw(8) == 0) {
       rig_->device().set_current_stream(rig_->callers()[draw(2)]);
     }
-    if (draw(16) == 0) {
-      // The masters stay as they are.
-      Plan other = plan(pipeline().plan().units);
-      if (other.window_bytes <= pipeline().window_bytes()) {
-        pipeline().replan(std::move(other));
-      }
+    if (draw(12) == 0) {
+      replan();
     }
     if (draw(16) == 0) {
       Misuse(*rig_).between_passes(unit());
+    }
+  }
+
+  /// Other places, in a window of another size. Now and then the device fails, or has no room.
+  void replan() {
+    const std::size_t trouble = draw(4);
+    if (trouble == 0) {
+      rig_->fail_at(static_cast<int>(1 + draw(6)));
+    }
+    rig_->set_out_of_memory(trouble == 1);
+    try {
+      pipeline().replan(plan(pipeline().plan().units));
+    } catch (const PlantedFailure&) {
+      rig_->fail_at(0);  // it is as it was, or without a window
+    } catch (const MemoryError&) {
+      Misuse(*rig_).without_memory(unit());
+    }
+    rig_->fail_at(0);
+    rig_->set_out_of_memory(false);
+    if (!pipeline().has_window()) {
+      pipeline().replan(plan(pipeline().plan().units));
     }
   }
 

@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "core/error.h"
+
 namespace torch_offload {
 
 namespace {
@@ -60,6 +62,9 @@ void ScheduleRig::FailingDevice::do_fill(StreamId stream, void* memory, std::siz
 
 void* ScheduleRig::FailingDevice::do_allocate(std::size_t size_bytes) {
   count_down();
+  if (is_out_of_memory) {
+    throw MemoryError("planted: no memory");
+  }
   return SimDevice::do_allocate(size_bytes);
 }
 

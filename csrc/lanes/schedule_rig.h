@@ -48,6 +48,8 @@ class ScheduleRig {
 
   /// The `call`-th submission from now on fails; 0: none does.
   void fail_at(int call) { device_.calls_until_failure = call; }
+  /// Whether the device has no memory left to give.
+  void set_out_of_memory(bool is_out) { device_.is_out_of_memory = is_out; }
   bool has_failed() const { return device_.calls_until_failure == 0; }
 
   /// Ends everything and returns its log.
@@ -58,6 +60,7 @@ class ScheduleRig {
    public:
     using SimDevice::SimDevice;
     int calls_until_failure = 0;
+    bool is_out_of_memory = false;
 
    protected:
     void do_set_current_stream(StreamId stream) override;
