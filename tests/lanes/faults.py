@@ -189,6 +189,8 @@ def failures(phase: str) -> Iterator[tuple[str, Callable[[int], Failure]]]:
             yield f"hook, {error.__name__}", lambda at, e=error: Hook(e, at)  # type: ignore[misc]
 
 
+#: What a slice tries, of one case.
+_QUICK = ("device call, runtime", "operator, KeyboardInterrupt", "hook, RuntimeError")
 PHASES = ("offload", "forward", "edited forward", "replan", "remove")
 
 
@@ -383,6 +385,7 @@ class FaultSweep(Lane):
             for case in cases
             for phase in PHASES
             for name, make in failures(phase)
+            if effort.full or name in _QUICK
         ]
         tally = Tally()
         struck: set[str] = set()

@@ -82,16 +82,15 @@ class Soak(Lane):
     counts = "forwards bit-equal"
 
     def control(self) -> Tally:
-        """An edit of one element without `refresh`, behind which old bits must be seen."""
+        """An edit of one element that the streamed model does not get, as if it were missed."""
 
         def unseen(
             choice: random.Random, handle: torch_offload.Handle, models: list[nn.Module]
         ) -> None:
-            for model in models:
-                model.blocks[0].attn.weight.data.view(-1)[1] += 1.0
+            models[1].get_parameter("blocks.0.attn.weight").data.view(-1)[1] += 1.0
 
         tally = Tally()
-        self._soak(tally, {"depth": None, "gpu_budget": None}, 20, seed=1, edits=(unseen,))
+        self._soak(tally, {"gpu_budget": None}, 40, seed=1, edits=(unseen,))
         return tally
 
     def run(self, effort: Effort) -> Tally:
