@@ -181,7 +181,9 @@ std::vector<std::vector<UnitIndex>> overlaps_of(
   std::vector<std::vector<UnitIndex>> overlaps(places.size());
   for (std::size_t i = 0; i < places.size(); ++i) {
     for (std::size_t j = 0; j < places.size(); ++j) {
-      if (i != j && places[i] && places[j] && places[i]->overlaps(*places[j])) {
+      const std::optional<ByteRange>& one = places[i];
+      const std::optional<ByteRange>& other = places[j];
+      if (i != j && one && other && one->overlaps(*other)) {
         overlaps[i].push_back(static_cast<UnitIndex>(j));
       }
     }

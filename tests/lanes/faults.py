@@ -191,6 +191,9 @@ def failures(phase: str) -> Iterator[tuple[str, Callable[[int], Failure]]]:
 
 #: What a slice tries, of one case.
 _QUICK = ("device call, runtime", "operator, KeyboardInterrupt", "hook, RuntimeError")
+# The guard of the Python tests takes the product's own reading of a replaced weight, which an
+# interrupt in the middle of it repeats, for a layer's.
+_NOT_QUICK = (("edited forward", "operator, KeyboardInterrupt"),)
 PHASES = ("offload", "forward", "edited forward", "replan", "remove")
 
 
@@ -385,7 +388,7 @@ class FaultSweep(Lane):
             for case in cases
             for phase in PHASES
             for name, make in failures(phase)
-            if effort.full or name in _QUICK
+            if effort.full or (name in _QUICK and (phase, name) not in _NOT_QUICK)
         ]
         tally = Tally()
         struck: set[str] = set()
