@@ -23,7 +23,11 @@ FailureKind parse_failure_kind(const std::string& name) {
 
 void DeviceFailure::count(const char* call) {
   ++num_calls;
-  if (calls_until_failure == 0 || --calls_until_failure > 0) {
+  if (calls_until_failure == 0) {
+    return;
+  }
+  --calls_until_failure;
+  if (calls_until_failure > 0) {
     return;
   }
   failed_call = call;

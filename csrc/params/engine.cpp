@@ -195,24 +195,38 @@ void Engine::adopt_at_the_end(StreamedParameter& parameter) {
 std::vector<std::string> Engine::move_out() {
   check_at_rest("remove()");
   std::vector<std::string> moved_elsewhere;
-  for (StreamedParameter& parameter : parameters_) {
-    if (!parameter.is_moved()) {
-      continue;
+  std::vector<std::size_t> moved_out;
+  try {
+    for (std::size_t i = 0; i < parameters_.size(); ++i) {
+      StreamedParameter& parameter = parameters_[i];
+      if (!parameter.is_moved()) {
+        continue;
+      }
+      adopt_at_the_end(parameter);
+      const bool was_in = parameter.is_moved_in();
+      if (was_in && parameter.former_device().is_cpu() && masters_->has_view(i)) {
+        parameter.keep_master();  // as a model that was loaded the usual way shows its file
+        moved_out.push_back(i);
+        continue;
+      }
+      at::Tensor plain;
+      try {
+        plain = parameter.plain_copy(parameter.former_device());
+      } catch (const c10::OutOfMemoryError&) {
+        plain = parameter.plain_copy(at::kCPU);
+        moved_elsewhere.push_back(parameter.name());
+      }
+      parameter.move_out(plain);
+      if (was_in) {
+        moved_out.push_back(i);
+      }
     }
-    adopt_at_the_end(parameter);
-    if (parameter.is_moved_in() && parameter.former_device().is_cpu() &&
-        masters_->has_view(static_cast<PieceIndex>(&parameter - parameters_.data()))) {
-      parameter.keep_master();  // as a model that was loaded the usual way shows its file
-      continue;
+  } catch (...) {
+    // Back into the masters, which are still there: the model goes on streaming.
+    for (const std::size_t i : moved_out) {
+      move_parameter_in(i);
     }
-    at::Tensor plain;
-    try {
-      plain = parameter.plain_copy(parameter.former_device());
-    } catch (const c10::OutOfMemoryError&) {
-      plain = parameter.plain_copy(at::kCPU);
-      moved_elsewhere.push_back(parameter.name());
-    }
-    parameter.move_out(plain);
+    throw;
   }
   return moved_elsewhere;
 }

@@ -40,6 +40,8 @@ HOST = torch.device("cpu")
         ({"depth": -1}, ValueError, r"depth >= 0 bytes, got -1"),
         ({"depth": "-2GiB"}, ValueError, r"depth as a number of bytes"),
         ({"depth": 1.5}, TypeError, r"depth.*float"),
+        ({"depth": "9" * 400 + "GiB"}, ValueError, r"depth of at most 40 digits, got 400"),
+        ({"depth": 2**63}, ValueError, r"depth of at most \d+ bytes"),
         ({"depth": True}, TypeError, r"depth.*bool"),
         ({"gpu_budget": "10 apples"}, ValueError, r"gpu_budget.*'10 apples'"),
         ({"gpu_budget": -5}, ValueError, r"gpu_budget >= 0"),
