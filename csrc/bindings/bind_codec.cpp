@@ -140,6 +140,7 @@ void bind_codec(py::module_& module) {
       .def_readonly("num_tiles", &PackedUnit::num_tiles)
       .def_property_readonly("codecs", [](const PackedUnit& unit) {
         std::vector<std::string> names;
+        names.reserve(unit.entries.size());
         for (const TensorEntry& entry : unit.entries) {
           names.emplace_back(name_of(entry.codec));
         }

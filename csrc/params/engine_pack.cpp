@@ -7,6 +7,7 @@
 // there is no room any more is raw from then on.
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "codec/parallel.h"
@@ -37,7 +38,7 @@ UnitEncoder Engine::encoder_of(const UnitParameters& entry, std::size_t unit_byt
   }
   EncodeOptions options;
   options.num_threads = default_num_threads();
-  return UnitEncoder(tensors, unit_bytes, options);
+  return {tensors, unit_bytes, options};
 }
 
 void Engine::pack(double max_share) {
@@ -78,9 +79,9 @@ void Engine::pack(double max_share) {
     blobs_ = std::make_shared<PinnedArena>(device_, sizes);
     packed_ = std::make_unique<PackedLoader>(*device_, units_.size(), options);
     for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
-      if (encoders[unit]) {
+      if (const std::optional<UnitEncoder>& encoder = encoders[unit]) {
         blobs_->prepare(unit);
-        write_packed(unit, *encoders[unit]);
+        write_packed(unit, *encoder);
       }
       blobs_->seal_up_to(unit);
     }
@@ -141,6 +142,7 @@ std::vector<StreamId> Engine::own_streams() const {
 std::vector<std::size_t> Engine::transport_bytes() const {
   const Plan& plan = pipeline().plan();
   std::vector<std::size_t> sizes;
+  sizes.reserve(units_.size());
   for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
     sizes.push_back(is_packed(unit) ? packed_->source(unit).packed_bytes
                                     : plan.units[unit].size_bytes);
