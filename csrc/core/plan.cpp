@@ -180,20 +180,20 @@ std::vector<std::vector<UnitIndex>> overlaps_of(
     const std::vector<std::optional<ByteRange>>& places) {
   std::vector<std::vector<UnitIndex>> overlaps(places.size());
   // By address: what meets a place begins before it ends.
-  std::vector<UnitIndex> by_begin;
+  std::vector<std::pair<ByteRange, UnitIndex>> by_begin;
   for (UnitIndex unit = 0; unit < places.size(); ++unit) {
-    if (places[unit]) {
-      by_begin.push_back(unit);
+    if (const std::optional<ByteRange>& place = places[unit]) {
+      by_begin.emplace_back(*place, unit);
     }
   }
-  std::sort(by_begin.begin(), by_begin.end(), [&](UnitIndex a, UnitIndex b) {
-    return std::make_pair(places[a]->begin, a) < std::make_pair(places[b]->begin, b);
+  std::sort(by_begin.begin(), by_begin.end(), [](const auto& a, const auto& b) {
+    return std::make_pair(a.first.begin, a.second) < std::make_pair(b.first.begin, b.second);
   });
   for (auto one = by_begin.begin(); one != by_begin.end(); ++one) {
-    for (auto other = one + 1; other != by_begin.end() && places[*other]->begin < places[*one]->end;
+    for (auto other = one + 1; other != by_begin.end() && other->first.begin < one->first.end;
          ++other) {
-      overlaps[*one].push_back(*other);
-      overlaps[*other].push_back(*one);
+      overlaps[one->second].push_back(other->second);
+      overlaps[other->second].push_back(one->second);
     }
   }
   for (std::vector<UnitIndex>& one : overlaps) {

@@ -34,7 +34,8 @@ inline std::vector<Access> accesses_of(const std::vector<Op>& ops) {
     access.op = i;
     access.memory = op.memory;
     switch (op.kind) {
-      case OpKind::kCopy: {
+      case OpKind::kCopy:
+      case OpKind::kDecode: {
         Access source = access;
         source.memory = op.source;
         accesses.push_back(source);

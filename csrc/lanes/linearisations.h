@@ -97,12 +97,17 @@ class Linearisations {
         use(i, op.memory);
         put(op);
         break;
+      case OpKind::kDecode:
+        use(i, op.source, /*is_content=*/true);
+        use(i, op.memory);
+        put(op);
+        break;
       case OpKind::kFill:
         use(i, op.memory);
         put(op);
         break;
       case OpKind::kRead:
-        use(i, op.memory);
+        use(i, op.memory, /*is_content=*/true);
         break;
       case OpKind::kHostWrite:
       case OpKind::kAllocate:
@@ -137,7 +142,7 @@ class Linearisations {
   }
 
   void put(const Op& op) {
-    const bool takes_memory = op.kind != OpKind::kCopy && op.kind != OpKind::kFill;
+    const bool takes_memory = !is_onload(op) && op.kind != OpKind::kFill;
     for_each_slice(op.memory, [&](std::uintptr_t at) {
       if (takes_memory || !is_given_up(at)) {
         contents_[at] = &op;
@@ -145,7 +150,12 @@ class Linearisations {
     });
   }
 
-  void use(std::size_t i, const AddressRange& memory) {
+  static bool is_onload(const Op& op) {
+    return op.kind == OpKind::kCopy || op.kind == OpKind::kDecode;
+  }
+
+  /// Of what `is_content`, the bytes must be those of the op's unit and generation.
+  void use(std::size_t i, const AddressRange& memory, bool is_content = false) {
     const Op& op = ops_[i];
     for_each_slice(memory, [&](std::uintptr_t at) {
       const auto found = contents_.find(at);
@@ -153,8 +163,8 @@ class Linearisations {
         if (found->second < &op) {  // else it was given up in flight
           after_free_.insert(i);
         }
-      } else if (op.kind == OpKind::kRead && op.generation != 0 && found != contents_.end() &&
-                 (found->second->kind != OpKind::kCopy || found->second->unit != op.unit ||
+      } else if (is_content && op.generation != 0 && found != contents_.end() &&
+                 (!is_onload(*found->second) || found->second->unit != op.unit ||
                   found->second->generation != op.generation)) {
         stale_.insert(i);
       }

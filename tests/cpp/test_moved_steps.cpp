@@ -48,22 +48,23 @@ class Reachability {
   /// Of logs without a race, in which all orders leave the same bytes.
   bool finds_other_bytes(std::size_t read) const {
     const Op& op = ops_[read];
-    if (op.kind != OpKind::kRead || op.generation == 0) {
+    if ((op.kind != OpKind::kRead && op.kind != OpKind::kDecode) || op.generation == 0) {
       return false;
     }
+    const AddressRange& memory = op.kind == OpKind::kRead ? op.memory : op.source;
     std::map<std::uintptr_t, const Op*> contents;
     for (std::size_t i = 0; i < read; ++i) {
       const OpKind kind = ops_[i].kind;
-      if (kind == OpKind::kCopy || kind == OpKind::kFill || kind == OpKind::kAllocate) {
+      if (is_onload(kind) || kind == OpKind::kFill || kind == OpKind::kAllocate) {
         for (std::uintptr_t at = ops_[i].memory.begin; at < ops_[i].memory.end;
              at += kAlignmentBytes) {
           contents[at] = &ops_[i];
         }
       }
     }
-    for (std::uintptr_t at = op.memory.begin; at < op.memory.end; at += kAlignmentBytes) {
+    for (std::uintptr_t at = memory.begin; at < memory.end; at += kAlignmentBytes) {
       const Op* writer = contents[at];
-      if (writer->kind != OpKind::kCopy || writer->unit != op.unit ||
+      if (!is_onload(writer->kind) || writer->unit != op.unit ||
           writer->generation != op.generation) {
         return true;
       }
@@ -73,6 +74,8 @@ class Reachability {
   bool meets_given_up_memory(std::size_t /*op*/) const { return false; }  // only at the very end
 
  private:
+  static bool is_onload(OpKind kind) { return kind == OpKind::kCopy || kind == OpKind::kDecode; }
+
   static bool is_of_stream(const Op& op) {
     return op.stream != kNoStream && op.kind != OpKind::kSynchronize;
   }
