@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 from file_figures import FILE_ROWS
 from measured import Document, Figures, Results, Row, greatest, row_of, tuple_of
+from packed_figures import PACKED_ROWS
 from planner_figures import PLANNER_ROWS
 from seen_figures import SEEN_ROWS
 
@@ -274,6 +275,7 @@ _ROWS: tuple[Callable[[Results], Row], ...] = (
     *FILE_ROWS,
     *SEEN_ROWS,
     *PLANNER_ROWS,
+    *PACKED_ROWS,
 )
 
 

@@ -34,6 +34,10 @@ def forward_table(results: Results) -> list[list[str]]:
             results.one("mode", mode=mode, streams=streams, shape=shape)
         )
 
+    def packed_of(shape: str) -> float | None:
+        part = results.one("packed", shape=shape)
+        return None if part is None else _median(part["packed_ms"])
+
     def peer_of(peer: str) -> Callable[[str], float | None]:
         return lambda shape: _streamed_ms(results.one("peer", peer=peer, shape=shape))
 
@@ -42,6 +46,7 @@ def forward_table(results: Results) -> list[list[str]]:
         line("link floor, small buffer", lambda shape: any_of(shape, "hot_floor_ms")),
         line("resident", lambda shape: any_of(shape, "plain_ms")),
         *(line(f"pipeline, units: {name}", forward_of(name)) for name in GRANULARITIES),
+        line("pipeline, packed", packed_of),
         *(
             line(f"mode {mode}, {streams}", mode_of(mode, streams))
             for mode in ("pipeline", "events", "streams", "sync")

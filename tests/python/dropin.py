@@ -134,3 +134,19 @@ def assert_streams_like_plain(
                 assert_equal(run(model), must)
     expect.assert_streams_exactly(calls)
     expect.assert_at_rest(handle)
+
+
+def tiny_tokenizer() -> Any:
+    """Letters and a few words, within the vocabulary of `tiny_llama`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {
+        chr(ord("a") + index): 3 + index for index in range(26)
+    }
+    words |= {f"w{index}": index for index in range(len(words), 64)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )

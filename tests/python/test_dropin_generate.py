@@ -12,7 +12,14 @@ from transformers import TextIteratorStreamer, cache_utils
 
 import torch_offload
 from tests.python import expect
-from tests.python.dropin import assert_equal, plain_on, streamed, tiny_llama, tokens
+from tests.python.dropin import (
+    assert_equal,
+    plain_on,
+    streamed,
+    tiny_llama,
+    tiny_tokenizer,
+    tokens,
+)
 from tests.python.models import CASES
 
 # A part of torch that transformers imports for static caches.
@@ -125,13 +132,13 @@ def test_generate_in_a_thread_with_a_streamer_equals_plain(device: torch.device)
     must = plain.generate(ids, **_SETTINGS)
     with streamed(model, device) as handle:
         with expect.watch(handle) as calls:
-            streamer = TextIteratorStreamer(_tokenizer(), timeout=60)
+            streamer = TextIteratorStreamer(tiny_tokenizer(), timeout=60)
             settings = {**_SETTINGS, "inputs": ids, "streamer": streamer}
             thread = threading.Thread(target=model.generate, kwargs=settings)
             thread.start()
             text = "".join(streamer)
             thread.join()
-        assert text.split() == _tokenizer().decode(must[0]).split()
+        assert text.split() == tiny_tokenizer().decode(must[0]).split()
         expect.assert_streams_exactly(calls, exact_passes=6)
         assert_equal(model.generate(ids, **_SETTINGS), must)
 
@@ -198,7 +205,7 @@ def test_generate_in_a_transformers_pipeline_equals_plain(device: torch.device) 
     ids = tokens(device)
     must = plain.generate(ids, **_SETTINGS)
     with streamed(model, device) as handle:
-        task = pipeline("text-generation", model=model, tokenizer=_tokenizer(), device=device)
+        task = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer(), device=device)
         assert task.device == device
         assert task.model is model
         with expect.watch(handle) as calls:
@@ -207,20 +214,5 @@ def test_generate_in_a_transformers_pipeline_equals_plain(device: torch.device) 
         assert_equal(got, must)
         assert isinstance(texts[0]["generated_text"], str)
         expect.assert_streams_exactly(calls, exact_passes=len(calls.passes))
-    plain_task = pipeline("text-generation", model=plain, tokenizer=_tokenizer(), device=device)
+    plain_task = pipeline("text-generation", model=plain, tokenizer=tiny_tokenizer(), device=device)
     assert texts == plain_task("a b c", max_new_tokens=3, do_sample=False, return_full_text=False)
-
-
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {
-        chr(ord("a") + index): 3 + index for index in range(26)
-    }
-    words |= {f"w{index}": index for index in range(len(words), 64)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )

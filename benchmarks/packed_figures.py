@@ -1,0 +1,100 @@
+"""Rows of the table of figures for packed transport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from measured import Results, Row, greatest, row_of, tuple_of
+
+
+def _bits(results: Results) -> Row:
+    parts = results.all("packing", codec="e33")
+    return row_of(
+        "packed, bits a weight, all side data",
+        "<= 11.2",
+        "<= 10.9",
+        ", ".join(f"{part['bits_a_weight']:.2f}" for part in parts),
+        greatest(part["bits_a_weight"] for part in parts),
+        (11.2, 10.9),
+    )
+
+
+def _link_bound(results: Results) -> Row:
+    parts = [part for index in range(3) for part in results.all("packed", shape_index=index)]
+    return row_of(
+        "packed forward / raw floor at (1,1), (8,512), (1,2048)",
+        "<= 0.71",
+        "<= 0.67",
+        ", ".join(f"{tuple_of(part['shape'])} {part['of_raw_floor']:.3f}" for part in parts),
+        greatest(part["of_raw_floor"] for part in parts) if len(parts) == 3 else None,
+        (0.71, 0.67),
+    )
+
+
+def _compute_bound(results: Results) -> Row:
+    parts = results.all("packed", shape_index=3)
+    return row_of(
+        "packed forward at (8,2048) / max(raw floor, resident)",
+        "<= 1.01",
+        "1.005",
+        ", ".join(f"{part['of_roofline']:.3f}" for part in parts),
+        greatest(part["of_roofline"] for part in parts),
+        (1.01, 1.005),
+    )
+
+
+def _decoder(results: Results) -> Row:
+    rates = {
+        part["codec"]: part["bytes_per_s"]["0"]["median"] / 1e12
+        for part in results.all("decoder")
+        if part["codec"] != "raw"
+    }
+    return row_of(
+        "decoder alone, out",
+        ">= 1.5 TB/s",
+        "2.1 TB/s",
+        ", ".join(f"{codec} {rate:.2f} TB/s" for codec, rate in rates.items()),
+        min(rates.values()) if rates else None,
+        (1.5, 2.1),
+        at_least=True,
+    )
+
+
+def _beside(results: Results) -> Row:
+    kept = {part["codec"]: part["rate_kept"] for part in results.all("beside")}
+    return row_of(
+        "copy rate while decoding / alone",
+        ">= 0.98",
+        "",
+        ", ".join(f"{codec} {share:.3f}" for codec, share in kept.items()),
+        min(kept.values()) if kept else None,
+        (0.98, None),
+        at_least=True,
+    )
+
+
+def _packing(results: Results) -> Row:
+    rates = {
+        part["codec"]: part["bytes_per_s"]["median"] / 1e9
+        for part in results.all("packing")
+        if part["codec"] != "raw"
+    }
+    return row_of(
+        "packing, weights a second on 16 cores",
+        ">= 10 GB/s",
+        "25 GB/s",
+        ", ".join(f"{codec} {rate:.1f} GB/s" for codec, rate in rates.items()),
+        min(rates.values()) if rates else None,
+        (10.0, 25.0),
+        at_least=True,
+    )
+
+
+PACKED_ROWS: tuple[Callable[[Results], Row], ...] = (
+    _bits,
+    _link_bound,
+    _compute_bound,
+    _decoder,
+    _beside,
+    _packing,
+)
