@@ -33,6 +33,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -312,9 +313,11 @@ def _expected(handle: Handle, learned: _Learned, one: Pass) -> Expected:
     window = _Window(handle, one.whole_before)
     for unit in one.units:
         window.demand(unit)
-    # The first one is asked for before anything is copied ahead.
-    for unit in one.copied_in_vain.intersection(one.units).difference(one.units[:1]):
-        window.copy_again(unit)
+    seen = set(one.units[:1])
+    for before, unit in pairwise(one.units):
+        if unit not in seen and unit in one.copied_in_vain and window.runs_ahead(before, unit):
+            window.copy_again(unit)
+        seen.add(unit)
     if one.completed and goes_as_known and one.units:
         window.run_ahead(one.units[-1], learned.endless(one.units))
     demands_only = handle.config.mode in ("sync", "streams")
@@ -352,11 +355,16 @@ class _Window:
             self.onloads += 1
             self.bytes_onloaded += self._sizes[unit]
 
+    def runs_ahead(self, before: int, unit: int) -> bool:
+        """Whether `unit` is copied while `before`, the one in front of it, is in use."""
+        return self._mode == "pipeline" or (
+            self._mode == "events" and self._layers[before] == self._layers[unit]
+        )
+
     def copy_again(self, unit: int) -> None:
         """Counts a copy that ran ahead in vain."""
-        if self._mode not in ("sync", "streams"):
-            self.onloads += 1
-            self.bytes_onloaded += self._sizes[unit]
+        self.onloads += 1
+        self.bytes_onloaded += self._sizes[unit]
 
     def run_ahead(self, last: int, following: Iterator[int]) -> None:
         """Copies ahead after the last unit of a pass, which is no longer in use."""
