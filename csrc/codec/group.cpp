@@ -63,8 +63,8 @@ GroupBytes look_up(const GroupBytes& codes, const Palette& palette) {
 }
 
 constexpr std::uint16_t weight_of(std::uint8_t byte, std::uint8_t exponent) {
-  return static_cast<std::uint16_t>(((byte & 0x80U) << 8U) | (exponent << kExponentShift) |
-                                    (byte & 0x7FU));
+  return static_cast<std::uint16_t>(((byte & 0x80U) << 8U) |
+                                    (std::uint32_t{exponent} << kExponentShift) | (byte & 0x7FU));
 }
 
 void join(const GroupBytes& bytes, const GroupBytes& exponents, GroupWeights& weights) {

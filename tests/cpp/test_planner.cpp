@@ -408,7 +408,9 @@ TEST_P(PlannerTimeTest, EightyLayers) {
   RecordProperty("simulated", static_cast<int>(choice.num_simulated));
   RecordProperty("milliseconds", static_cast<int>(elapsed_seconds * 1e3));
   EXPECT_LE(choice.plan.window_bytes + choice.plan.resident_bytes, *request.budget_bytes);
+#if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
   EXPECT_LT(elapsed_seconds, 2.0);
+#endif
 }
 
 INSTANTIATE_TEST_SUITE_P(Budgets, PlannerTimeTest,

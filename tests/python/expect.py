@@ -159,11 +159,15 @@ class Calls:
         handle: Of the offloaded model.
         passes: In the order in which they began.
         expected: What each of them must copy.
+        stale: Units whose edited masters no pass has asked for yet: what the next `watch` is told.
+        replaced: Those of them in which a Parameter or its data was replaced.
     """
 
     handle: Handle
     passes: list[Pass] = field(default_factory=list)
     expected: list[Expected] = field(default_factory=list)
+    stale: set[str] = field(default_factory=set)
+    replaced: set[str] = field(default_factory=set)
 
     @property
     def exact(self) -> list[tuple[Pass, Expected]]:
@@ -241,6 +245,7 @@ class _Observer:
         self._replaced = replaced
         self._nesting = 0
         self._running: Pass | None = None
+        self._onloads_before: list[int] = []
 
     def around_call(self, wrapper: Callable[..., Any], unit: int | None) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -290,13 +295,24 @@ class _Observer:
             is_edited=bool(self._stale),
             before=self._handle.stats,
         )
-        self._stale = self._replaced = set()
+        self._onloads_before = [unit.onloads for unit in self._handle.units]
         self.calls.passes.append(self._running)
 
     def _end(self, completed: bool) -> None:
         running, self._running = self._running, None
         assert running is not None
         running.after = self._handle.stats
+        # An edit counts until its unit is asked for, or, in place, copied since.
+        copied = {
+            index
+            for index, unit in enumerate(self._handle.units)
+            if unit.onloads > self._onloads_before[index]
+        }
+        self._replaced -= set(running.units)
+        self._stale -= set(running.units) | (copied - self._replaced)
+        units = self._handle.units
+        self.calls.stale = {units[index].name for index in self._stale}
+        self.calls.replaced = {units[index].name for index in self._replaced}
         running.completed = completed
         learned = _learned[self._handle]
         expected = _expected(self._handle, learned, running)
