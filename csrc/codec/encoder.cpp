@@ -341,7 +341,9 @@ void UnitEncoder::choose(std::size_t entry_index, std::size_t first_chunk,
 void UnitEncoder::encode(std::byte* blob) const {
   BlobHeader header = header_;
   std::memset(blob, 0, sizeof(header));  // no valid blob until all is written
-  std::memcpy(blob + sizeof(header), entries_.data(), entries_.size() * sizeof(TensorEntry));
+  if (!entries_.empty()) {
+    std::memcpy(blob + sizeof(header), entries_.data(), entries_.size() * sizeof(TensorEntry));
+  }
   std::uint64_t end = sizeof(header) + entries_.size() * sizeof(TensorEntry);
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     const TensorEntry& entry = entries_[i];
