@@ -99,10 +99,9 @@ void Pipeline::onload_on_demand(UnitIndex unit) {
 // Note [Bursts]
 // Copies that may run ahead are issued together, as soon as half of the depth is used up: the
 // first call into the driver finds cold caches, since the model's own launches lie in between, and
-// the next ones do not. Across a forward of large layers that halves what copies cost the host. On
-// the device nothing changes: the host is ahead of it by far more than that, and what it finds
-// queued is in the same order. The next unit never waits for a burst, and neither does what is
-// copied ahead at the end of a pass: when the next one comes nobody knows.
+// the next ones do not. The device finds the same calls queued in the same order, as long as the
+// host is ahead of it by more than a burst. The next unit never waits for a burst, and neither does
+// what is copied ahead at the end of a pass: when the next one comes nobody knows.
 
 /// Issues copies along the expected order, as far as policy, depth and places allow.
 void Pipeline::prefetch_ahead() {
