@@ -54,11 +54,11 @@ def install(
     config: Config,
     cut: Cut,
     planned: Planned,
-    memory: Memory | None = None,
-    files: FileMasters | None = None,
+    memory: Memory | None,
+    files: FileMasters,
     *,
-    packs: bool = False,
-    wants_leaves: bool = False,
+    packs: bool,
+    wants_leaves: bool,
 ) -> Handle:
     """Moves the weights, wraps the calls and guards the model. Blocks while copying.
 
@@ -69,7 +69,7 @@ def install(
         cut: What was planned.
         planned: How its units are to lie.
         memory: Of the device; None where there is nothing to adapt to.
-        files: Parameters that are streamed from checkpoint files; None for none.
+        files: Parameters that are streamed from checkpoint files.
         packs: Whether units are to travel packed.
         wants_leaves: Whether the units are to be cut into leaves once a pass has proven them.
 
@@ -78,7 +78,6 @@ def install(
             is exactly what it was.
         FilesNotLockedError: A MemoryError as well, if it is the pages of checkpoint files.
     """
-    files = files or FileMasters()
     installation = _Installation(
         model, device, config, cut, planned, memory, files, packs, wants_leaves
     )

@@ -200,8 +200,7 @@ void HazardChecker::expect_fresh(OpIndex index, const Op& op, const ShadowMemory
     return;
   }
   const Op& writer = log_->ops()[cell.last_write];
-  if ((writer.kind != OpKind::kCopy && writer.kind != OpKind::kDecode) || writer.unit != op.unit ||
-      writer.generation != op.generation) {
+  if (!is_onload(writer.kind) || writer.unit != op.unit || writer.generation != op.generation) {
     report(FindingKind::kStale, cell.last_write, index, {cell.begin, cell.end});
   }
 }

@@ -90,19 +90,16 @@ template <typename Call>
 void Device::submit_logged(Op& op, Call call) {
   op.host_time_ns = do_host_time_ns();
   OpMarks marks;
-  if (log_has_times_ && (op.kind == OpKind::kCopy || op.kind == OpKind::kDecode ||
-                         op.kind == OpKind::kFill || op.kind == OpKind::kWait)) {
+  const bool takes_time =
+      is_onload(op.kind) || op.kind == OpKind::kFill || op.kind == OpKind::kWait;
+  if (log_has_times_ && takes_time) {
     marks.begin = do_mark(op.stream, MarkPoint::kNextBegins);
   }
   call(op);
-  if (log_has_times_) {
+  if (log_has_times_ && takes_time) {
+    marks.end = do_mark(op.stream, MarkPoint::kReached);
+  } else if (log_has_times_) {
     switch (op.kind) {
-      case OpKind::kCopy:
-      case OpKind::kDecode:
-      case OpKind::kFill:
-      case OpKind::kWait:
-        marks.end = do_mark(op.stream, MarkPoint::kReached);
-        break;
       case OpKind::kRead:
       case OpKind::kReadEnd:
         marks.begin = marks.end = do_mark(op.stream, MarkPoint::kReached);

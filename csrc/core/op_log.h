@@ -39,6 +39,9 @@ enum class OpKind : std::uint8_t {
   kHostWrite,
 };
 
+/// Whether such an op brings a unit's bytes somewhere.
+constexpr bool is_onload(OpKind kind) { return kind == OpKind::kCopy || kind == OpKind::kDecode; }
+
 /// The name of a kind in Python and in traces, such as "read_end".
 const char* name_of(OpKind kind);
 

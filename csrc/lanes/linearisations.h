@@ -142,16 +142,12 @@ class Linearisations {
   }
 
   void put(const Op& op) {
-    const bool takes_memory = !is_onload(op) && op.kind != OpKind::kFill;
+    const bool takes_memory = !is_onload(op.kind) && op.kind != OpKind::kFill;
     for_each_slice(op.memory, [&](std::uintptr_t at) {
       if (takes_memory || !is_given_up(at)) {
         contents_[at] = &op;
       }
     });
-  }
-
-  static bool is_onload(const Op& op) {
-    return op.kind == OpKind::kCopy || op.kind == OpKind::kDecode;
   }
 
   /// Of what `is_content`, the bytes must be those of the op's unit and generation.
@@ -164,7 +160,7 @@ class Linearisations {
           after_free_.insert(i);
         }
       } else if (is_content && op.generation != 0 && found != contents_.end() &&
-                 (!is_onload(*found->second) || found->second->unit != op.unit ||
+                 (!is_onload(found->second->kind) || found->second->unit != op.unit ||
                   found->second->generation != op.generation)) {
         stale_.insert(i);
       }

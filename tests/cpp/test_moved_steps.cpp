@@ -74,8 +74,6 @@ class Reachability {
   bool meets_given_up_memory(std::size_t /*op*/) const { return false; }  // only at the very end
 
  private:
-  static bool is_onload(OpKind kind) { return kind == OpKind::kCopy || kind == OpKind::kDecode; }
-
   static bool is_of_stream(const Op& op) {
     return op.stream != kNoStream && op.kind != OpKind::kSynchronize;
   }

@@ -8,7 +8,6 @@
 
 #include <condition_variable>
 #include <cstddef>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -16,14 +15,11 @@
 
 #include "core/pinned_arena.h"
 #include "cuda/cuda_device.h"
+#include "require_gpu.h"
 
 namespace torch_offload::testing {
 
 constexpr std::size_t kMiB = std::size_t{1} << 20;
-
-inline void check_cuda(cudaError_t error) {
-  ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error);
-}
 
 /// Holds a stream until it is opened: proves order without sleeping. Nothing that may wait for the
 /// whole device (such as a first allocation) belongs between making a gate and opening it.
@@ -63,14 +59,9 @@ class Gate {
 class CudaDeviceTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    int num_devices = 0;
-    if (cudaGetDeviceCount(&num_devices) != cudaSuccess || num_devices == 0) {
-      static_cast<void>(cudaGetLastError());
-      const char* required = std::getenv("TORCH_OFFLOAD_REQUIRE_CUDA");
-      if (required != nullptr && std::string(required) == "1") {
-        FAIL() << "no GPU, but TORCH_OFFLOAD_REQUIRE_CUDA=1";
-      }
-      GTEST_SKIP() << "no GPU";
+    require_gpu();
+    if (HasFatalFailure() || IsSkipped()) {
+      return;
     }
     device_ = std::make_shared<CudaDevice>(0);
     caller_ = device_->current_stream();

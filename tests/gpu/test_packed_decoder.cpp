@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <optional>
 #include <random>
@@ -15,24 +14,25 @@
 #include "codec/checksum.h"
 #include "codec/decoder.h"
 #include "cuda/packed_decoder.h"
+#include "require_gpu.h"
 
 namespace torch_offload {
 namespace {
 
 using testing::all_patterns;
 using testing::Bytes;
+using testing::check_cuda;
 using testing::normal_weights;
 using testing::odd_lengths;
 using testing::PackedCase;
 using testing::random_bits;
+using testing::require_gpu;
 using testing::Weights;
 using testing::weights_with_escapes;
 
 constexpr std::byte kFiller{0x5C};
 /// Around blob and place, so that a write beside them shows.
 constexpr std::size_t kMarginBytes = 4096;
-
-void check_cuda(cudaError_t error) { ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error); }
 
 /// Device memory with a margin on both sides, all of it filled.
 class GuardedMemory {
@@ -76,14 +76,9 @@ class GuardedMemory {
 class PackedDecoderTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    int num_devices = 0;
-    if (cudaGetDeviceCount(&num_devices) != cudaSuccess || num_devices == 0) {
-      static_cast<void>(cudaGetLastError());
-      const char* required = std::getenv("TORCH_OFFLOAD_REQUIRE_CUDA");
-      if (required != nullptr && std::string(required) == "1") {
-        FAIL() << "no GPU, but TORCH_OFFLOAD_REQUIRE_CUDA=1";
-      }
-      GTEST_SKIP() << "no GPU";
+    require_gpu();
+    if (HasFatalFailure() || IsSkipped()) {
+      return;
     }
     check_cuda(cudaStreamCreate(&stream_));
   }
