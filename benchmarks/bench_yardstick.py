@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import pytest
-from clocks import HostCost, Stamp, alternate, alternate_submission, spread
+from clocks import HostCost, Stamp, Submission, alternate, alternate_submission, spread
 from conftest import Reference
 from observe import Counting, activation_bytes, allocator_activity, runtime_calls
 from records import Part
@@ -135,19 +135,21 @@ def bench_submit_sublayer(
     tokens = yardstick.tokens(shape)
     require_equal(plain, streamed.model, tokens)
     plain_ms = reference.plain_ms(yardstick, shape)
-    round_s = (plain_ms + max(plain_ms, reference.floor_ms(streamed.streamed_bytes))) * 1e-3
+    floor_ms = reference.floor_ms(streamed.streamed_bytes)
+    round_s = (plain_ms + 2 * max(plain_ms, floor_ms)) * 1e-3
     with Counting(streamed) as counting:
         costs = alternate_submission(
             benchmark,
             bound(plain, tokens),
             bound(streamed.model, tokens),
+            lambda: reference.link.copy(streamed.streamed_bytes),
             rounds=part.rounds(15, round_s, least=3, weight=1.5),
         )
     part.figures.update(
         what="submit",
         shape=shape_id(shape),
         shape_index=shape_index,
-        **_host_costs(costs.plain, costs.streamed),
+        **_host_costs(costs),
     )
     beyond_ms = part.figures["beyond_plain_ms"]
     per_forward = counting.per_forward()
@@ -161,17 +163,23 @@ def bench_submit_sublayer(
     )
 
 
-def _host_costs(plain: list[HostCost], streamed: list[HostCost]) -> dict[str, Any]:
-    # Pair by pair: what slows the host for a while slows both calls of a round.
-    beyond = spread([ours.wall_ms - its.wall_ms for its, ours in zip(plain, streamed, strict=True)])
+def _host_costs(costs: Submission) -> dict[str, Any]:
+    beyond = _beyond(costs.plain, costs.streamed)
     return {
-        "plain_submit_ms": spread([cost.wall_ms for cost in plain]),
-        "submit_ms": spread([cost.wall_ms for cost in streamed]),
+        "plain_submit_ms": spread([cost.wall_ms for cost in costs.plain]),
+        "submit_ms": spread([cost.wall_ms for cost in costs.streamed]),
         "beyond_plain_ms": beyond["median"],
         "beyond_plain_spread_ms": beyond,
-        "blocked_ms": spread([max(cost.wall_ms - cost.busy_ms, 0.0) for cost in streamed]),
-        "plain_blocked_ms": spread([max(cost.wall_ms - cost.busy_ms, 0.0) for cost in plain]),
+        "wire_beyond_plain_ms": _beyond(costs.plain, costs.plain_beside_copies),
+        "beyond_plain_beside_copies_ms": _beyond(costs.plain_beside_copies, costs.streamed),
+        "blocked_ms": spread([max(cost.wall_ms - cost.busy_ms, 0.0) for cost in costs.streamed]),
+        "plain_blocked_ms": spread([max(cost.wall_ms - cost.busy_ms, 0.0) for cost in costs.plain]),
     }
+
+
+def _beyond(base: list[HostCost], costs: list[HostCost]) -> dict[str, float]:
+    # Pair by pair: what slows the host for a while slows all calls of a round.
+    return spread([more.wall_ms - less.wall_ms for less, more in zip(base, costs, strict=True)])
 
 
 @_SHAPES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -148,19 +149,31 @@ def alternate(
 
 @dataclass(frozen=True)
 class Submission:
-    """Host costs of one forward each, of two models that took turns, the queues empty before."""
+    """Host costs of one forward each, of models that took turns, the queues empty before."""
 
     plain: list[HostCost]
+    plain_beside_copies: list[HostCost]
     streamed: list[HostCost]
 
 
-def alternate_submission(benchmark: Any, plain: Run, streamed: Run, *, rounds: int) -> Submission:
-    """Times how long one call keeps the caller, taking turns, always on an idle device."""
-    costs = Submission([], [])
+def alternate_submission(
+    benchmark: Any, plain: Run, streamed: Run, copies: Run, *, rounds: int
+) -> Submission:
+    """Times how long one call keeps the caller, taking turns, always on an idle device.
+
+    The plain model has a second turn, while `copies` are under way on a stream of their own: what
+    a busy wire does to launches that have nothing to do with it.
+    """
+    costs = Submission([], [], [])
+    side = torch.cuda.Stream(DEVICE) if ON_GPU else None
 
     def plain_round() -> None:
         synchronize()
         costs.plain.append(HostCost.of(plain))
+        synchronize()
+        with torch.cuda.stream(side) if side is not None else contextlib.nullcontext():
+            copies()
+        costs.plain_beside_copies.append(HostCost.of(plain))
         synchronize()
 
     benchmark.pedantic(

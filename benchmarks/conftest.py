@@ -2,7 +2,7 @@
 
 - ``pytest benchmarks``: everything, tiny where there is no GPU;
 - ``pytest benchmarks/bench_yardstick.py``: one subject;
-- ``pytest benchmarks --results-dir OUT``: JSON to OUT, one file per subject.
+- ``pytest benchmarks --results-dir=OUT``: JSON to OUT, one file per subject.
 """
 
 from __future__ import annotations
@@ -65,14 +65,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def _without_folders(argument: str) -> str:
+    """The same without the path of this machine, for the record."""
+    option, equals, value = argument.rpartition("=")
+    return option + equals + (Path(value).name if os.path.isabs(value) else value)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.inipath != Path(__file__).parent / "pytest.ini":
+        # A folder behind a blank counts as one more path to look in.
+        raise pytest.UsageError(
+            f"expected benchmarks/pytest.ini to be read, got {config.inipath}: name nothing but "
+            "benchmarks, write --results-dir=OUT in one word, and no --config-file"
+        )
     tiny = config.getoption("--tiny") or not ON_GPU
     default = Path(__file__).parent / "results" / ("tiny" if tiny else "")
     folder = Path(config.getoption("--results-dir") or default)
-    arguments = [
-        Path(argument).name if os.path.isabs(argument) else argument
-        for argument in config.invocation_params.args
-    ]
+    arguments = [_without_folders(argument) for argument in config.invocation_params.args]
     command = " ".join(["pytest", *arguments])
     config.stash[_RECORDS] = Records(folder, command, tiny)
     if not ON_GPU:

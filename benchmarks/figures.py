@@ -95,10 +95,17 @@ def _submission(results: Results) -> Row:
         "CPU until `forward()` returns, beyond the plain model's",
         "<= 0.7 ms",
         "0.3 ms",
-        ", ".join(f"{tuple_of(part['shape'])} {part['beyond_plain_ms']:.2f} ms" for part in parts),
+        ", ".join(map(_beyond_plain, parts)),
         greatest(part["beyond_plain_ms"] for part in parts),
         (0.7, 0.3),
     )
+
+
+def _beyond_plain(part: Figures) -> str:
+    text = f"{tuple_of(part['shape'])} {part['beyond_plain_ms']:.2f} ms"
+    if (wire := part.get("wire_beyond_plain_ms")) is not None:
+        text += f" (plain beside bare copies: {wire['median']:.2f})"
+    return text
 
 
 def _nothing_of_ours(results: Results) -> Row:

@@ -82,11 +82,12 @@ part build 500 bash -c build || finish
 part cpp 300 ctest --test-dir build-gpu --output-on-failure --no-tests=error --timeout 120 ${CTEST:-}
 
 if has_module pytest && has_module pytest_timeout; then
-  pytest=("$python" -m pytest --junitxml "$results/python.xml")
+  # Older pytest-benchmark warns of workers beside each other, and a warning is an error.
+  pytest=("$python" -m pytest -p no:benchmark --junitxml "$results/python.xml")
   ! has_module xdist || pytest+=(-n "${WORKERS:-4}")
   part python 1200 "${pytest[@]}" ${PYTEST:-}
   if has_module pytest_benchmark; then
-    part bench 1500 "$python" -m pytest ${BENCH:-benchmarks} --results-dir "$results"
+    part bench 1500 "$python" -m pytest ${BENCH:-benchmarks} "--results-dir=$results"
   else
     skip "bench: pytest-benchmark is missing"
   fi
