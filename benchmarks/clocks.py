@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -101,6 +100,7 @@ class Alternation:
     streamed_ms: list[float]
     masters_ms: list[float]
     link_ms: list[float]
+    plain_beside_copies_ms: list[float]
 
 
 def alternate(
@@ -113,6 +113,7 @@ def alternate(
     lead_in: bool = True,
     masters: Run | None = None,
     link: Run | None = None,
+    beside_copies: bool = False,
 ) -> Alternation:
     """Times `forwards` calls of each model per round, the two taking turns round by round.
 
@@ -122,15 +123,21 @@ def alternate(
     between the ends of two forwards do copies and kernels add up to whole forwards. What never
     runs ahead of a forward needs no such `lead_in`. What the wire alone takes for the bytes of a
     forward has its turns as well, because others use the host's memory at the same time: `masters`
-    copies the very bytes from where they lie, `link` as many from a small buffer.
+    copies the very bytes from where they lie, `link` as many from a small buffer. With
+    `beside_copies` the plain model has a second turn beside `link` on a stream of its own: what
+    copies take from kernels that do not wait for them.
     """
     plain_ms: list[float] = []
     masters_ms: list[float] = []
     link_ms: list[float] = []
+    beside_ms: list[float] = []
+    pair = beside(plain, link) if beside_copies and plain is not None and link is not None else None
 
     def plain_round_then_lead_in() -> None:
         if plain is not None:
             plain_ms.extend(device_ms(plain, forwards=forwards, rounds=1))
+        if pair is not None:
+            beside_ms.extend(device_ms(pair, forwards=forwards, rounds=1))
         for run, times in ((masters, masters_ms), (link, link_ms)):
             if run is not None:
                 times.extend(device_ms(run, forwards=1, rounds=1, lead_in=False))
@@ -144,7 +151,22 @@ def alternate(
 
     benchmark.pedantic(timed, setup=plain_round_then_lead_in, rounds=rounds)
     streamed_ms = [s / forwards * 1e3 for s in round_seconds(benchmark)]
-    return Alternation(plain_ms, streamed_ms, masters_ms, link_ms)
+    return Alternation(plain_ms, streamed_ms, masters_ms, link_ms, beside_ms)
+
+
+def beside(run: Run, copies: Run) -> Run:
+    """`run`, with `copies` under way on a stream of their own from its begin on."""
+    if not ON_GPU:
+        return lambda: (copies(), run())
+    side = torch.cuda.Stream(DEVICE)
+
+    def both() -> None:
+        side.wait_stream(torch.cuda.current_stream(DEVICE))
+        with torch.cuda.stream(side):
+            copies()
+        run()
+
+    return both
 
 
 @dataclass(frozen=True)
@@ -165,15 +187,13 @@ def alternate_submission(
     a busy wire does to launches that have nothing to do with it.
     """
     costs = Submission([], [], [])
-    side = torch.cuda.Stream(DEVICE) if ON_GPU else None
+    pair = beside(lambda: costs.plain_beside_copies.append(HostCost.of(plain)), copies)
 
     def plain_round() -> None:
         synchronize()
         costs.plain.append(HostCost.of(plain))
         synchronize()
-        with torch.cuda.stream(side) if side is not None else contextlib.nullcontext():
-            copies()
-        costs.plain_beside_copies.append(HostCost.of(plain))
+        pair()
         synchronize()
 
     benchmark.pedantic(

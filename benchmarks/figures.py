@@ -24,6 +24,11 @@ def _ratios(parts: Iterable[Figures]) -> str:
         f"{tuple_of(part['shape'])} {part['ratio']:.3f}"
         f" ({part['ratio_min']:.3f}-{part['ratio_max']:.3f})"
         + (f", {part['hot_ratio']:.3f} of a small buffer's rate" if "hot_ratio" in part else "")
+        + (
+            f", resident beside bare copies {part['plain_beside_copies_ratio']:.3f}"
+            if "plain_beside_copies_ratio" in part
+            else ""
+        )
         for part in parts
     )
 
