@@ -127,6 +127,50 @@ def bench_forward_sublayer(
     )
 
 
+def _measure_submission(
+    benchmark: Any,
+    part: Part,
+    stage: Stage,
+    reference: Reference,
+    workload: Workload,
+    shape_index: int,
+    what: str,
+    *,
+    wanted_rounds: int,
+    weight: float = 1.0,
+) -> None:
+    shape = workload.shapes[shape_index]
+    plain = stage.plain(workload)
+    streamed = stage.streamed(workload, granularity="sublayer")
+    tokens = workload.tokens(shape)
+    require_equal(plain, streamed.model, tokens)
+    plain_ms = reference.plain_ms(workload, shape)
+    floor_ms = reference.floor_ms(streamed.streamed_bytes)
+    round_s = (plain_ms + 2 * max(plain_ms, floor_ms)) * 1e-3
+    with Counting(streamed) as counting:
+        costs = alternate_submission(
+            benchmark,
+            bound(plain, tokens),
+            bound(streamed.model, tokens),
+            lambda: reference.link.copy(streamed.streamed_bytes),
+            rounds=part.rounds(wanted_rounds, round_s, least=3, weight=weight),
+        )
+    host_costs = _host_costs(costs)
+    per_forward = counting.per_forward()
+    part.figures.update(
+        what=what,
+        shape=shape_id(shape),
+        shape_index=shape_index,
+        **host_costs,
+        **streamed.describe(),
+        # Of two clocks: inside our C++ calls, and the whole call less the plain model's.
+        inside_us_per_unit=per_forward["cpu_seconds"] * 1e6 / streamed.num_units,
+        beyond_plain_us_per_unit=host_costs["beyond_plain_ms"] * 1e3 / streamed.num_units,
+        per_forward=per_forward,
+        bit_equal=True,
+    )
+
+
 @_SHAPES
 @pytest.mark.benchmark(group="torch_offload.forward.submit")
 def bench_submit_sublayer(
@@ -138,37 +182,16 @@ def bench_submit_sublayer(
     shape_index: int,
 ) -> None:
     """How long `forward()` keeps its caller, on an idle device, and how much of that is ours."""
-    shape = yardstick.shapes[shape_index]
-    plain = stage.plain(yardstick)
-    streamed = stage.streamed(yardstick, granularity="sublayer")
-    tokens = yardstick.tokens(shape)
-    require_equal(plain, streamed.model, tokens)
-    plain_ms = reference.plain_ms(yardstick, shape)
-    floor_ms = reference.floor_ms(streamed.streamed_bytes)
-    round_s = (plain_ms + 2 * max(plain_ms, floor_ms)) * 1e-3
-    with Counting(streamed) as counting:
-        costs = alternate_submission(
-            benchmark,
-            bound(plain, tokens),
-            bound(streamed.model, tokens),
-            lambda: reference.link.copy(streamed.streamed_bytes),
-            rounds=part.rounds(15, round_s, least=3, weight=1.5),
-        )
-    part.figures.update(
-        what="submit",
-        shape=shape_id(shape),
-        shape_index=shape_index,
-        **_host_costs(costs),
-    )
-    beyond_ms = part.figures["beyond_plain_ms"]
-    per_forward = counting.per_forward()
-    part.figures.update(
-        **streamed.describe(),
-        # Of two clocks: inside our C++ calls, and the whole call less the plain model's.
-        inside_us_per_unit=per_forward["cpu_seconds"] * 1e6 / streamed.num_units,
-        beyond_plain_us_per_unit=beyond_ms * 1e3 / streamed.num_units,
-        per_forward=per_forward,
-        bit_equal=True,
+    _measure_submission(
+        benchmark,
+        part,
+        stage,
+        reference,
+        yardstick,
+        shape_index,
+        "submit",
+        wanted_rounds=15,
+        weight=1.5,
     )
 
 
@@ -277,4 +300,17 @@ def bench_forward_layer(
     """Whole layers: the fewest copies."""
     _measure_forward(
         benchmark, part, stage, reference, yardstick, shape_index, "layer", wanted_rounds=2
+    )
+
+
+@pytest.mark.benchmark(group="torch_offload.forward.submit")
+def bench_submit_thin(
+    benchmark: Any, part: Part, stage: Stage, reference: Reference, thin: Workload
+) -> None:
+    """The same calls where forwards follow one another closely, and so often that noise averages.
+
+    In between the yardstick's the host does nothing for half a second.
+    """
+    _measure_submission(
+        benchmark, part, stage, reference, thin, 0, "submit_thin", wanted_rounds=200
     )

@@ -22,9 +22,11 @@ from yardstick import (
     DEEP,
     HEAVY,
     SMALL,
+    THIN,
     TINY_DEEP,
     TINY_HEAVY,
     TINY_SMALL,
+    TINY_THIN,
     TINY_YARDSTICK,
     YARDSTICK,
     Shape,
@@ -107,6 +109,11 @@ def deep(tiny: bool) -> Workload:
 @pytest.fixture(scope="session")
 def heavy(tiny: bool) -> Workload:
     return TINY_HEAVY if tiny else HEAVY
+
+
+@pytest.fixture(scope="session")
+def thin(tiny: bool) -> Workload:
+    return TINY_THIN if tiny else THIN
 
 
 @pytest.fixture(scope="session")

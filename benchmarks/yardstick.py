@@ -76,10 +76,13 @@ YARDSTICK = Workload("16 layers of Llama-70B", 8192, 28672, 16, 64, 8, 32000, _S
 DEEP = Workload("80 layers of Llama-8B", 4096, 14336, 80, 32, 8, 32000, ((1, 1), (8, 2048)))
 # About 5 ms a forward over PCIe 5, to launch as to copy.
 SMALL = Workload("5 layers, 1536 wide", 1536, 5120, 5, 12, 3, 32000, ((1, 1),))
+# As many units and launches as the yardstick, in the time that it takes to launch them.
+THIN = Workload("16 layers, 1024 wide", 1024, 3584, 16, 16, 4, 32000, ((1, 1),))
 # Few layers, as the activations of so many tokens want the room.
 HEAVY = Workload("4 layers of Llama-70B", 8192, 28672, 4, 64, 8, 32000, ((44, 2048),))
 TINY_YARDSTICK = Workload("4 tiny layers", 64, 224, 4, 8, 2, 320, _TINY_SHAPES)
 TINY_SMALL = Workload("5 tiny layers", 32, 112, 5, 4, 1, 320, ((1, 1),))
+TINY_THIN = Workload("4 tiny layers, 32 wide", 32, 112, 4, 4, 1, 320, ((1, 1),))
 TINY_HEAVY = Workload("4 tiny layers", 32, 112, 4, 4, 1, 320, ((2, 32),))
 TINY_DEEP = Workload("12 tiny layers", 32, 112, 12, 4, 1, 320, ((1, 1), (2, 16)))
 
