@@ -28,8 +28,6 @@ class Order {
 
   /// The unit asked for now. Returns whether it is the one that was expected.
   bool advance(UnitIndex unit);
-  /// Whether the pass is expected to end with the unit asked for last.
-  bool expects_end() const { return position_ == expected_->size(); }
 
   /// Walks through the expected units from the next one on, across the ends of passes, for ever.
   class Walk {

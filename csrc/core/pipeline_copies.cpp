@@ -96,13 +96,6 @@ void Pipeline::onload_on_demand(UnitIndex unit) {
   onload(unit);
 }
 
-// Note [Bursts]
-// Copies that may run ahead are issued together, as soon as half of the depth is used up: the
-// first call into the driver finds cold caches, since the model's own launches lie in between, and
-// the next ones do not. The device finds the same calls queued in the same order, as long as the
-// host is ahead of it by more than a burst. The next unit never waits for a burst, and neither does
-// what is copied ahead at the end of a pass: when the next one comes nobody knows.
-
 /// Issues copies along the expected order, as far as policy, depth and places allow.
 void Pipeline::prefetch_ahead() {
   if (policy_.lookahead == Lookahead::kNone) {
@@ -110,7 +103,6 @@ void Pipeline::prefetch_ahead() {
   }
   Order::Walk walk = order_->walk();
   std::size_t ahead_bytes = 0;
-  bool in_burst = policy_.lookahead == Lookahead::kLayer || order_->expects_end();
   for (std::size_t step = 0; step < states_.size(); ++step) {
     const UnitIndex unit = walk.next();
     if (unit == kNoUnit) {
@@ -121,12 +113,11 @@ void Pipeline::prefetch_ahead() {
         next.layer_index != plan_.units[current_].layer_index) {
       return;
     }
-    UnitState& state = states_[unit];
-    in_burst = in_burst || (!state.whole && 2 * ahead_bytes <= plan_.depth_bytes);
     ahead_bytes += next.size_bytes;
-    if (step > 0 && (ahead_bytes > plan_.depth_bytes || !(state.whole || in_burst))) {
-      return;  // the rest comes with a later burst
+    if (step > 0 && ahead_bytes > plan_.depth_bytes) {
+      return;
     }
+    UnitState& state = states_[unit];
     if (!state.whole) {
       if (!may_overwrite(unit, /*awaited_too=*/false)) {
         return;  // tried again at the next release

@@ -265,27 +265,6 @@ TEST(PipelineTraceTest, StatesWhatSetsTheFourModesApart) {
   }
 }
 
-TEST(PipelineTraceTest, CopiesAheadComeInBurstsOfALayer) {
-  // MHA units of one slice, FFN units of three: with one layer ahead, half of it is used up when
-  // the FFN is asked for, and then both copies of the next layer are issued one after the other.
-  const Plan plan = plan_of(layers_of(4, 1, 3));
-  const std::vector<UnitIndex> sequence = sequence_of(plan.units.size());
-  Rig rig(plan, {Mode::kPipeline, StreamLayout::kShared, false});
-  rig.pass(sequence);
-  const std::size_t begin = rig.acquire_marks.size();
-  rig.pass(sequence);
-  rig.pass(sequence);
-  rig.expect_at_rest_and_right();
-  std::vector<std::size_t> copies(plan.units.size());  // by the unit asked for when issued
-  for (std::size_t use = begin; use < begin + copies.size(); ++use) {
-    for (std::size_t at = rig.acquire_marks[use].op_index; at < rig.acquire_marks[use + 1].op_index;
-         ++at) {
-      copies[use - begin] += rig.log.ops()[at].kind == OpKind::kCopy ? 1U : 0U;
-    }
-  }
-  EXPECT_EQ(copies, (std::vector<std::size_t>{0, 2, 0, 2, 0, 2, 0, 2}));
-}
-
 TEST(PipelineTraceTest, SplitUsesFourStreamsAndTheCallers) {
   const std::set<std::string> five{"caller", "weight_h2d_mha", "weight_h2d_ffn", "compute_mha",
                                    "compute_ffn"};
