@@ -80,25 +80,25 @@ def _torch_pins_bytes_per_s(model: nn.Module, most_bytes: int) -> float | None:
 
 
 @pytest.mark.benchmark(group="torch_offload.offload.move")
-def bench_offload_from_gpu(benchmark: Any, part: Part, stage: Stage, yardstick: Workload) -> None:
+def bench_offload_from_gpu(benchmark: Any, part: Part, stage: Stage, peer: Workload) -> None:
     """From the execution device."""
     if not ON_GPU:
         pytest.skip("without a GPU this is bench_offload_from_cpu")
-    plain = stage.plain(yardstick)
-    model = stage.copy_of_plain(yardstick)
-    _measure(benchmark, part, plain, model, yardstick)
+    plain = stage.plain(peer)
+    model = stage.copy_of_plain(peer)
+    _measure(benchmark, part, plain, model, peer)
     part.figures.update(what="offload", source="gpu")
 
 
 @pytest.mark.benchmark(group="torch_offload.offload.move")
-def bench_offload_from_cpu(benchmark: Any, part: Part, stage: Stage, yardstick: Workload) -> None:
+def bench_offload_from_cpu(benchmark: Any, part: Part, stage: Stage, peer: Workload) -> None:
     """From ordinary host memory; the peak of host memory is the model's plus a unit's."""
-    plain = stage.plain(yardstick)
+    plain = stage.plain(peer)
     stage.clear_streamed()
     empty_bytes = resident_host_bytes()
-    model = _on_the_host(plain, yardstick)
+    model = _on_the_host(plain, peer)
     gc.collect()
-    _measure(benchmark, part, plain, model, yardstick)
+    _measure(benchmark, part, plain, model, peer)
     figures = part.figures
     torch_rate = _torch_pins_bytes_per_s(model, 4 * 2**30)
     figures["torch_pins_bytes_per_s"] = torch_rate

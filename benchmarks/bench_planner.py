@@ -1,9 +1,7 @@
-"""The planner: its time, its predictions, and its choice against fixed patterns and a peer."""
+"""The planner: its time, its predictions, and its choice against fixed patterns."""
 
 from __future__ import annotations
 
-import copy
-import gc
 import random
 import time
 from collections.abc import Iterator
@@ -14,12 +12,11 @@ import pytest
 import torch
 from clocks import ON_GPU, Link, device_ms, spread, synchronize
 from conftest import Reference
-from peers import AccelerateAuto
 from records import Part
 from unit_times import unit_times_ns
 from yardstick import Stage, Streamed, Workload, bound, require_equal, shape_id
 
-from torch_offload import _C, align
+from torch_offload import _C
 from torch_offload.choice import choose
 from torch_offload.planning import Planned, bytes_outside
 from torch_offload.prediction import Scenario, run_scenario
@@ -254,38 +251,5 @@ def bench_patterns(
         pattern_ms=times,
         best=best,
         slower_than_best=ours / times[best] - 1,
-        bit_equal=True,
-    )
-
-
-@pytest.mark.parametrize("share", _SHARES[::2], ids=[f"{share:.0%}" for share in _SHARES[::2]])
-def bench_accelerate_auto(
-    part: Part,
-    stage: Stage,
-    yardstick: Workload,
-    budgeted: Budgeted,
-    share: float,
-) -> None:
-    """Accelerate's ``device_map="auto"`` and ours, each within the same budget, one token."""
-    tokens = yardstick.tokens(yardstick.shapes[0])
-    plain, streamed = stage.plain(yardstick), budgeted.streamed
-    budget = budgeted.budget(share)
-    streamed.handle.replan(gpu_budget=budget)
-    require_equal(plain, streamed.model, tokens)
-    ours = spread(device_ms(bound(streamed.model, tokens), forwards=2, rounds=2))
-    copied = align(copy.deepcopy(plain).to("cpu"))
-    with AccelerateAuto(copied, budget) as peer:
-        require_equal(plain, peer.model, tokens)
-        theirs = spread(device_ms(bound(peer.model, tokens), forwards=1, rounds=1))
-    del peer, copied
-    gc.collect()
-    if ON_GPU:
-        torch.cuda.empty_cache()
-    part.figures.update(
-        what="auto_peer",
-        share=share,
-        budget_bytes=budget,
-        streamed_ms=ours["median"],
-        peer_ms=theirs["median"],
         bit_equal=True,
     )

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Iterator
@@ -17,14 +18,17 @@ import pytest
 import torch
 from clocks import DEVICE, ON_GPU, Link, device_ms
 from records import Part, Records
+from stored import save_checkpoint, save_tokenizer
 from tables import print_results
 from yardstick import (
     DEEP,
     HEAVY,
+    PEER,
     SMALL,
     THIN,
     TINY_DEEP,
     TINY_HEAVY,
+    TINY_PEER,
     TINY_SMALL,
     TINY_THIN,
     TINY_YARDSTICK,
@@ -40,13 +44,15 @@ FILE_LIMITS_S = {
     "yardstick": 150,
     "modes": 120,
     "peers": 75,
-    "offload": 75,
     "checkpoint": 120,
     "deep": 50,
     "cpu_free": 60,
     "profile": 60,
     "simulated": 120,
     "planner": 240,
+    "offload": 60,
+    "budget_peers": 75,
+    "disk": 60,
     "codec": 60,
     "packed": 120,
     "layer": 60,
@@ -62,6 +68,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--tiny", action="store_true", help="tiny models; the default where there is no GPU"
     )
     group.addoption("--results-dir", help="where the JSON goes (benchmarks/results[/tiny])")
+    group.addoption(
+        "--checkpoint", help="size of the checkpoint that is streamed from disk, such as 4GiB"
+    )
+    group.addoption(
+        "--memory-limit", help="stream it in a control group of so much memory, such as 1GiB"
+    )
     group.addoption(
         "--time-scale", type=float, default=1.0, help="multiplies the time limit of every file"
     )
@@ -114,6 +126,23 @@ def heavy(tiny: bool) -> Workload:
 @pytest.fixture(scope="session")
 def thin(tiny: bool) -> Workload:
     return TINY_THIN if tiny else THIN
+
+
+@pytest.fixture(scope="session")
+def peer(tiny: bool) -> Workload:
+    return TINY_PEER if tiny else PEER
+
+
+@pytest.fixture(scope="session")
+def peer_folder(
+    stage: Stage, peer: Workload, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """That model's checkpoint, one file per module, in the page cache."""
+    folder = tmp_path_factory.mktemp("peer")
+    save_checkpoint(stage.plain(peer), folder)
+    save_tokenizer(folder)
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
-"""What the product is measured beside: accelerate's hooks, and the least that streams at all."""
+"""What the product is measured beside: accelerate, AirLLM, and the least that streams at all."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -56,6 +58,29 @@ class AccelerateAuto:
         from accelerate.hooks import remove_hook_from_submodules
 
         remove_hook_from_submodules(self.model)
+
+
+class AirLLM:
+    """AirLLM: each module's file is read, moved to the device and dropped again at every call."""
+
+    def __init__(self, folder: Path, shards: Path) -> None:
+        from airllm import AutoModel
+
+        with contextlib.redirect_stdout(sys.stderr):
+            self._peer = AutoModel.from_pretrained(
+                str(folder),
+                device=str(DEVICE),
+                dtype=torch.bfloat16,
+                layer_shards_saving_path=str(shards),
+            )
+        self.model: nn.Module = self._peer.model
+
+    def __enter__(self) -> AirLLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._peer._executor is not None:
+            self._peer._executor.shutdown()
 
 
 class BarePipeline:

@@ -106,6 +106,20 @@ def _accelerate(results: Results) -> Row:
     )
 
 
+def _airllm(results: Results) -> Row:
+    part = results.one("airllm")
+    gain = part["times_faster"] if part else None
+    return row_of(
+        "AirLLM 4.0 on the same checkpoint / ours, both within 4 GiB of device memory",
+        "faster",
+        ">= 10x",
+        f"{gain:.1f}x" if gain is not None else "",
+        gain,
+        (1.0, 10.0),
+        at_least=True,
+    )
+
+
 PLANNER_ROWS: tuple[Callable[[Results], Row], ...] = (
     _planning_time,
     _predicted,
@@ -113,4 +127,5 @@ PLANNER_ROWS: tuple[Callable[[Results], Row], ...] = (
     _patterns,
     _used,
     _accelerate,
+    _airllm,
 )

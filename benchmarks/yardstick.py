@@ -11,7 +11,7 @@ import copy
 import functools
 import gc
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,10 +80,13 @@ SMALL = Workload("5 layers, 1536 wide", 1536, 5120, 5, 12, 3, 32000, ((1, 1),))
 THIN = Workload("16 layers, 1024 wide", 1024, 3584, 16, 16, 4, 32000, ((1, 1),))
 # Few layers, as the activations of so many tokens want the room.
 HEAVY = Workload("4 layers of Llama-70B", 8192, 28672, 4, 64, 8, 32000, ((44, 2048),))
+# For peers that take seconds for what the yardstick weighs, and for the disk: 7.9 GB.
+PEER = replace(HEAVY, shapes=_SHAPES)
 TINY_YARDSTICK = Workload("4 tiny layers", 64, 224, 4, 8, 2, 320, _TINY_SHAPES)
 TINY_SMALL = Workload("5 tiny layers", 32, 112, 5, 4, 1, 320, ((1, 1),))
 TINY_THIN = Workload("4 tiny layers, 32 wide", 32, 112, 4, 4, 1, 320, ((1, 1),))
 TINY_HEAVY = Workload("4 tiny layers", 32, 112, 4, 4, 1, 320, ((2, 32),))
+TINY_PEER = replace(TINY_HEAVY, shapes=_TINY_SHAPES)
 TINY_DEEP = Workload("12 tiny layers", 32, 112, 12, 4, 1, 320, ((1, 1), (2, 16)))
 
 
@@ -97,6 +100,14 @@ def empty_model(workload: Workload, device: torch.device) -> nn.Module:
     # Computed, not loaded, so `meta` has lost them: the tables of the rotary embedding.
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(model.config).to(device)
+    return model
+
+
+def skeleton(workload: Workload) -> Any:
+    """The model without weights; what no checkpoint holds is computed."""
+    model: Any = empty_model(workload, torch.device("meta"))
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(model.config)
     return model
 
 

@@ -24,6 +24,8 @@ class OffloadStats:
         extra_places: Units called inside one that they overlap, which got places of their own.
         bytes_copied: What went over the link: less than `bytes_onloaded` where units are packed.
         staging_bytes: The device allocation that packed units are decoded from.
+        file_bytes_locked: Bytes of checkpoint files that were brought into memory and page-locked
+            so far: each once, and once more whenever it has its turn where not all are locked.
     """
 
     forwards: int
@@ -39,6 +41,7 @@ class OffloadStats:
     extra_places: int
     bytes_copied: int
     staging_bytes: int
+    file_bytes_locked: int
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ class Handle:
             extra_places=stats.extra_places,
             bytes_copied=self._engine.bytes_copied,
             staging_bytes=self._engine.staging_bytes,
+            file_bytes_locked=self._engine.file_bytes_locked,
         )
 
     @property

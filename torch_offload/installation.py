@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -42,6 +43,8 @@ from torch_offload.units import UnitSpec
 _AUTO_COMPILE = "_valid_auto_compile_criteria"
 # Smaller weights that stay on the device are not worth locking pages of a file for.
 _LEAST_BYTES_FROM_FILE = 2**20
+# Of a table that comes back from the device: so much of it is compared with its file at a time.
+_COMPARED_BYTES = 64 * 2**20
 
 
 class FilesNotLockedError(MemoryError):
@@ -134,6 +137,11 @@ class _Installation:
         )
         self._recorder = Recorder(self._engine)
         self._has_files = bool(files.views)
+        self._table_views = {
+            table.name: view
+            for table in cut.outsiders.tables
+            if (view := files.view_of(table.weight)) is not None
+        }
         self._save_hook: RemovableHandle | None = None
         self._idle_units = IdleUnits()
         self._leaf_cut = LeafCut(model, cut.specs, self._cut_anew) if wants_leaves else None
@@ -166,7 +174,12 @@ class _Installation:
             ),
             from_file,
         )
-        self._gathered.move(table.weight for table in planned.tables if not table.head)
+        # A table that is on the host stays where it is: its rows are aligned as they are gathered.
+        self._gathered.move(
+            table.weight
+            for table in planned.tables
+            if not table.head and table.weight.device.type != "cpu"
+        )
         self._bytes_resident = self._residents.size_bytes
         with Progress("moving weights", sum(spec.num_bytes for _, spec in streamed)) as progress:
             for index, spec in streamed:
@@ -196,10 +209,12 @@ class _Installation:
             # Noted before it is done: an interrupt in between must not leave it behind.
             self._wrapped.append(weakref.ref(spec.module))
             wrap_unit(spec.module, self._engine, index, spec.name if self._config.nvtx else None)
-        embeddings = [module for table in planned.tables for _, module in table.modules]
-        for embedding in embeddings:
-            self._wrapped.append(weakref.ref(embedding))
-            wrap_table(embedding, self._device)
+        embeddings = []
+        for table in planned.tables:
+            for _, embedding in table.modules:
+                embeddings.append(embedding)
+                self._wrapped.append(weakref.ref(embedding))
+                wrap_table(embedding, self._device, self._table_views.get(table.name))
         # Above a unit that stays as well: it may be given back when memory runs out.
         inner = {id(spec.module) for spec in planned.specs} | set(map(id, embeddings))
         for module in modules_above(model, inner):
@@ -257,7 +272,8 @@ class _Installation:
         )
         if self._config.debug:
             self._recorder.keep()
-        vars(model)[HANDLE_KEY] = handle
+        LOGGER.info("offloaded: %r", handle)
+        vars(model)[HANDLE_KEY] = handle  # the last thing that can be interrupted
         return handle
 
     def undo(self, model: nn.Module) -> None:
@@ -265,8 +281,6 @@ class _Installation:
         elsewhere = self._engine.move_out()
         self._unwrap()
         vars(model).pop(_AUTO_COMPILE, None)
-        if self._save_hook is not None:
-            self._save_hook.remove()
         vars(model).pop(HANDLE_KEY, None)
         self._residents.undo()
         self._gathered.undo()
@@ -295,6 +309,9 @@ class _Installation:
                 unwrap(module)
                 give_class_back(module)
         self._wrapped.clear()
+        if self._save_hook is not None:
+            self._save_hook.remove()
+            self._save_hook = None
         for reference in self._guarded:
             if (module := reference()) is not None:
                 unguard(module)
@@ -377,34 +394,52 @@ class _Installation:
         to_host = [t for t in free if t.name in names - now]
         to_device = [t for t in free if t.name in now - names]
         moves = [ResidentMove(torch.device("cpu")), ResidentMove(self._device)]
+        former = self._placed
         try:
-            moves[0].move(table.weight for table in to_host)
+            for table in to_host:
+                moves[0].move(
+                    [table.weight], partial(_shown_again, self._table_views.get(table.name))
+                )
             moved = self._engine.recut(planned.plan, self._ranges(planned.specs))
-            try:
-                moves[1].move(table.weight for table in to_device)
-            except BaseException:
-                former = self._placed
+            moves[1].move(table.weight for table in to_device)
+            self._pack_again()
+            bytes_resident = self._bytes_resident + moved
+            bytes_resident -= sum(table.size_bytes for table in to_host)
+            bytes_resident += sum(table.size_bytes for table in to_device)
+            former_devices = self._former_devices + [
+                (weakref.ref(tensor), device)
+                for move in moves
+                for tensor, device in move.former_devices()
+                if all(known() is not tensor for known, _ in self._former_devices)
+            ]
+        except BaseException:
+            if not self._lies_as(former.plan):  # an interrupt may strike just behind a success
                 self._engine.recut(former.plan, self._ranges_of(former.parameters))
                 self._pack_again()
-                raise
-        except BaseException:
             for move in moves:
                 move.undo()
             raise
-        self._former_devices += [
-            (weakref.ref(tensor), device)
-            for move in moves
-            for tensor, device in move.former_devices()
-            if all(known() is not tensor for known, _ in self._former_devices)
-        ]
-        self._bytes_resident += moved - sum(t.size_bytes for t in to_host)
-        self._bytes_resident += sum(t.size_bytes for t in to_device)
-        self._placed = Placed.of(planned)
-        self._pack_again()
-        self._unwrap()
-        self.wrap(model, planned)
+
+        def adopt() -> None:
+            self._bytes_resident, self._former_devices = bytes_resident, former_devices
+            self._placed = Placed.of(planned)
+            self._unwrap()
+            self.wrap(model, planned)
+
+        try:
+            adopt()
+        except BaseException:
+            adopt()  # half wrapped is neither plan: the weights lie by the new one
+            raise
         if self._config.debug:
             self._recorder.keep()  # the former log tells of another plan
+
+    def _lies_as(self, plan: _C.Plan) -> bool:
+        """Whether the engine has this plan."""
+        now = self._engine.plan
+        return now.places == plan.places and [unit.name for unit in now.units] == [
+            unit.name for unit in plan.units
+        ]
 
     def _pack_again(self) -> None:
         """Packs the units of another plan. Where there is no room for that, they travel raw."""
@@ -446,6 +481,20 @@ class _Installation:
             )
             return
         self._cut = CutNames.of(cut)
+
+
+def _shown_again(view: _C.FileView | None, tensor: torch.Tensor) -> torch.Tensor | None:
+    """What a view of files shows, if those are the tensor's bytes: that takes no memory."""
+    if view is None:
+        return None
+    view.check_unchanged()
+    shown = view.tensor(tensor.dtype, tensor.shape)
+    rows = max(1, _COMPARED_BYTES // max(1, tensor[:1].nbytes))
+    parts = zip(torch.split(tensor, rows), torch.split(shown, rows), strict=True)
+    is_same = all(
+        torch.equal(part.cpu().view(torch.uint8), known.view(torch.uint8)) for part, known in parts
+    )
+    return shown if is_same else None
 
 
 def _never(*args: object, **kwargs: object) -> bool:

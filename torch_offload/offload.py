@@ -13,7 +13,7 @@ from torch_offload import _C
 from torch_offload.budget import AUTO, budget_in_bytes
 from torch_offload.checks import check_model
 from torch_offload.config import Config, Granularity, Mode, OnOom, Streams, Transport
-from torch_offload.debugging import LOGGER, debug_is_asked_for, report_environment
+from torch_offload.debugging import debug_is_asked_for, report_environment
 from torch_offload.devices import resolve_device
 from torch_offload.file_masters import FileMasters
 from torch_offload.handle import Handle
@@ -157,7 +157,8 @@ def offload_with(
     if config.units is not None:  # by name, so that the handle holds no module
         config = replace(config, units=tuple(spec.name for spec in cut.specs))
     try:
-        handle = install(
+        # Nothing may follow it: an interrupt after it would find the model offloaded.
+        return install(
             model,
             target,
             config,
@@ -177,8 +178,6 @@ def offload_with(
             stacklevel=3,
         )
         return offload_with(model, target, config, memory, FileMasters(masters="arena"))
-    LOGGER.info("offloaded: %r", handle)
-    return handle
 
 
 def _first_budget(cut: Cut, config: Config, memory: Memory | None) -> int | None:

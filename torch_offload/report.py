@@ -53,6 +53,7 @@ def report_of(handle: Handle) -> RenderableType:
     in_files = sum(unit.bytes_in_files for unit in units)
     if in_files:
         summary.add_row("streamed from checkpoint files", format_size(in_files))
+        summary.add_row("of files locked so far", format_size(stats.file_bytes_locked))
     parts: list[RenderableType] = [table, summary]
     idle = [unit.name for unit in units if unit.place is not None and not unit.acquired]
     if stats.forwards and idle:

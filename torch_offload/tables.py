@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from torch_offload import _C
 from torch_offload.residency import is_dense
 from torch_offload.selection import select_resident
 from torch_offload.tracing import refuse_tracing
@@ -146,12 +147,18 @@ def _can_gather(module: object) -> bool:
     )
 
 
-def wrap_table(module: nn.Embedding, device: torch.device) -> None:
+def wrap_table(module: nn.Embedding, device: torch.device, view: _C.FileView | None = None) -> None:
     """Makes every call of an embedding gather its rows on the host, and copy only those.
 
     Its own forward runs on the device with a small table of just the rows that are asked for, so
     that whatever it does beside the lookup gives the same bits. Reading the indices blocks the host
     until they are known: a decoding loop knows them anyway.
+
+    Args:
+        module: The embedding.
+        device: Where it computes.
+        view: Of the checkpoint files that the table may lie in: a file that is not what it was any
+            more is an error before a row is read, as the processor's reading it could kill.
     """
     reference = weakref.ref(module)
     module_type = type(module)
@@ -166,6 +173,8 @@ def wrap_table(module: nn.Embedding, device: torch.device) -> None:
         indices = rest[0] if rest else kwargs.get(key or "")
         if not isinstance(indices, torch.Tensor):
             return call_plain(embedding, *args, **kwargs)
+        if view is not None and embedding.weight.data_ptr() == view.address:
+            view.check_unchanged()
         rows, small = _gather(embedding, indices, device)
         if rest:
             rest[0] = small

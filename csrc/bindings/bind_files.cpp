@@ -42,6 +42,7 @@ void bind_files(py::module_& module) {
                                const FileBlock& block = view.blocks().front();
                                return py::make_tuple(block.file->path(), block.offset);
                              })
+      .def("check_unchanged", &FileView::check_unchanged)
       .def("is_edited", &FileView::is_edited, py::call_guard<py::gil_scoped_release>())
       .def("looks_edited", &FileView::looks_edited)
       .def(

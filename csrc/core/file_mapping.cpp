@@ -95,4 +95,16 @@ void FileMapping::read_pages(const std::byte* begin, std::size_t size_bytes) con
   throw_changed(std::string("pages that cannot be read: ") + std::strerror(errno));
 }
 
+void FileMapping::read_ahead(const std::byte* begin, std::size_t size_bytes) const {
+  static_cast<void>(madvise(data_ + (begin - data_), size_bytes, MADV_WILLNEED));
+}
+
+void FileMapping::forget_pages(const std::byte* begin, std::size_t size_bytes) const {
+  // Not mapped here any more, so that the cache may let go of them. The mapping is the file's:
+  // nothing is lost.
+  static_cast<void>(madvise(data_ + (begin - data_), size_bytes, MADV_DONTNEED));
+  static_cast<void>(posix_fadvise(descriptor_, begin - data_, static_cast<off_t>(size_bytes),
+                                  POSIX_FADV_DONTNEED));
+}
+
 }  // namespace torch_offload

@@ -39,6 +39,12 @@ class FileMapping {
   /// Brings pages of the file into memory, so that what cannot be read is an error, not a signal.
   /// Blocking: while the disk reads. Throws: StateError.
   void read_pages(const std::byte* begin, std::size_t size_bytes) const;
+  /// Asks the disk for pages and does not wait for them. A wish.
+  /// Blocking: while the disk's queue is full.
+  void read_ahead(const std::byte* begin, std::size_t size_bytes) const;
+  /// Lets the system have the memory of pages that nobody else maps: it is not to look for others
+  /// to take. The next to need them reads them anew. A wish.
+  void forget_pages(const std::byte* begin, std::size_t size_bytes) const;
 
  private:
   struct State {

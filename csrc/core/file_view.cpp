@@ -138,6 +138,15 @@ void FileView::map_blocks() {
   }
 }
 
+void FileView::check_unchanged() const {
+  const FileMapping* last = nullptr;
+  for (const FileBlock& block : blocks_) {
+    if (block.file.get() != std::exchange(last, block.file.get())) {
+      block.file->check_unchanged();
+    }
+  }
+}
+
 /// Whether bytes [begin, end) of the view differ from the files'.
 bool FileView::differs(std::size_t begin, std::size_t end) const {
   auto next = std::upper_bound(begins_.begin(), begins_.end(), begin);

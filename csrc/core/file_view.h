@@ -40,6 +40,8 @@ class FileView {
   std::byte* pages() const { return pages_; }
   std::size_t pages_bytes() const { return pages_bytes_; }
 
+  /// Throws: as FileMapping::check_unchanged, for any of the files.
+  void check_unchanged() const;
   /// Whether any byte differs from the files'. Exact: of all kinds of edits none is missed.
   ///
   /// Blocking: reads /proc/self/pagemap, about 2 ms for each GiB, and compares anonymous pages.

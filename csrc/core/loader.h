@@ -30,6 +30,14 @@ class Loader {
   virtual StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                         std::uint64_t generation) = 0;
 
+  /// How many bytes of units it wants to be told of before they are loaded; none if it has no use
+  /// for that.
+  virtual std::size_t announced_bytes() const { return 0; }
+  /// The unit is expected to be loaded soon, behind those that were announced before. Units are
+  /// announced again and again, and in vain where the order was guessed wrong.
+  /// Blocking: never blocks the host.
+  virtual void announce(UnitIndex /*unit*/) {}
+
   /// Streams of the loader's own, which are drained with those of the pipeline.
   virtual std::vector<StreamId> own_streams() const { return {}; }
 };

@@ -12,6 +12,15 @@
 
 namespace torch_offload {
 
+namespace {
+
+bool exceeds(std::size_t size_bytes, const HostLimits& host) {
+  return (host.available_bytes && size_bytes > *host.available_bytes) ||
+         (host.cgroup_available_bytes && size_bytes > *host.cgroup_available_bytes);
+}
+
+}  // namespace
+
 std::size_t LockedFiles::chunk_bytes_within(std::size_t limit_bytes) {
   constexpr std::size_t kLeastBytes = std::size_t{1} << 20;
   constexpr std::size_t kShare = 32;
@@ -21,7 +30,7 @@ std::size_t LockedFiles::chunk_bytes_within(std::size_t limit_bytes) {
 
 LockedFiles::LockedFiles(std::shared_ptr<Device> device,
                          std::vector<std::shared_ptr<const FileMapping>> files,
-                         std::size_t limit_bytes, std::size_t chunk_bytes)
+                         std::size_t limit_bytes, std::size_t chunk_bytes, const HostLimits& host)
     : device_(std::move(device)), files_(std::move(files)), limit_bytes_(limit_bytes) {
   if (chunk_bytes == 0 || chunk_bytes % HostMapping::page_bytes() != 0) {
     throw ValueError("expected chunks of whole pages, got " + std::to_string(chunk_bytes));
@@ -40,6 +49,7 @@ LockedFiles::LockedFiles(std::shared_ptr<Device> device,
   }
   std::sort(chunks_.begin(), chunks_.end(),
             [](const Chunk& one, const Chunk& other) { return one.begin < other.begin; });
+  forgets_pages_ = exceeds(total_bytes_, host);
 }
 
 LockedFiles::~LockedFiles() {
@@ -100,7 +110,11 @@ void LockedFiles::unlock(Chunk& chunk) {
   }
   device_->unregister_host(chunk.begin);
   chunk.is_locked = false;
+  chunk.is_asked_for = false;
   locked_bytes_ -= chunk.size_bytes;
+  if (forgets_pages_) {
+    files_[chunk.file]->forget_pages(chunk.begin, chunk.size_bytes);
+  }
 }
 
 /// Unlocks chunks until so many bytes more may be locked, or nothing else is left to unlock.
@@ -137,7 +151,7 @@ bool LockedFiles::try_lock(const Chunks& missing) {
     if (locked_bytes_ == 0 || locked_bytes_ >= limit_bytes_) {
       throw;
     }
-    limit_bytes_ = locked_bytes_;  // so much can be had: from now on chunks take turns
+    take_turns_from_now_on();
     return false;
   }
   for (Chunk* chunk : missing) {
@@ -145,8 +159,24 @@ bool LockedFiles::try_lock(const Chunks& missing) {
     (stays ? for_good_ : in_turn_).push_back(chunk);
     chunk->is_locked = true;
     locked_bytes_ += chunk->size_bytes;
+    bytes_brought_in_ += chunk->size_bytes;
   }
   return true;
+}
+
+/// What is locked now is all that can be had.
+void LockedFiles::take_turns_from_now_on() {
+  limit_bytes_ = locked_bytes_;
+  // No chunk knows of its copies yet, and some may still be under way.
+  for (const StreamId stream : streams_) {
+    device_->synchronize(stream);
+  }
+  std::size_t in_turn_bytes = 0;
+  while (!for_good_.empty() && in_turn_bytes < limit_bytes_ / 4) {
+    in_turn_.push_front(for_good_.back());
+    in_turn_bytes += for_good_.back()->size_bytes;
+    for_good_.pop_back();
+  }
 }
 
 void LockedFiles::lock(const std::vector<CopySegment>& segments) {
@@ -188,6 +218,9 @@ void LockedFiles::lock(const std::vector<CopySegment>& segments) {
 
 void LockedFiles::note_copied(const std::vector<CopySegment>& segments, StreamId stream) {
   if (!takes_turns()) {
+    if (std::find(streams_.begin(), streams_.end(), stream) == streams_.end()) {
+      streams_.push_back(stream);
+    }
     return;
   }
   Chunk* last = nullptr;
@@ -202,6 +235,20 @@ void LockedFiles::note_copied(const std::vector<CopySegment>& segments, StreamId
     device_->record(chunk->copied, stream);
     chunk->stream = stream;
     last = chunk;
+  }
+}
+
+std::size_t LockedFiles::read_ahead_bytes() const {
+  constexpr std::size_t kMost = std::size_t{1} << 30;
+  return std::min(kMost, limit_bytes_ / 8);
+}
+
+void LockedFiles::read_ahead(const std::vector<CopySegment>& segments) {
+  for (const CopySegment& segment : segments) {
+    Chunk* const chunk = chunk_of(segment.source);
+    if (chunk != nullptr && !chunk->is_locked && !std::exchange(chunk->is_asked_for, true)) {
+      reader_.ask(files_[chunk->file], chunk->begin, chunk->size_bytes);
+    }
   }
 }
 

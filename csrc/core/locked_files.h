@@ -9,6 +9,8 @@
 #include "core/copy_segment.h"
 #include "core/device.h"
 #include "core/file_mapping.h"
+#include "core/host_limits.h"
+#include "core/read_ahead.h"
 
 namespace torch_offload {
 
@@ -19,6 +21,11 @@ namespace torch_offload {
 /// it are locked once and for good; the chunks beyond go through the rest, oldest first. Passes
 /// visit the chunks in a circle, where dropping the least recently used would lock every chunk
 /// anew in every pass. A limit that nobody told is found when the device refuses to lock more.
+///
+/// What comes next is read ahead, so that locking finds the pages there. And where the files are
+/// larger than the host's memory, the pages of a chunk are given back as it is unlocked: left to
+/// itself the system would look for the oldest pages, which in a circle are those needed next. So a
+/// pass reads exactly the chunks that take turns.
 ///
 /// Lifetime:  keeps device and files alive. Nothing may be in flight when it is destroyed.
 /// Threads:   one caller at a time.
@@ -33,7 +40,8 @@ class LockedFiles {
 
   /// Locks nothing yet. Throws: ValueError if the chunks are no whole pages.
   LockedFiles(std::shared_ptr<Device> device, std::vector<std::shared_ptr<const FileMapping>> files,
-              std::size_t limit_bytes = kNoLimit, std::size_t chunk_bytes = kChunkBytes);
+              std::size_t limit_bytes = kNoLimit, std::size_t chunk_bytes = kChunkBytes,
+              const HostLimits& host = read_host_limits());
   LockedFiles(const LockedFiles&) = delete;
   LockedFiles& operator=(const LockedFiles&) = delete;
   /// Never throws: what fails is told on stderr.
@@ -54,6 +62,12 @@ class LockedFiles {
   /// done.
   void note_copied(const std::vector<CopySegment>& segments, StreamId stream);
 
+  /// Has what these copies, as cut, read from the files brought into memory, since it will be
+  /// locked soon. Never blocks.
+  void read_ahead(const std::vector<CopySegment>& segments);
+  /// How much of what comes is worth to be read ahead.
+  std::size_t read_ahead_bytes() const;
+
   /// Throws: StateError naming a file that is not what was opened.
   void check_unchanged() const;
 
@@ -62,6 +76,10 @@ class LockedFiles {
 
   std::size_t limit_bytes() const { return limit_bytes_; }
   std::size_t locked_bytes() const { return locked_bytes_; }
+  /// All that was locked so far, again and again where chunks take turns.
+  std::uint64_t bytes_brought_in() const { return bytes_brought_in_; }
+  /// Whether pages that are not locked any more are given back.
+  bool forgets_pages() const { return forgets_pages_; }
   /// Whether chunks take turns, as not all fit the limit.
   bool takes_turns() const { return total_bytes_ > limit_bytes_; }
 
@@ -71,6 +89,7 @@ class LockedFiles {
     std::size_t size_bytes = 0;  // whole pages
     std::size_t file = 0;
     bool is_locked = false;
+    bool is_asked_for = false;  // ahead, since it was last unlocked
     EventId copied = kNoEvent;  // recorded behind the last copy from it, while chunks take turns
     StreamId stream = kNoStream;
   };
@@ -81,6 +100,7 @@ class LockedFiles {
   void make_room(std::size_t size_bytes, const Chunks& needed);
   void unlock(Chunk& chunk);
   bool try_lock(const Chunks& missing);
+  void take_turns_from_now_on();
 
   std::shared_ptr<Device> device_;
   std::vector<std::shared_ptr<const FileMapping>> files_;
@@ -90,6 +110,10 @@ class LockedFiles {
   std::size_t total_bytes_ = 0;
   std::size_t locked_bytes_ = 0;
   std::size_t limit_bytes_;
+  std::uint64_t bytes_brought_in_ = 0;
+  bool forgets_pages_ = false;
+  std::vector<StreamId> streams_;  // copies were submitted to, while nothing took turns
+  ReadAhead reader_;
 };
 
 }  // namespace torch_offload

@@ -222,6 +222,7 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
     return state.memory;
   }
 
+  announce_ahead();  // before this unit's own copy, which may have to wait for its bytes
   if (!state.whole) {
     onload_on_demand(unit);
     ++stats_.misses;

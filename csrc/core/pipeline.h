@@ -176,6 +176,7 @@ class Pipeline {
   void onload(UnitIndex unit);
   void onload_on_demand(UnitIndex unit);
   void prefetch_ahead();
+  void announce_ahead();
   void forget_expectations();
   void give_own_place(UnitIndex unit);
   void quiesce(StreamId stream, Step step) noexcept;

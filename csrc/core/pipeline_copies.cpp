@@ -129,6 +129,27 @@ void Pipeline::prefetch_ahead() {
   }
 }
 
+/// Tells the loader which units it will be asked for, those that prefetches are about to ask for
+/// included.
+void Pipeline::announce_ahead() {
+  const std::size_t limit_bytes = loader_.announced_bytes();
+  if (limit_bytes == 0) {
+    return;
+  }
+  Order::Walk walk = order_->walk();
+  std::size_t announced_bytes = 0;
+  for (std::size_t step = 0; step < states_.size() && announced_bytes < limit_bytes; ++step) {
+    const UnitIndex unit = walk.next();
+    if (unit == kNoUnit) {
+      return;
+    }
+    if (!states_[unit].whole) {
+      loader_.announce(unit);
+      announced_bytes += plan_.units[unit].size_bytes;
+    }
+  }
+}
+
 /// The pass went another way than expected: what was copied ahead may be overwritten again.
 void Pipeline::forget_expectations() {
   for (UnitState& state : states_) {

@@ -140,6 +140,11 @@ class Engine : private Loader {
     pipeline();
     return device_->counters().registered_bytes;
   }
+  /// As LockedFiles::bytes_brought_in.
+  std::uint64_t file_bytes_locked() const {
+    pipeline();
+    return masters_->files().bytes_brought_in();
+  }
   /// Time spent in `call` so far, what it calls excluded, in seconds.
   double cpu_seconds() const { return static_cast<double>(cpu_ns_) * 1e-9; }
   std::vector<std::string> parameter_names(UnitIndex unit) const;
@@ -169,7 +174,8 @@ class Engine : private Loader {
     bool is_sampled = false;            // since the last copy
     bool is_compared = false;           // with the sample, in this pass
     bool is_checked = false;            // against the files, in this pass
-    bool is_locked = false;             // all its pages of files, for good
+    bool is_locked = false;             // all its pages of files, as long as none takes turns
+    bool is_announced = false;          // since it was last loaded
     bool is_to_be_packed = false;       // whatever a comparison would say
   };
 
@@ -193,6 +199,8 @@ class Engine : private Loader {
 
   StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                 std::uint64_t generation) override;
+  std::size_t announced_bytes() const override;
+  void announce(UnitIndex unit) override;
   std::vector<StreamId> own_streams() const override;
   bool is_packed(UnitIndex unit) const { return packed_ != nullptr && packed_->has_source(unit); }
   UnitEncoder encoder_of(const UnitParameters& entry, std::size_t unit_bytes) const;

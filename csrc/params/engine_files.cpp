@@ -15,12 +15,29 @@ const std::vector<CopySegment>& Engine::segments_of(UnitParameters& entry) {
 }
 
 void Engine::lock_files_of(UnitParameters& entry) {
-  if (!masters_->has_files() || entry.is_locked) {
+  if (!masters_->has_files()) {
     return;
   }
   LockedFiles& files = masters_->files();
-  files.lock(segments_of(entry));
-  entry.is_locked = !files.takes_turns();
+  entry.is_announced = false;
+  if (!entry.is_locked || files.takes_turns()) {  // a limit may have been met since
+    files.lock(segments_of(entry));
+    entry.is_locked = true;
+  }
+}
+
+std::size_t Engine::announced_bytes() const {
+  return masters_->has_files() ? masters_->files().read_ahead_bytes() : 0;
+}
+
+void Engine::announce(UnitIndex unit) {
+  UnitParameters& entry = units_[unit];
+  LockedFiles& files = masters_->files();
+  const bool is_there = entry.is_locked && !files.takes_turns();
+  if (!is_there && !entry.is_announced && !is_packed(unit)) {
+    files.read_ahead(segments_of(entry));
+    entry.is_announced = true;
+  }
 }
 
 void Engine::lock_files(UnitIndex unit) {

@@ -138,6 +138,61 @@ TEST_F(LockedFilesTest, FindsALimitThatNobodyTold) {
   EXPECT_LE(locked(), 8 * kPage);
 }
 
+TEST_F(LockedFilesTest, LimitMetLateKeepsMostLockedAndWaitsForCopiesUnderWay) {
+  device_->limit_bytes = 16 * kPage;
+  LockedFiles files(device_, {mapping_}, LockedFiles::kNoLimit, kPage);
+  for (std::size_t page = 0; page < 16; ++page) {
+    copy_pages(files, {page});
+  }
+  EXPECT_FALSE(files.takes_turns());
+  const std::uint64_t waits = device_->counters().host_synchronizes;
+  copy_pages(files, {16});
+  EXPECT_TRUE(files.takes_turns());
+  EXPECT_EQ(files.limit_bytes(), 16 * kPage);
+  EXPECT_GT(device_->counters().host_synchronizes, waits + 1)  // copy_pages itself waits once
+      << "a chunk was unlocked whose copies nobody had waited for";
+  // From now on three quarters stay, and a pass locks the other twenty pages, each once.
+  const auto pass = [&] {
+    const std::uint64_t before = files.bytes_brought_in();
+    for (std::size_t page = 0; page < 32; ++page) {
+      copy_pages(files, {page});
+      EXPECT_LE(locked(), 16 * kPage);
+    }
+    return files.bytes_brought_in() - before;
+  };
+  pass();
+  EXPECT_EQ(pass(), 20 * kPage);
+  EXPECT_EQ(pass(), 20 * kPage);
+}
+
+TEST_F(LockedFilesTest, PagesThatTakeTurnsAreReadAheadAndGivenBack) {
+  HostLimits small;
+  small.available_bytes = 16 * kPage;
+  LockedFiles files(device_, {mapping_}, 16 * kPage, kPage, small);
+  EXPECT_TRUE(files.forgets_pages());
+  EXPECT_EQ(files.read_ahead_bytes(), 2 * kPage);
+  for (std::size_t page = 0; page < 32; ++page) {
+    copy_pages(files, {page});
+    files.read_ahead({{mapping_->data() + (page + 1) % 32 * kPage, 0, kPage}});
+    EXPECT_TRUE(mapping_->data() != nullptr);
+  }
+  EXPECT_EQ(files.bytes_brought_in(), 32 * kPage);
+  for (std::size_t page = 0; page < 32; ++page) {
+    copy_pages(files, {page});
+  }
+  EXPECT_EQ(files.bytes_brought_in(), 52 * kPage) << "twelve pages were locked for good";
+}
+
+TEST_F(LockedFilesTest, PagesThatFitTheHostAreKept) {
+  HostLimits roomy;
+  roomy.available_bytes = 32 * kPage;
+  EXPECT_FALSE(LockedFiles(device_, {mapping_}, 16 * kPage, kPage, roomy).forgets_pages());
+  roomy.cgroup_available_bytes = 31 * kPage;
+  EXPECT_TRUE(LockedFiles(device_, {mapping_}, 16 * kPage, kPage, roomy).forgets_pages());
+  EXPECT_FALSE(LockedFiles(device_, {mapping_}, 16 * kPage, kPage, HostLimits{}).forgets_pages())
+      << "a host that says nothing";
+}
+
 TEST_F(LockedFilesTest, RefusalOfTheFirstChunkFailsAndLeavesNothingLocked) {
   device_->limit_bytes = kPage;
   LockedFiles files(device_, {mapping_}, LockedFiles::kNoLimit, 2 * kPage);
