@@ -68,10 +68,6 @@ def _steady(trace: Trace, layers: int) -> Trace:
 def reference_figures() -> None:
     """What needs no GPU."""
     write_timeline(
-        [_layers(_REFERENCE, 2, mode) for mode in ("sync", "pipeline")],
-        FIGURES / "reference-sync-pipeline.png",
-    )
-    write_timeline(
         [_layers(_REFERENCE, 2, mode) for mode in MODES],
         FIGURES / "reference-modes.png",
     )
