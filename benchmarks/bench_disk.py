@@ -128,7 +128,7 @@ def bench_forward_from_disk(
     drop_from_page_cache(files)
     limit = pytestconfig.getoption("--memory-limit")
     host_budget = None if limit else size_bytes // 4
-    disk_rate = _disk_bytes_per_s(files)
+    disk_rates = [_disk_bytes_per_s(files)]
     seconds, locked, read = [], [], []
     with _memory_limit(limit) as limit_bytes:
         model = skeleton(workload)
@@ -155,6 +155,8 @@ def bench_forward_from_disk(
         host_bytes = handle.stats.host_bytes
         handle.remove()
         del model, handle
+    disk_rates.append(_disk_bytes_per_s(files))
+    disk_rate = max((rate for rate in disk_rates if rate is not None), default=None)
     rates = [size / s for size, s in zip(locked[1:], seconds[1:], strict=True)]
     predicted_s = None
     if disk_rate is not None:
@@ -169,7 +171,7 @@ def bench_forward_from_disk(
         memory_limit_bytes=limit_bytes,
         host_budget_bytes=host_budget,
         page_locked_bytes=host_bytes,
-        disk_bytes_per_s=disk_rate,
+        disk_bytes_per_s=disk_rates,  # before and after; the better one is the yardstick
         offload_seconds=offload_s,
         seconds=seconds,
         bytes_locked=locked,

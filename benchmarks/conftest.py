@@ -97,7 +97,8 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = Path(config.getoption("--results-dir") or default)
     arguments = [_without_folders(argument) for argument in config.invocation_params.args]
     command = " ".join(["pytest", *arguments])
-    config.stash[_RECORDS] = Records(folder, command, tiny)
+    is_real = config.getoption("--checkpoint") is not None  # of the disk, whatever the device
+    config.stash[_RECORDS] = Records(folder, command, tiny and not is_real)
     if not ON_GPU:
         torch.set_num_threads(1)  # tiny models: a second thread costs more than it computes
 

@@ -32,11 +32,13 @@ class FileMasters:
         masters: What was asked for.
         host_budget: Bytes that may be page-locked at a time; None leaves it to the host's limits.
         views: The view that each parameter shows, by the parameter's ``id``.
+        beside_bytes: Host memory that the offloaded model will take beside the files.
     """
 
     masters: Masters = "auto"
     host_budget: int | None = None
     views: dict[int, _C.FileView] = field(default_factory=dict)
+    beside_bytes: int = 0
 
     @classmethod
     def asked_for(cls, masters: Masters, host_budget: int | str | None) -> FileMasters:
@@ -75,6 +77,8 @@ class FileMasters:
         known = [limits.available_bytes, limits.cgroup_available_bytes]
         available = min((size for size in known if size is not None), default=None)
         needed = sum(view.size_bytes for view in self.views.values())
+        if available is not None:
+            available = max(0, available - self.beside_bytes)
         if available is None or needed <= _MOST_LOCKED_SHARE * available:
             return None
         return int(_SHARE_IN_TURNS * available)

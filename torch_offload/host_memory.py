@@ -7,6 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import nn
+
+from torch_offload.storage import is_aligned
+from torch_offload.units import UnitSpec
 
 # Kept free on the host: for the process's own activations, and for everybody else.
 HOST_RESERVE_BYTES = 256 * 2**20
@@ -47,3 +51,13 @@ def added_bytes(unit_parameters: Iterable[list[torch.Tensor]]) -> int:
             if parameter.device.type != "cpu" or parameter.data_ptr() in mappings
         )
     return added + largest
+
+
+def taken_on_host_device(model: nn.Module, streamed: Iterable[UnitSpec], window_bytes: int) -> int:
+    """Returns what the host device takes: the window, and aligned copies of what stays askew."""
+    elsewhere = {id(parameter) for spec in streamed for _, parameter in spec.parameters}
+    return window_bytes + sum(
+        tensor.nbytes
+        for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+        if id(tensor) not in elsewhere and not is_aligned(tensor)
+    )

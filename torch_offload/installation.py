@@ -166,31 +166,36 @@ class _Installation:
         streamed = _streamed(planned)
         tables = {id(table.weight) for table in planned.tables}
         elsewhere = _parameter_ids(streamed) | tables
-        self._residents.move(
-            (
-                tensor
-                for tensor in (*model.parameters(), *model.buffers())
-                if id(tensor) not in elsewhere
-            ),
-            from_file,
-        )
+        residents = [
+            tensor
+            for tensor in (*model.parameters(), *model.buffers())
+            if id(tensor) not in elsewhere
+        ]
+        total_bytes = sum(tensor.nbytes for tensor in residents)
+        total_bytes += sum(spec.num_bytes for _, spec in streamed)
+        with Progress("moving weights", total_bytes) as progress:
+            self._residents.move(residents, from_file, progress.advance)
+            self._bytes_resident = self._residents.size_bytes
+            self._move_streamed(planned, progress)
+        for index, _ in streamed[:1]:
+            try:
+                self._engine.lock_files(index)
+            except MemoryError as error:
+                raise FilesNotLockedError(str(error)) from error
+        self._engine.unlock_residents()
+        self._pack()
+
+    def _move_streamed(self, planned: Planned, progress: Progress) -> None:
+        """Tables to the host, streamed weights into their masters."""
         # A table that is on the host stays where it is: its rows are aligned as they are gathered.
         self._gathered.move(
             table.weight
             for table in planned.tables
             if not table.head and table.weight.device.type != "cpu"
         )
-        self._bytes_resident = self._residents.size_bytes
-        with Progress("moving weights", sum(spec.num_bytes for _, spec in streamed)) as progress:
-            for index, spec in streamed:
-                self._engine.move_in(index)
-                progress.advance(spec.num_bytes)
-        for index, _ in streamed[:1]:
-            try:
-                self._engine.lock_files(index)
-            except MemoryError as error:
-                raise FilesNotLockedError(str(error)) from error
-        self._pack()
+        for index, spec in _streamed(planned):
+            self._engine.move_in(index)
+            progress.advance(spec.num_bytes)
 
     def _pack(self) -> None:
         if self._packs:

@@ -17,7 +17,7 @@ from torch_offload.debugging import debug_is_asked_for, report_environment
 from torch_offload.devices import resolve_device
 from torch_offload.file_masters import FileMasters
 from torch_offload.handle import Handle
-from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes
+from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes, taken_on_host_device
 from torch_offload.installation import FilesNotLockedError, install
 from torch_offload.memory import Memory, memory_of, total_bytes_of
 from torch_offload.planning import Cut, cut_model, plan_best, plan_cut
@@ -152,8 +152,12 @@ def offload_with(
         [parameter for _, parameter in spec.parameters if files.view_of(parameter) is None]
         for spec in streamed
     )
+    reserve = HOST_RESERVE_BYTES if needed else 0
+    if target.type == "cpu":  # the host's memory is the device's
+        needed += taken_on_host_device(model, streamed, planned.plan.window_bytes)
     if needed:
-        _C.check_host_memory(needed, HOST_RESERVE_BYTES)
+        _C.check_host_memory(needed, reserve)
+    files.beside_bytes = needed
     if config.units is not None:  # by name, so that the handle holds no module
         config = replace(config, units=tuple(spec.name for spec in cut.specs))
     try:

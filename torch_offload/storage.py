@@ -37,6 +37,11 @@ def align(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether it may stay where it is on the host device: equal alignment, equal bits."""
+    return tensor.device.type == "cpu" and tensor.data_ptr() % _CACHE_LINE_BYTES == 0
+
+
 def _distinct(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     seen: set[int] = set()
     for tensor in tensors:
@@ -62,6 +67,7 @@ class ResidentMove:
         self,
         tensors: Iterable[torch.Tensor],
         another_way: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
+        advance: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
         """Moves them. Blocks while copying. On an exception, call `undo`.
 
@@ -69,6 +75,7 @@ class ResidentMove:
             tensors: What to move, in place.
             another_way: Asked first for a tensor on the device with the same values; None where it
                 has no better way.
+            advance: Told of so many bytes more that are there.
         """
         distinct = list(_distinct(tensors))
         sharers = Counter(tensor.untyped_storage().data_ptr() for tensor in distinct)
@@ -92,11 +99,12 @@ class ResidentMove:
             if moved is not data:
                 self._former.append((tensor, data))
                 tensor.data = moved
+            advance(tensor.nbytes)
 
     def _moved(self, data: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu" and data.device.type == "cpu":
-            # What streams is aligned, so what stays must be: equal alignment, equal bits.
-            return data.clone() if data.data_ptr() % _CACHE_LINE_BYTES else data
+            # What streams is aligned, so what stays must be.
+            return data if is_aligned(data) else data.clone()
         return data.to(self._device)
 
     def undo(self) -> None:

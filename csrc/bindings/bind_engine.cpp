@@ -135,6 +135,7 @@ void bind_engine(py::module_& module) {
                                return py::make_tuple(window.begin, window.end);
                              })
       .def_property_readonly("host_bytes", &Engine::host_bytes)
+      .def("unlock_residents", &Engine::unlock_residents)
       .def_property_readonly("file_bytes_locked", &Engine::file_bytes_locked)
       .def_property_readonly("cpu_seconds", &Engine::cpu_seconds)
       .def_property_readonly("streams", &Engine::streams)

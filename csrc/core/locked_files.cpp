@@ -109,8 +109,7 @@ void LockedFiles::unlock(Chunk& chunk) {
     device_->synchronize(chunk.stream);
   }
   device_->unregister_host(chunk.begin);
-  chunk.is_locked = false;
-  chunk.is_asked_for = false;
+  chunk.is_locked = chunk.is_for_once = false;
   locked_bytes_ -= chunk.size_bytes;
   if (forgets_pages_) {
     files_[chunk.file]->forget_pages(chunk.begin, chunk.size_bytes);
@@ -135,7 +134,21 @@ void LockedFiles::make_room(std::size_t size_bytes, const Chunks& needed) {
   }
 }
 
-bool LockedFiles::try_lock(const Chunks& missing) {
+/// It is locked now: was it foreseen?
+void LockedFiles::note_arrived(Chunk& chunk) {
+  if (!chunk.is_asked_for) {
+    // The order is another one than was guessed: nothing is known of what comes.
+    for (Chunk& other : chunks_) {
+      other.is_asked_for = false;
+    }
+    asked_bytes_ = 0;
+  } else {
+    chunk.is_asked_for = false;
+    asked_bytes_ -= chunk.size_bytes;
+  }
+}
+
+bool LockedFiles::try_lock(const Chunks& missing, Hold hold) {
   std::vector<AddressRange> ranges;
   ranges.reserve(missing.size());
   for (const Chunk* chunk : missing) {
@@ -155,10 +168,13 @@ bool LockedFiles::try_lock(const Chunks& missing) {
     return false;
   }
   for (Chunk* chunk : missing) {
-    const bool stays = !takes_turns() || locked_bytes_ + chunk->size_bytes <= limit_bytes_ / 4 * 3;
+    locked_bytes_ += chunk->size_bytes;
+    const bool fits = !takes_turns() || locked_bytes_ <= limit_bytes_ / 4 * 3;
+    const bool stays = hold == Hold::kForPasses && fits;
     (stays ? for_good_ : in_turn_).push_back(chunk);
     chunk->is_locked = true;
-    locked_bytes_ += chunk->size_bytes;
+    chunk->is_for_once = hold == Hold::kOnce;
+    note_arrived(*chunk);
     bytes_brought_in_ += chunk->size_bytes;
   }
   return true;
@@ -179,7 +195,7 @@ void LockedFiles::take_turns_from_now_on() {
   }
 }
 
-void LockedFiles::lock(const std::vector<CopySegment>& segments) {
+void LockedFiles::lock(const std::vector<CopySegment>& segments, Hold hold) {
   Chunks needed;
   for (const CopySegment& segment : segments) {
     Chunk* const chunk = chunk_of(segment.source);
@@ -193,6 +209,13 @@ void LockedFiles::lock(const std::vector<CopySegment>& segments) {
     std::size_t needed_bytes = 0;
     for (Chunk* chunk : needed) {
       needed_bytes += chunk->size_bytes;
+      if (chunk->is_for_once && hold == Hold::kForPasses) {
+        chunk->is_for_once = false;  // needed by copies of the passes as well
+        if (locked_bytes_ <= limit_bytes_ / 4 * 3) {
+          in_turn_.erase(std::find(in_turn_.begin(), in_turn_.end(), chunk));
+          for_good_.push_back(chunk);
+        }
+      }
       if (!chunk->is_locked) {
         missing.push_back(chunk);
         missing_bytes += chunk->size_bytes;
@@ -209,7 +232,7 @@ void LockedFiles::lock(const std::vector<CopySegment>& segments) {
       return true;
     }
     make_room(missing_bytes, needed);
-    return try_lock(missing);
+    return try_lock(missing, hold);
   };
   if (!lock_missing()) {
     lock_missing();  // once more within the limit that was met
@@ -238,18 +261,41 @@ void LockedFiles::note_copied(const std::vector<CopySegment>& segments, StreamId
   }
 }
 
+void LockedFiles::unlock_once() {
+  for (const StreamId stream : streams_) {
+    device_->synchronize(stream);
+  }
+  for (std::deque<Chunk*>* queue : {&in_turn_, &for_good_}) {
+    for (Chunk* chunk : *queue) {
+      if (chunk->is_for_once) {
+        unlock(*chunk);
+      }
+    }
+    queue->erase(std::remove_if(queue->begin(), queue->end(),
+                                [](const Chunk* chunk) { return !chunk->is_locked; }),
+                 queue->end());
+  }
+}
+
 std::size_t LockedFiles::read_ahead_bytes() const {
   constexpr std::size_t kMost = std::size_t{1} << 30;
   return std::min(kMost, limit_bytes_ / 8);
 }
 
-void LockedFiles::read_ahead(const std::vector<CopySegment>& segments) {
+bool LockedFiles::read_ahead(const std::vector<CopySegment>& segments) {
   for (const CopySegment& segment : segments) {
     Chunk* const chunk = chunk_of(segment.source);
-    if (chunk != nullptr && !chunk->is_locked && !std::exchange(chunk->is_asked_for, true)) {
-      reader_.ask(files_[chunk->file], chunk->begin, chunk->size_bytes);
+    if (chunk == nullptr || chunk->is_locked || chunk->is_asked_for) {
+      continue;
     }
+    if (asked_bytes_ >= read_ahead_bytes()) {
+      return false;
+    }
+    chunk->is_asked_for = true;
+    asked_bytes_ += chunk->size_bytes;
+    reader_.ask(files_[chunk->file], chunk->begin, chunk->size_bytes);
   }
+  return true;
 }
 
 void LockedFiles::leak() {

@@ -51,20 +51,27 @@ class LockedFiles {
   /// lies in none of the files stay whole.
   std::vector<CopySegment> cut(const std::vector<CopySegment>& segments) const;
 
+  /// How long pages are to stay locked: for copies that come again in every pass, or for one of
+  /// what goes to the device for good.
+  enum class Hold { kForPasses, kOnce };
+
   /// Page-locks all that these copies, as cut, read from the files.
   ///
   /// Blocking:  while pages are read from the disk and locked; beyond the limit also until the
   ///            copies from the chunks that make room are done.
   /// Throws:    StateError if pages cannot be read; MemoryError if these copies alone need more
   ///            than can be locked.
-  void lock(const std::vector<CopySegment>& segments);
+  void lock(const std::vector<CopySegment>& segments, Hold hold = Hold::kForPasses);
+  /// Unlocks what was locked for one copy only. Blocks until those copies are done.
+  void unlock_once();
   /// Notes that the copies were submitted to `stream`, so that their chunks stay until they are
   /// done.
   void note_copied(const std::vector<CopySegment>& segments, StreamId stream);
 
   /// Has what these copies, as cut, read from the files brought into memory, since it will be
-  /// locked soon. Never blocks.
-  void read_ahead(const std::vector<CopySegment>& segments);
+  /// locked soon. Returns whether all of it is asked for: more than read_ahead_bytes() are not, as
+  /// long as they are not locked. Never blocks.
+  bool read_ahead(const std::vector<CopySegment>& segments);
   /// How much of what comes is worth to be read ahead.
   std::size_t read_ahead_bytes() const;
 
@@ -89,6 +96,7 @@ class LockedFiles {
     std::size_t size_bytes = 0;  // whole pages
     std::size_t file = 0;
     bool is_locked = false;
+    bool is_for_once = false;   // since it was last locked
     bool is_asked_for = false;  // ahead, since it was last unlocked
     EventId copied = kNoEvent;  // recorded behind the last copy from it, while chunks take turns
     StreamId stream = kNoStream;
@@ -99,7 +107,8 @@ class LockedFiles {
   const Chunk* chunk_of(const std::byte* source) const;
   void make_room(std::size_t size_bytes, const Chunks& needed);
   void unlock(Chunk& chunk);
-  bool try_lock(const Chunks& missing);
+  bool try_lock(const Chunks& missing, Hold hold);
+  void note_arrived(Chunk& chunk);
   void take_turns_from_now_on();
 
   std::shared_ptr<Device> device_;
@@ -111,6 +120,7 @@ class LockedFiles {
   std::size_t locked_bytes_ = 0;
   std::size_t limit_bytes_;
   std::uint64_t bytes_brought_in_ = 0;
+  std::size_t asked_bytes_ = 0;  // ahead, of chunks that are not locked yet
   bool forgets_pages_ = false;
   std::vector<StreamId> streams_;  // copies were submitted to, while nothing took turns
   ReadAhead reader_;

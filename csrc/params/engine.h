@@ -84,6 +84,8 @@ class Engine : private Loader {
   /// Ordering: as soon as it returns, on the current stream; the copy itself may still run.
   /// Blocking: while pages are read and locked. Throws: as LockedFiles::lock; ValueError.
   bool copy_resident(const std::shared_ptr<FileView>& view, const at::Tensor& destination);
+  /// Unlocks the pages that only those copies needed. Blocks until they are done.
+  void unlock_residents();
   /// Moves all parameters back into ordinary memory, where they were if they fit. Returns the names
   /// of those which did not fit there and are on the CPU now. Blocks while copying.
   std::vector<std::string> move_out();

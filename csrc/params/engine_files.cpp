@@ -35,8 +35,7 @@ void Engine::announce(UnitIndex unit) {
   LockedFiles& files = masters_->files();
   const bool is_there = entry.is_locked && !files.takes_turns();
   if (!is_there && !entry.is_announced && !is_packed(unit)) {
-    files.read_ahead(segments_of(entry));
-    entry.is_announced = true;
+    entry.is_announced = files.read_ahead(segments_of(entry));
   }
 }
 
@@ -65,7 +64,7 @@ bool Engine::copy_resident(const std::shared_ptr<FileView>& view, const at::Tens
   }
   LockedFiles& files = masters_->files();
   segments = files.cut(segments);
-  files.lock(segments);
+  files.lock(segments, LockedFiles::Hold::kOnce);
   const StreamId copies = pipeline_->streams().front();
   const StreamId current = device_->current_stream();
   const EventId handed_over = device_->create_event();
@@ -81,6 +80,12 @@ bool Engine::copy_resident(const std::shared_ptr<FileView>& view, const at::Tens
   device_->record(copied, copies);
   device_->wait(current, copied);  // kernels read it behind the copy
   return true;
+}
+
+void Engine::unlock_residents() {
+  pipeline();
+  const py::gil_scoped_release no_gil;
+  masters_->files().unlock_once();
 }
 
 /// Lets the parameter's copies read its own bytes if they are not the file's any more.

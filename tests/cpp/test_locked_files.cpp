@@ -183,6 +183,51 @@ TEST_F(LockedFilesTest, PagesThatTakeTurnsAreReadAheadAndGivenBack) {
   EXPECT_EQ(files.bytes_brought_in(), 52 * kPage) << "twelve pages were locked for good";
 }
 
+TEST_F(LockedFilesTest, ReadAheadIsBoundedUntilPagesAreLockedAndForgottenIfGuessedWrong) {
+  LockedFiles files(device_, {mapping_}, 16 * kPage, kPage);
+  const auto ask = [&](std::size_t page) {
+    return files.read_ahead({{mapping_->data() + page * kPage, 0, kPage}});
+  };
+  EXPECT_TRUE(ask(1));
+  EXPECT_TRUE(ask(2));
+  EXPECT_TRUE(ask(2)) << "once is enough";
+  EXPECT_FALSE(ask(3)) << "two pages are an eighth of the limit";
+  copy_pages(files, {1});
+  EXPECT_TRUE(ask(3));
+  EXPECT_FALSE(ask(4));
+  copy_pages(files, {9});  // nobody foresaw it
+  EXPECT_TRUE(ask(4));
+  EXPECT_TRUE(ask(5));
+  EXPECT_FALSE(ask(6));
+}
+
+TEST_F(LockedFilesTest, WhatIsCopiedOnceIsUnlockedAndLeavesTheLimitToPasses) {
+  for (const std::size_t limit : {LockedFiles::kNoLimit, 16 * kPage}) {
+    LockedFiles files(device_, {mapping_}, limit, kPage);
+    const auto segment = [&](std::size_t page) {
+      return std::vector<CopySegment>{{mapping_->data() + page * kPage, 0, kPage}};
+    };
+    for (std::size_t page = 0; page < 8; ++page) {
+      files.lock(segment(page), LockedFiles::Hold::kOnce);
+      files.note_copied(segment(page), stream_);
+    }
+    copy_pages(files, {3});  // a unit begins in that page
+    EXPECT_EQ(locked(), 8 * kPage);
+    files.unlock_once();
+    EXPECT_EQ(locked(), kPage);
+    files.unlock_once();
+    EXPECT_EQ(locked(), kPage);
+    for (std::size_t page = 0; page < 32; ++page) {
+      copy_pages(files, {page});
+    }
+    const std::uint64_t before = files.bytes_brought_in();
+    for (std::size_t page = 0; page < 32; ++page) {
+      copy_pages(files, {page});
+    }
+    EXPECT_EQ(files.bytes_brought_in() - before, limit == LockedFiles::kNoLimit ? 0 : 20 * kPage);
+  }
+}
+
 TEST_F(LockedFilesTest, PagesThatFitTheHostAreKept) {
   HostLimits roomy;
   roomy.available_bytes = 32 * kPage;

@@ -228,6 +228,32 @@ def test_files_larger_than_the_host_budget_are_locked_in_turns(
     assert sum(op.kind == "unregister" for op in log.ops) >= 48
 
 
+def test_weights_that_stay_leave_the_host_budget_to_those_that_stream(
+    tmp_path: Path, device: torch.device
+) -> None:
+    model_class = _save_large(tmp_path, num_layers=16, vocab_size=4096)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    model = load(model_class, tmp_path, device, host_budget="64MiB")
+    handle = handle_of(model)
+    chunk = 2 * MIB
+    first = next(unit for unit in handle.units if unit.place is not None)
+    assert handle.stats.file_bytes_locked >= 8 * MIB + first.size_bytes, (
+        "tables come from locked pages"
+    )
+    assert handle.stats.host_bytes <= first.size_bytes + 2 * chunk, "and leave none behind"
+    plain = load_plain(model_class, tmp_path, device)
+    read = []
+    with torch.inference_mode():
+        expected = plain(**_inputs(device))
+        for _ in range(5):
+            before = handle.stats.file_bytes_locked
+            assert_equal(model(**_inputs(device)), expected)
+            read.append(handle.stats.file_bytes_locked - before)
+    # Three quarters of the budget stay, whole chunks of them: the rest is read by each forward.
+    assert read[2] == read[3] == read[4]
+    assert size - 8 * MIB - 48 * MIB - 2 * chunk <= read[4] <= size - 48 * MIB + 2 * chunk
+
+
 def test_host_budget_below_one_unit_fails_with_the_way_out(
     tmp_path: Path, device: torch.device
 ) -> None:

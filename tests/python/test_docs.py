@@ -1,0 +1,90 @@
+"""The Python of README and docs, run as it is written; without a GPU on the host device."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import torch_offload
+from tests.python.dropin import tiny_llama, tiny_stack, tokens
+from tests.python.expect import assert_at_rest
+
+ROOT = Path(__file__).resolve().parents[2]
+_BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+def blocks_of(file: str) -> list[str]:
+    return _BLOCK.findall((ROOT / file).read_text())
+
+
+def run(text: str, device: torch.device, **names: Any) -> dict[str, Any]:
+    """What a block leaves behind."""
+    if device.type != "cuda":
+        text = text.replace('"cuda"', '"cpu"')
+    exec(compile(text, "the docs", "exec"), names)
+    return names
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a user stands who has a checkpoint in "folder"."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    return tmp_path / "folder"
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/checkpoints.md"])
+def test_model_straight_from_its_checkpoint(file: str, folder: Path, device: torch.device) -> None:
+    tiny_llama().save_pretrained(folder)
+    blocks = [text for text in blocks_of(file) if "from_pretrained" in text]
+    assert len(blocks) == 1
+    names = run(blocks[0], device)
+    model = names["model"]
+    handle = torch_offload.handle_of(model)
+    assert handle is names.get("handle", handle)
+    plain = tiny_llama().to(device)
+    with torch.no_grad():
+        assert torch.equal(model(tokens(device)).logits, plain(tokens(device)).logits)
+
+
+def test_model_of_ones_own(folder: Path, device: torch.device) -> None:
+    from safetensors.torch import save_file
+
+    save_file(dict(tiny_stack().state_dict()), folder / "model.safetensors")
+    (text,) = (text for text in blocks_of("docs/checkpoints.md") if "MyModel" in text)
+    names = run(text, device, torch=torch, torch_offload=torch_offload, MyModel=tiny_stack_on_meta)
+    assert_at_rest(names["handle"])
+    x = torch.ones(2, 16, device=device)
+    with torch.no_grad():
+        assert torch.equal(names["model"](x), tiny_stack().to(device)(x))
+
+
+def tiny_stack_on_meta() -> Any:
+    from torch_offload.selfcheck.subjects import Stack
+
+    return Stack(4, 16).eval()
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_looking_at_a_run(number: int, folder: Path, device: torch.device) -> None:
+    model = tiny_llama(num_hidden_layers=4).model
+    with torch_offload.offload(model, device) as handle, torch.no_grad():
+        inputs = {"input_ids": tokens(device)}
+        model(**inputs)
+        run(blocks_of("docs/tuning.md")[number], device, handle=handle, model=model, inputs=inputs)
+    made = {path.name for path in folder.parent.iterdir()} - {"folder"}
+    assert made == [{"p.json"}, {"t.png"}, set()][number]
+
+
+def test_no_block_is_left_out() -> None:
+    """One that is added is to be run here, or by the examples' tests."""
+    counts = {
+        file.relative_to(ROOT).as_posix(): len(blocks_of(file.relative_to(ROOT).as_posix()))
+        for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    }
+    counts = {file: count for file, count in counts.items() if count}
+    assert counts == {"README.md": 2, "docs/checkpoints.md": 2, "docs/tuning.md": 3}, counts
