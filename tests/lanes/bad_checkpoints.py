@@ -1,0 +1,167 @@
+"""Checkpoints by the ten thousand that are almost right: headers, indexes, configs, whole folders.
+
+`fuzz_headers` holds what is taken against safetensors' own reader. `fuzz_folders` offloads a model
+from files with a few bytes changed: what is taken must compute, and be left whole when it is not.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+
+import torch_offload
+from tests.lanes.bad_input import HOST, Fuzz, mutated_bytes, mutated_document
+from torch_offload.checkpoint import INDEX_NAME, parse_header, parse_index
+from torch_offload.model_files import read_config
+from torch_offload.selfcheck.lane import Tally
+from torch_offload.selfcheck.subjects import Stack
+
+_CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "dtype": "bfloat16",
+}
+_TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+
+
+def _file(header: object, data: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def _changed_file(choice: random.Random, content: bytes) -> bytes:
+    """A safetensors file with another header, whose length fits mostly, or with other bytes."""
+    (length,) = struct.unpack("<Q", content[:8])
+    text, data = content[8 : 8 + length], content[8 + length :]
+    kind = choice.random()
+    if kind < 0.3:
+        return mutated_bytes(choice, content)
+    if kind < 0.7:
+        return _file(mutated_document(choice, json.loads(text)), data)
+    return _file(mutated_bytes(choice, text), data)
+
+
+def _agrees(content: bytes) -> None:
+    """What is taken is what safetensors reads."""
+    parsed = parse_header(content, len(content), "file.safetensors")
+    expected = dict(safetensors.deserialize(content))
+    assert parsed.keys() == expected.keys(), (parsed.keys(), expected.keys())
+    for name, stored in parsed.items():
+        raw = content[stored.offset : stored.offset + stored.size_bytes]
+        assert raw == bytes(expected[name]["data"]), name
+        assert list(stored.shape) == expected[name]["shape"], name
+
+
+def fuzz_headers(tally: Tally, count: int, seed: int) -> None:
+    """Headers of safetensors files."""
+    fuzz = Fuzz(tally, seed)
+    content = save(_TENSORS, metadata={"format": "pt"})
+    for _ in range(count):
+        data = _changed_file(fuzz.choice, content)
+        fuzz.attempt("header", data, lambda data=data: _agrees(data))  # type: ignore[misc]
+
+
+def _stays_inside(text: bytes) -> None:
+    for part in parse_index(text, "index.json").values():
+        path = Path("/folder", part)
+        assert path.is_relative_to("/folder"), part
+        assert ".." not in path.parts, part
+        assert path.suffix == ".safetensors", part
+
+
+def fuzz_indexes(tally: Tally, count: int, seed: int) -> None:
+    """Indexes of checkpoints in parts: what is taken names files of the folder only."""
+    fuzz = Fuzz(tally, seed)
+    index = {
+        "metadata": {"total_size": 32},
+        "weight_map": {"a": "x-1-of-2.safetensors", "b": "x-2-of-2.safetensors"},
+    }
+    for _ in range(count):
+        if fuzz.choice.random() < 0.5:
+            text = json.dumps(mutated_document(fuzz.choice, index)).encode()
+        else:
+            text = mutated_bytes(fuzz.choice, json.dumps(index).encode())
+        fuzz.attempt("index", text, lambda text=text: _stays_inside(text))  # type: ignore[misc]
+
+
+def fuzz_configs(tally: Tally, count: int, seed: int, folder: Path) -> None:
+    """Configs that a plan is to be made from."""
+    fuzz = Fuzz(tally, seed)
+    file = folder / "fuzzed_config.json"
+    for _ in range(count):
+        if fuzz.choice.random() < 0.7:
+            text = json.dumps(mutated_document(fuzz.choice, _CONFIG)).encode()
+        else:
+            text = mutated_bytes(fuzz.choice, json.dumps(_CONFIG).encode())
+        file.write_bytes(text)
+        fuzz.attempt("config file", text, lambda: read_config(file))
+
+
+def fuzz_folders(tally: Tally, count: int, seed: int, folder: Path) -> None:
+    """Whole checkpoints of which one file is changed, from the drop-in call."""
+    fuzz = Fuzz(tally, seed)
+    torch.manual_seed(seed)
+    source = Stack(3, 16).eval()
+    x = torch.randn(2, 16)
+    weights = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    names = list(weights)
+    parts = [dict.fromkeys(names[::2]), dict.fromkeys(names[1::2])]
+    files = {
+        f"model-{number}.safetensors": save({name: weights[name] for name in part})
+        for number, part in enumerate(parts)
+    }
+    weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+    good = {**files, INDEX_NAME: json.dumps({"weight_map": weight_map}).encode()}
+    where = folder / "fuzzed_checkpoint"
+    for _ in range(count):
+        shutil.rmtree(where, ignore_errors=True)
+        where.mkdir()
+        changed = fuzz.choice.choice(list(good))
+        for name, content in good.items():
+            data = content
+            if name == changed and name == INDEX_NAME:
+                data = json.dumps(mutated_document(fuzz.choice, json.loads(content))).encode()
+            elif name == changed:
+                data = _changed_file(fuzz.choice, content)
+            (where / name).write_bytes(data)
+        fuzz.attempt("checkpoint", changed, lambda: _offloads_or_leaves_alone(where, x))
+
+
+def _offloads_or_leaves_alone(where: Path, x: torch.Tensor) -> None:
+    with torch.device("meta"):
+        model: Any = Stack(3, 16).eval()
+    before = dict(model.named_parameters())
+    try:
+        handle = torch_offload.offload_from_checkpoint(model, where, HOST)
+    except Exception:
+        now = dict(model.named_parameters())
+        assert all(now[name] is before[name] for name in before), "changed by a refused call"
+        assert torch_offload.handle_of(model) is None
+        raise
+    with torch.no_grad():
+        got = model(x)
+        handle.remove()
+        assert torch.equal(got, torch_offload.align(model)(x)), "streamed other bits"
+
+
+def fuzz_checkpoints(tally: Tally, count: int, seed: int, folder: Path) -> None:
+    """All of these: mostly headers and indexes, which are quick."""
+    fuzz_headers(tally, count * 45 // 100, seed)
+    fuzz_indexes(tally, count * 40 // 100, seed + 1)
+    fuzz_configs(tally, count * 14 // 100, seed + 2, folder)
+    fuzz_folders(tally, count - count * 99 // 100, seed + 3, folder)
