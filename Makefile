@@ -46,8 +46,9 @@ test-python: $(STAMPS)/test models build  ## run the Python tests
 sanitize: $(STAMPS)/build  ## run the C++ tests of core and host under the sanitizers
 	for preset in tsan asan; do \
 	  cmake --preset $$preset && cmake --build --preset $$preset --parallel $(JOBS) && \
-	  ctest --preset $$preset || exit 1; \
+	  ctest --preset $$preset --output-junit tests.xml || exit 1; \
 	done
+	$(PY) tools/sanitized.py build-tsan/tests.xml build-asan/tests.xml
 
 .PHONY: lint
 lint: $(STAMPS)/lint $(STAMPS)/test build  ## check format, style and types

@@ -4,8 +4,11 @@
 #   tools/gpu.sh [results-folder]               default: results
 #
 # Environment: PYTHON (default: python3), WHEELS (a folder of wheels to install first),
-# PARTS (default: "build cpp python bench"), LIMIT_<PART> (seconds, e.g. LIMIT_BENCH=900), JOBS,
+# PARTS (default: "build cpp sanitizer lanes python bench"), LIMIT_<PART> (seconds, LIMIT_BENCH=900), JOBS,
 # CTEST, PYTEST and BENCH (arguments of the three: files, options), WORKERS (of the Python tests).
+#
+# sanitizer: compute-sanitizer over the C++ tests of device and decoder. lanes: the self-check's
+# lanes of the GPU in full, into correctness_gpu.json, and the self-check, into selfcheck.json.
 # A part that fails does not keep the later ones from running, but for the build. The exit status
 # is the worst one, and the summary comes last.
 set -uo pipefail
@@ -15,9 +18,11 @@ mkdir -p "$results"
 results=$(cd "$results" && pwd)
 python=$(command -v "${PYTHON:-python3}") || { echo "no Python: name one in PYTHON" >&2; exit 2; }
 jobs=${JOBS:-$(nproc)}
-parts=${PARTS:-build cpp python bench}
+parts=${PARTS:-build cpp sanitizer lanes python bench}
+compute_sanitizer=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
 worst=0
 summary=()
+not_here=77  # status of a part whose tool does not work on this machine
 
 # part NAME SECONDS COMMAND...: runs the command in its time, its output into NAME.log as well.
 part() {
@@ -31,9 +36,13 @@ part() {
   status=${PIPESTATUS[0]}
   seconds=$SECONDS
   case $status in
-    0) summary+=("$(printf '%-8s passed in %s s' "$name" "$seconds")") ;;
-    124 | 137) summary+=("$(printf '%-8s STOPPED after its %s s' "$name" "$limit")") ;;
-    *) summary+=("$(printf '%-8s FAILED (%s) in %s s' "$name" "$status" "$seconds")") ;;
+    0) summary+=("$(printf '%-9s passed in %s s' "$name" "$seconds")") ;;
+    "$not_here")
+      skip "$name: the tool does not work on this machine (after $seconds s)"
+      return 0
+      ;;
+    124 | 137) summary+=("$(printf '%-9s STOPPED after its %s s' "$name" "$limit")") ;;
+    *) summary+=("$(printf '%-9s FAILED (%s) in %s s' "$name" "$status" "$seconds")") ;;
   esac
   [ "$status" -le "$worst" ] || worst=$status
   return "$status"
@@ -61,6 +70,43 @@ build() {
     cmake --build build-gpu --parallel "$jobs" && cmake --install build-gpu --prefix .
 }
 
+# Memory of the device; races of the decoder's threads over what a block shares. An error that a
+# call of CUDA returns is no finding: the tests ask for some. Planted faults must be found first.
+sanitizer() {
+  local status=0 test planted=build-gpu/planted_fault
+  check() {
+    local tool=$1
+    shift
+    echo "--- $tool over $*"
+    "$compute_sanitizer" --tool "$tool" --error-exitcode 9 --report-api-errors no "$@"
+  }
+  "$(dirname "$compute_sanitizer")/nvcc" -arch=native -o "$planted" tests/gpu/planted_fault.cu ||
+    return 1
+  check memcheck "$planted" none && check racecheck "$planted" none || return "$not_here"
+  for test in "memcheck bounds" "racecheck race"; do
+    check "${test% *}" "$planted" "${test#* }"
+    [ $? -eq 9 ] || { echo "${test% *} misses its planted fault" >&2; return 1; }
+  done
+  for test in test_cuda_device test_cuda_files test_cuda_times test_packed_decoder; do
+    if [ -x "build-gpu/tests/cpp/$test" ]; then
+      check memcheck "build-gpu/tests/cpp/$test" || status=1
+    else
+      echo "SKIPPED: $test is not built" >&2
+    fi
+  done
+  [ ! -x build-gpu/tests/cpp/test_packed_decoder ] ||
+    check racecheck build-gpu/tests/cpp/test_packed_decoder || status=1
+  return "$status"
+}
+
+lanes() {
+  local status=0
+  "$python" benchmarks/correctness.py --subject correctness_gpu --results-dir "$results" \
+    --lanes "published races,tried races,visible races on cuda,equality on cuda,overlap" || status=1
+  "$python" -m torch_offload selfcheck --json "$results/selfcheck.json" || status=1
+  return "$status"
+}
+
 has_module() { "$python" -c "import $1" 2>/dev/null; }
 
 if [ -n "${WHEELS:-}" ]; then
@@ -75,11 +121,21 @@ fi
 
 # The answer to a missing GPU: in the tests a skip becomes a failure.
 export TORCH_OFFLOAD_REQUIRE_CUDA=1 PYTHONPATH=$PWD
-export -f build configure
-export python jobs
+export -f build configure lanes sanitizer
+export python jobs results compute_sanitizer not_here
 
 part build 500 bash -c build || finish
 part cpp 300 ctest --test-dir build-gpu --output-on-failure --no-tests=error --timeout 120 ${CTEST:-}
+if [ -n "$compute_sanitizer" ]; then
+  part sanitizer 400 bash -c sanitizer
+else
+  skip "sanitizer: compute-sanitizer is missing"
+fi
+if has_module typer && has_module rich; then
+  part lanes 300 bash -c lanes
+else
+  skip "lanes: typer or rich is missing"
+fi
 
 if has_module pytest && has_module pytest_timeout; then
   # Older pytest-benchmark warns of workers beside each other, and a warning is an error.

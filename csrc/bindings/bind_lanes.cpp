@@ -32,14 +32,13 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 std::unique_ptr<ExhaustiveLane> make_exhaustive_lane(const std::string& mode,
                                                      const std::string& streams, unsigned max_units,
                                                      unsigned max_places, unsigned max_calls,
-                                                     std::uint64_t stride, unsigned num_threads,
+                                                     bool merges, unsigned num_threads,
                                                      bool is_control) {
   // Above these the counts no longer fit 64 bits, or memory.
-  if (max_units == 0 || max_units > 6 || max_places == 0 || max_calls > 6 || stride == 0) {
-    throw ValueError(
-        "expected up to 6 units and calls, and at least one unit, place and stride, got " +
-        std::to_string(max_units) + " units, " + std::to_string(max_places) + " places, " +
-        std::to_string(max_calls) + " calls, stride " + std::to_string(stride));
+  if (max_units == 0 || max_units > 6 || max_places == 0 || max_calls > 6) {
+    throw ValueError("expected up to 6 units and calls, and at least one unit and place, got " +
+                     std::to_string(max_units) + " units, " + std::to_string(max_places) +
+                     " places, " + std::to_string(max_calls) + " calls");
   }
   ExhaustiveOptions options;
   options.mode = parse_mode(mode);
@@ -47,7 +46,7 @@ std::unique_ptr<ExhaustiveLane> make_exhaustive_lane(const std::string& mode,
   options.max_units = max_units;
   options.max_places = max_places;
   options.max_calls = max_calls;
-  options.stride = stride;
+  options.merges = merges;
   options.num_threads = num_threads;
   options.is_control = is_control;
   return std::make_unique<ExhaustiveLane>(options);
@@ -87,6 +86,9 @@ void bind_lanes(py::module_& module) {
       .def_readonly("num_schedules", &LaneReport::num_schedules)
       .def_readonly("num_distinct", &LaneReport::num_distinct)
       .def_readonly("num_ops", &LaneReport::num_ops)
+      .def_readonly("num_runs", &LaneReport::num_runs)
+      .def_readonly("num_states", &LaneReport::num_states)
+      .def_readonly("digest", &LaneReport::digest)
       .def_readonly("num_bad", &LaneReport::num_bad)
       .def_readonly("examples", &LaneReport::examples);
 
@@ -106,7 +108,7 @@ void bind_lanes(py::module_& module) {
   py::class_<ExhaustiveLane>(module, "ExhaustiveLane", "All small schedules, by number.")
       .def(py::init(&make_exhaustive_lane), py::kw_only(), py::arg("mode"), py::arg("streams"),
            py::arg("max_units") = 5, py::arg("max_places") = 3, py::arg("max_calls") = 5,
-           py::arg("stride") = 1, py::arg("num_threads") = 1, py::arg("is_control") = false)
+           py::arg("merges") = true, py::arg("num_threads") = 1, py::arg("is_control") = false)
       .def("count", &ExhaustiveLane::count)
       .def("advance", &ExhaustiveLane::advance, py::arg("num_schedules"), NoGil())
       .def("report", &ExhaustiveLane::report, NoGil());

@@ -57,6 +57,8 @@ class Clocks {
   /// By stream: the epoch up to which it is known to be done.
   const Epoch* of_stream(StreamIndex stream) const { return streams_.data() + stream * width_; }
   const Epoch* of_host() const { return host_.data(); }
+  /// As recorded last.
+  const Epoch* of_event(EventIndex event) const { return events_.data() + event * width_; }
 
  private:
   void join(Epoch* into, const Epoch* from) const {

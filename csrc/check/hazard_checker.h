@@ -8,6 +8,7 @@
 #include "check/clocks.h"
 #include "check/finding.h"
 #include "check/shadow_memory.h"
+#include "check/state_words.h"
 #include "core/op_log.h"
 
 namespace torch_offload {
@@ -45,6 +46,13 @@ class HazardChecker {
     check(log);  // *this is an lvalue in here
     return std::move(findings_);
   }
+
+  /// Appends what the last check has left to be said of later ops, for a log that goes on. Equal
+  /// words: what comes behind one log is judged as behind the other.
+  ///
+  /// No query may follow: the host learns of streams by waiting for them.
+  /// Throws: InternalError in the midst of a use, or where memory was given up.
+  void append_state(const StateScope& scope, StateWords& words) const;
 
  private:
   using OpIndex = ShadowMemory::OpIndex;

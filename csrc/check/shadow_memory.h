@@ -57,6 +57,17 @@ class ShadowMemory {
     } while (cells_[at++].end < range.end);
   }
 
+  template <typename Visit>
+  void visit_cells(const Visit& visit) const {
+    std::for_each(cells_.begin(), cells_.end(), visit);
+  }
+  template <typename Visit>
+  void visit_accesses(const Cell& cell, const Visit& visit) const {
+    for (OpIndex at = cell.first_access; at != kNone; at = nodes_[at].next) {
+      visit(nodes_[at].access);
+    }
+  }
+
   /// Calls `conflict(access)` on each access to the cell that somebody who knows `clock` cannot
   /// tell to be done; of reads only if he `writes`.
   template <typename Conflict>

@@ -46,6 +46,8 @@ class Order {
   Walk walk() const { return Walk(*this); }
 
  private:
+  friend class OrderState;  // of the lanes: what later calls depend on
+
   const std::vector<UnitIndex>* sequence_starting_with(UnitIndex first) const;
   const std::vector<UnitIndex>* sequence_after(const std::vector<UnitIndex>& sequence,
                                                bool is_repeat) const;

@@ -133,6 +133,8 @@ class Pipeline {
   bool owns(const void* address) const;
 
  private:
+  friend class PipelineState;  // of the lanes: what later calls depend on
+
   static constexpr std::size_t kNumKinds = 2;
 
   struct UnitState {

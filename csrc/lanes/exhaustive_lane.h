@@ -1,14 +1,21 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "core/mode.h"
+#include "core/pipeline.h"
 #include "core/plan.h"
-#include "core/unit.h"
 #include "lanes/lane.h"
+#include "lanes/order_states.h"
+#include "lanes/small_schedules.h"
 
 namespace torch_offload {
+
+#ifdef TORCH_OFFLOAD_MUTANTS
+inline namespace mutants {  // see core/steps.h
+#endif
 
 struct ExhaustiveOptions {
   Mode mode = Mode::kPipeline;
@@ -16,7 +23,8 @@ struct ExhaustiveOptions {
   unsigned max_units = 5;
   unsigned max_places = 3;
   unsigned max_calls = 5;
-  std::uint64_t stride = 1;  ///< Runs each stride-th schedule only: a slice.
+  /// Schedules that meet in a state go on as one; else each runs by itself, with the same report.
+  bool merges = true;
   unsigned num_threads = 1;
   bool is_control = false;  ///< Leaves the waits out of each log, from one of them on.
 };
@@ -24,44 +32,33 @@ struct ExhaustiveOptions {
 /// Every plan of up to `max_units` units in up to `max_places` places, and on each two passes of up
 /// to `max_calls` calls: any sequence of its units, skips and repeats included, completed or cut
 /// short by an exception at any point, inside a unit and between two.
-///
-/// Of the second pass only those of `max_calls` calls are run: the log of a shorter one is the
-/// beginning of theirs.
 class ExhaustiveLane {
  public:
   explicit ExhaustiveLane(const ExhaustiveOptions& options);
 
   /// How many schedules there are, those not counted that are the beginning of another.
-  std::uint64_t count() const { return (num_schedules_ + options_.stride - 1) / options_.stride; }
+  std::uint64_t count() const { return num_schedules_; }
 
-  /// Checks some more schedules, `num_schedules` or those of a few first passes above that.
+  /// Checks some more schedules, `num_schedules` or a few more, of those that go together.
   /// Returns whether there are others left.
   /// Blocking: until they are checked.
   bool advance(std::uint64_t num_schedules);
   LaneReport report() { return sum_of(judges_); }
 
  private:
-  using Sequence = std::vector<UnitIndex>;
-
-  struct FirstPass {
-    Sequence sequence;
-    bool completed = true;
-  };
-
-  /// All schedules of so many units: each plan after each first pass is a block of them.
+  /// All schedules of so many units. A block are those of a plan, or if each runs by itself, those
+  /// of a plan that have the first pass in common.
   struct Level {
-    unsigned num_units = 0;
-    std::vector<Plan> plans;
-    std::vector<FirstPass> firsts;
-    std::uint64_t num_seconds = 0;
+    SmallSchedules schedules;
     std::uint64_t first_block = 0;
-    std::uint64_t first_schedule = 0;
-
-    std::uint64_t num_blocks() const { return plans.size() * firsts.size(); }
+    std::uint64_t blocks_per_plan = 0;
+    std::unique_ptr<const OrderStates> orders;  // once they are needed
   };
 
-  void add_level(unsigned num_units);
-  std::uint64_t run_block(std::uint64_t block, LaneJudge& judge) const;
+  void run_block(std::uint64_t block, LaneJudge& judge) const;
+  void run_each(const SmallSchedules& schedules, const Plan& plan, SmallSchedule schedule,
+                LaneJudge& judge) const;
+  PipelineOptions pipeline_options() const;
 
   const ExhaustiveOptions options_;
   std::vector<Level> levels_;
@@ -70,5 +67,9 @@ class ExhaustiveLane {
   std::uint64_t next_block_ = 0;
   std::vector<LaneJudge> judges_;  // one for each thread
 };
+
+#ifdef TORCH_OFFLOAD_MUTANTS
+}  // namespace mutants
+#endif
 
 }  // namespace torch_offload

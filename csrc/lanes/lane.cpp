@@ -15,11 +15,18 @@ std::uint64_t mixed(std::uint64_t value) {
 
 }  // namespace
 
-void LaneJudge::add_bad(const std::string& example) {
-  ++report_.num_bad;
+void LaneJudge::add_bad(const std::string& example, std::uint64_t num_schedules) {
+  report_.num_bad += num_schedules;
   if (report_.examples.size() < kMaxExamples) {
     report_.examples.push_back(example);
   }
+}
+
+void LaneJudge::append_state(const OpLog& log, const StateScope& scope, StateWords& words) {
+  if (leaves_out_waits_) {
+    checker_.check(log);  // the control judges another log than is run
+  }
+  checker_.append_state(scope, words);
 }
 
 std::uint64_t hash_of(const OpLog& log) {
@@ -35,6 +42,18 @@ std::uint64_t hash_of(const OpLog& log) {
   return hash;
 }
 
+std::uint64_t digest_of(const OpLog& log, std::size_t begin) {
+  std::uint64_t hash = 0;
+  for (auto op = log.ops().begin() + static_cast<std::ptrdiff_t>(begin); op != log.ops().end();
+       ++op) {
+    hash = (hash ^ mixed(op->memory.begin + static_cast<std::uint64_t>(op->kind))) *
+           0x9E3779B97F4A7C15U;
+    hash = mixed(hash ^ (static_cast<std::uint64_t>(op->stream) << 32U) ^ op->event ^
+                 (op->memory.size_bytes() << 16U) ^ (op->source.begin << 1U));
+  }
+  return hash;
+}
+
 LaneReport sum_of(std::vector<LaneJudge>& judges) {
   LaneReport sum;
   std::unordered_set<std::uint64_t> hashes;
@@ -42,6 +61,9 @@ LaneReport sum_of(std::vector<LaneJudge>& judges) {
     const LaneReport& report = judge.report();
     sum.num_schedules += report.num_schedules;
     sum.num_ops += report.num_ops;
+    sum.num_runs += report.num_runs;
+    sum.num_states += report.num_states;
+    sum.digest += report.digest;
     sum.num_bad += report.num_bad;
     for (const std::string& example : report.examples) {
       if (sum.examples.size() < kMaxExamples) {

@@ -20,12 +20,18 @@ struct LaneReport {
   std::uint64_t num_schedules = 0;
   std::uint64_t num_distinct = 0;  ///< By the hash of their logs; 0 where each is so by its making.
   std::uint64_t num_ops = 0;
-  std::uint64_t num_bad = 0;  ///< Schedules with a finding, or that did not end as they must.
+  std::uint64_t num_runs = 0;    ///< Of the pipeline. Fewer where schedules were merged, ...
+  std::uint64_t num_states = 0;  ///< ... in so many states.
+  std::uint64_t digest = 0;      ///< The sum of theirs, of small schedules.
+  std::uint64_t num_bad = 0;     ///< Schedules with a finding, or that did not end as they must.
   std::vector<std::string> examples;  ///< The first few of those, in words.
 };
 
 /// Everything of a log but the host's times.
 std::uint64_t hash_of(const OpLog& log);
+
+/// A hash of the ops from `begin` on that does not depend on how often units were copied before.
+std::uint64_t digest_of(const OpLog& log, std::size_t begin);
 
 /// The log without the waits of streams and host from one of them on: which one depends on the log.
 /// The planted control of lanes.
@@ -40,16 +46,32 @@ class LaneJudge {
   /// `what` is called for a log that is bad, to say which schedule it was.
   template <typename What>
   void judge(const OpLog& log, const What& what) {
-    const std::vector<Finding>& findings =
-        leaves_out_waits_ ? checker_.check(without_waits(log)) : checker_.check(log);
-    ++report_.num_schedules;
-    report_.num_ops += log.ops().size();
-    if (!findings.empty()) {
-      add_bad(what() + ": " + findings.front().message);
+    note_run();
+    note(1, log.ops().size(), 0);
+    if (const Finding* finding = first_finding(log)) {
+      add_bad(what() + ": " + finding->message);
     }
   }
-  /// A schedule that is bad whatever its log says.
-  void add_bad(const std::string& example);
+  /// Schedules that are bad, whatever their logs say.
+  void add_bad(const std::string& example, std::uint64_t num_schedules = 1);
+
+  // The parts of it, where one run stands for several schedules.
+
+  /// The log's first finding, or nullptr; valid until the next one is asked for.
+  const Finding* first_finding(const OpLog& log) {
+    const std::vector<Finding>& findings =
+        leaves_out_waits_ ? checker_.check(without_waits(log)) : checker_.check(log);
+    return findings.empty() ? nullptr : &findings.front();
+  }
+  void note(std::uint64_t num_schedules, std::uint64_t num_ops, std::uint64_t digest) {
+    report_.num_schedules += num_schedules;
+    report_.num_ops += num_ops;
+    report_.digest += digest;
+  }
+  void note_run() { ++report_.num_runs; }
+  void note_states(std::uint64_t num_states) { report_.num_states += num_states; }
+  /// What is left to be said of ops behind this log, which was judged last.
+  void append_state(const OpLog& log, const StateScope& scope, StateWords& words);
   void note_distinct(const OpLog& log) { hashes_.insert(hash_of(log)); }
 
   const LaneReport& report() {

@@ -140,6 +140,14 @@ const OpLog& ScheduleRig::finish() {
   return log_;
 }
 
+void ScheduleRig::settle() {
+  for (const auto& streams : {pipeline_->streams(), callers_}) {
+    for (const StreamId stream : streams) {
+      device_.time_of(device_.end_of(stream));
+    }
+  }
+}
+
 void ScheduleRig::kernel(UnitIndex unit, const std::byte* place) {
   const StreamId stream = device_.current_stream();
   device_.begin_read(stream, place, sizes_[unit], unit, generations_[unit]);

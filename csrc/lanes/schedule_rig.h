@@ -16,6 +16,10 @@
 
 namespace torch_offload {
 
+#ifdef TORCH_OFFLOAD_MUTANTS
+inline namespace mutants {  // see core/steps.h
+#endif
+
 /// The real pipeline on a SimDevice whose costs are nothing, and kernels that the log is told of.
 ///
 /// The log is attached from before the window is allocated until after masters are unregistered:
@@ -33,6 +37,9 @@ class ScheduleRig {
   const std::vector<StreamId>& callers() const { return callers_; }
   const std::byte* masters() const { return masters_; }
   std::size_t log_size() const { return log_.ops().size(); }
+  const OpLog& log() const { return log_; }
+  /// By unit: its onload last seen.
+  const std::vector<std::uint64_t>& generations() const { return generations_; }
   /// Another pipeline on the same device and masters.
   std::unique_ptr<Pipeline> make_pipeline(Plan plan, const PipelineOptions& options) {
     return std::make_unique<Pipeline>(device_, loader_, std::move(plan), options);
@@ -52,6 +59,8 @@ class ScheduleRig {
   void set_out_of_memory(bool is_out) { device_.is_out_of_memory = is_out; }
   bool has_failed() const { return device_.calls_until_failure == 0; }
 
+  /// Lets the device carry out all that it was given; the log does not hear of it.
+  void settle();
   /// Ends everything and returns its log.
   const OpLog& finish();
 
@@ -112,5 +121,9 @@ class ScheduleRig {
   std::vector<StreamId> callers_;
   std::unique_ptr<Pipeline> pipeline_;
 };
+
+#ifdef TORCH_OFFLOAD_MUTANTS
+}  // namespace mutants
+#endif
 
 }  // namespace torch_offload

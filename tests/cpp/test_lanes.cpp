@@ -1,7 +1,7 @@
 // The lanes of schedules, in slices that take a second each. The whole of them:
 //
-// TORCH_OFFLOAD_SCHEDULES=1200000 for the random one, TORCH_OFFLOAD_STRIDE=1 for the exhaustive
-// one; TORCH_OFFLOAD_THREADS for both.
+// TORCH_OFFLOAD_SCHEDULES=1200000 for the random one, TORCH_OFFLOAD_SMALL=5 for the exhaustive one,
+// TORCH_OFFLOAD_SMALL_EACH=4 for its comparison with runs of each; TORCH_OFFLOAD_THREADS for all.
 
 #include <gtest/gtest.h>
 
@@ -29,6 +29,22 @@ std::uint64_t from_environment(const char* name, std::uint64_t otherwise) {
 
 unsigned num_threads() {
   return static_cast<unsigned>(from_environment("TORCH_OFFLOAD_THREADS", 1));
+}
+
+/// Up to so many units, and as many calls.
+unsigned size_of_exhaustive() {
+  return static_cast<unsigned>(from_environment("TORCH_OFFLOAD_SMALL", 3));
+}
+unsigned size_of_comparison() {
+  return static_cast<unsigned>(from_environment("TORCH_OFFLOAD_SMALL_EACH", 3));
+}
+
+void print(const LaneReport& report) {
+  std::printf("%llu schedules of %llu ops, by %llu runs and %llu states\n",
+              static_cast<unsigned long long>(report.num_schedules),
+              static_cast<unsigned long long>(report.num_ops),
+              static_cast<unsigned long long>(report.num_runs),
+              static_cast<unsigned long long>(report.num_states));
 }
 
 void expect_good(const LaneReport& report) {
@@ -108,36 +124,50 @@ class ExhaustiveLaneTest : public ::testing::TestWithParam<std::tuple<Mode, Stre
 };
 
 TEST_P(ExhaustiveLaneTest, NoSmallScheduleHasAHazard) {
-  options_.max_units = options_.max_calls = 3;
+  options_.max_units = size_of_exhaustive();
+  options_.max_calls = options_.max_units;
   ExhaustiveLane lane(options_);
   EXPECT_TRUE(lane.advance(1));
   EXPECT_GE(lane.report().num_schedules, 1U);
-  while (lane.advance(10'000)) {
-  }
-  expect_good(lane.report());
-  EXPECT_EQ(lane.report().num_schedules, lane.count());
-}
-
-TEST_P(ExhaustiveLaneTest, NoScheduleOfASliceHasAHazard) {
-  options_.stride = from_environment("TORCH_OFFLOAD_STRIDE", 100'003);
-  ExhaustiveLane lane(options_);
-  while (lane.advance(10'000'000)) {
-    std::printf("%llu\n", static_cast<unsigned long long>(lane.report().num_schedules));
-    std::fflush(stdout);
+  while (lane.advance(1)) {
   }
   const LaneReport report = lane.report();
   expect_good(report);
   EXPECT_EQ(report.num_schedules, lane.count());
-  std::printf("%llu schedules, %llu ops\n", static_cast<unsigned long long>(report.num_schedules),
-              static_cast<unsigned long long>(report.num_ops));
+  print(report);
+}
+
+/// Schedules that meet in a state go on as one, and nothing is lost: not an op, nor its place among
+/// the others, nor how often it comes.
+TEST_P(ExhaustiveLaneTest, MergedSchedulesAreThoseThatRunByThemselves) {
+  options_.max_units = options_.max_calls = size_of_comparison();
+  ExhaustiveLane merged(options_);
+  options_.merges = false;
+  ExhaustiveLane each(options_);
+  ASSERT_FALSE(merged.advance(merged.count()));
+  ASSERT_FALSE(each.advance(each.count()));
+  const LaneReport expected = each.report();
+  const LaneReport got = merged.report();
+  expect_good(expected);
+  expect_good(got);
+  EXPECT_EQ(expected.num_runs, each.count());
+  EXPECT_LT(got.num_runs * 3, expected.num_runs);
+  EXPECT_EQ(got.num_schedules, expected.num_schedules);
+  EXPECT_EQ(got.num_ops, expected.num_ops);
+  EXPECT_EQ(got.digest, expected.digest);
 }
 
 TEST_P(ExhaustiveLaneTest, ControlIsCaught) {
   options_.max_units = options_.max_calls = 2;
   options_.is_control = true;
-  ExhaustiveLane lane(options_);
-  EXPECT_FALSE(lane.advance(lane.count()));
-  EXPECT_GT(lane.report().num_bad * 4, lane.report().num_schedules);
+  for (const bool merges : {true, false}) {
+    options_.merges = merges;
+    ExhaustiveLane lane(options_);
+    EXPECT_FALSE(lane.advance(lane.count()));
+    EXPECT_EQ(lane.report().num_schedules, lane.count());
+    EXPECT_GT(lane.report().num_bad * 4, lane.report().num_schedules);
+    EXPECT_EQ(lane.report().examples.size(), kMaxExamples);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(All, ExhaustiveLaneTest,

@@ -11,9 +11,10 @@ from torch_offload.selfcheck.lane import Lane
 
 def all_lanes() -> list[Lane]:
     """Makes every lane."""
+    from tests.lanes.bad_checkpoints import BadCheckpoints
     from tests.lanes.bad_input import BadInput
     from tests.lanes.faults import FaultSweep
     from tests.lanes.soak import Soak
     from tests.lanes.stateful import Stateful
 
-    return [FaultSweep(), Soak(), Stateful(), BadInput()]
+    return [FaultSweep(), Soak(), Stateful(), BadInput(), BadCheckpoints()]

@@ -39,12 +39,11 @@ def main() -> int:
     for name in options.lanes or lanes:
         result = run_lane(lanes[name], Effort(full=not options.quick))
         print(f"{name}: {result.verdict}, {result.count:,} {result.counts}, {result.seconds:.1f} s")
-        for example in result.examples:
-            print(f"  {example}")
+        for line in (result.reason, *result.examples):
+            print(f"  {line}")
         sys.stdout.flush()
         failed |= result.verdict == "failed"
         if result.verdict == "not run":
-            print(f"  {result.reason}")
             continue
         part = Part(f"lane_{name}", name, options.quick, deadline=0.0, share_s=0.0)
         part.status = "ok" if result.verdict == "passed" else "error"

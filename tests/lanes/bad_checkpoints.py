@@ -10,18 +10,22 @@ import json
 import random
 import shutil
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import safetensors
 import torch
+import transformers
 from safetensors.torch import save
 
 import torch_offload
 from tests.lanes.bad_input import HOST, Fuzz, mutated_bytes, mutated_document
+from torch_offload import checkpoint
 from torch_offload.checkpoint import INDEX_NAME, parse_header, parse_index
 from torch_offload.model_files import read_config
-from torch_offload.selfcheck.lane import Tally
+from torch_offload.selfcheck.lane import Effort, Lane, Tally
 from torch_offload.selfcheck.subjects import Stack
 
 _CONFIG = {
@@ -39,12 +43,13 @@ _CONFIG = {
 _TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
 
-def _file(header: object, data: bytes) -> bytes:
+def file_of(header: object, data: bytes = b"") -> bytes:
+    """A safetensors file with this header, as JSON or as it is."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 
 
-def _changed_file(choice: random.Random, content: bytes) -> bytes:
+def changed_file(choice: random.Random, content: bytes) -> bytes:
     """A safetensors file with another header, whose length fits mostly, or with other bytes."""
     (length,) = struct.unpack("<Q", content[:8])
     text, data = content[8 : 8 + length], content[8 + length :]
@@ -52,11 +57,11 @@ def _changed_file(choice: random.Random, content: bytes) -> bytes:
     if kind < 0.3:
         return mutated_bytes(choice, content)
     if kind < 0.7:
-        return _file(mutated_document(choice, json.loads(text)), data)
-    return _file(mutated_bytes(choice, text), data)
+        return file_of(mutated_document(choice, json.loads(text)), data)
+    return file_of(mutated_bytes(choice, text), data)
 
 
-def _agrees(content: bytes) -> None:
+def expect_agreement(content: bytes) -> None:
     """What is taken is what safetensors reads."""
     parsed = parse_header(content, len(content), "file.safetensors")
     expected = dict(safetensors.deserialize(content))
@@ -72,8 +77,8 @@ def fuzz_headers(tally: Tally, count: int, seed: int) -> None:
     fuzz = Fuzz(tally, seed)
     content = save(_TENSORS, metadata={"format": "pt"})
     for _ in range(count):
-        data = _changed_file(fuzz.choice, content)
-        fuzz.attempt("header", data, lambda data=data: _agrees(data))  # type: ignore[misc]
+        data = changed_file(fuzz.choice, content)
+        fuzz.attempt("header", data, lambda data=data: expect_agreement(data))  # type: ignore[misc]
 
 
 def _stays_inside(text: bytes) -> None:
@@ -137,7 +142,7 @@ def fuzz_folders(tally: Tally, count: int, seed: int, folder: Path) -> None:
             if name == changed and name == INDEX_NAME:
                 data = json.dumps(mutated_document(fuzz.choice, json.loads(content))).encode()
             elif name == changed:
-                data = _changed_file(fuzz.choice, content)
+                data = changed_file(fuzz.choice, content)
             (where / name).write_bytes(data)
         fuzz.attempt("checkpoint", changed, lambda: _offloads_or_leaves_alone(where, x))
 
@@ -159,9 +164,37 @@ def _offloads_or_leaves_alone(where: Path, x: torch.Tensor) -> None:
         assert torch.equal(got, torch_offload.align(model)(x)), "streamed other bits"
 
 
-def fuzz_checkpoints(tally: Tally, count: int, seed: int, folder: Path) -> None:
-    """All of these: mostly headers and indexes, which are quick."""
-    fuzz_headers(tally, count * 45 // 100, seed)
-    fuzz_indexes(tally, count * 40 // 100, seed + 1)
-    fuzz_configs(tally, count * 14 // 100, seed + 2, folder)
-    fuzz_folders(tally, count - count * 99 // 100, seed + 3, folder)
+class BadCheckpoints(Lane):
+    """So many of all of these: mostly headers and indexes, which are quick."""
+
+    name = "bad checkpoints"
+    tried = "mutated headers, indexes, configs and folders of checkpoints: right, or a clear error"
+    counts = "inputs"
+
+    def control(self) -> Tally:
+        """A reader that takes anything for a count."""
+        tally = Tally()
+        with mock.patch.object(checkpoint, "_is_count", return_value=True):
+            fuzz_headers(tally, 2000, 5)
+        return tally
+
+    def run(self, effort: Effort) -> Tally:
+        """Quick: some 1,000; full: 105,000."""
+        tally = Tally()
+        count = effort.pick(1_000, 105_000)
+        said = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # it tells of each key that it does not know
+        try:
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                fuzz_headers(tally, count * 45 // 100, 1)
+                effort.progress(tally.count, count)
+                fuzz_indexes(tally, count * 40 // 100, 2)
+                effort.progress(tally.count, count)
+                fuzz_configs(tally, count * 14 // 100, 3, folder)
+                effort.progress(tally.count, count)
+                fuzz_folders(tally, count - tally.count, 4, folder)
+                effort.progress(tally.count, count)
+        finally:
+            transformers.logging.set_verbosity(said)
+        return tally

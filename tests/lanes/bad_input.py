@@ -154,7 +154,7 @@ def mutated_document(choice: random.Random, document: Any) -> Any:
             del holder[key]
         elif action == 1 and isinstance(holder, list):
             holder.insert(key, copy.deepcopy(holder[key]))
-        elif action == 2 and isinstance(holder[key], int | float):
+        elif action == 2 and isinstance(holder[key], int | float) and abs(holder[key]) < 2**64:
             holder[key] = holder[key] * choice.choice([-1, 0, 2, 1e9, 1e300])
         else:
             holder[key] = copy.deepcopy(choice.choice(_PLAIN))

@@ -329,12 +329,14 @@ def _expected(handle: Handle, learned: _Learned, one: Pass) -> Expected:
     window = _Window(handle, one.whole_before)
     for unit in one.units:
         window.demand(unit)
-    seen = set(one.units[:1])
-    for before, unit in pairwise(one.units):
-        if unit not in seen and unit in one.copied_in_vain and window.runs_ahead(before, unit):
-            window.copy_again(unit)
-        seen.add(unit)
     if one.completed and goes_as_known and one.units:
+        # Each unit was foretold while the one before it was in use. In another pass it may not have
+        # been, so a copy in vain is no part of the least number.
+        seen = set(one.units[:1])
+        for before, unit in pairwise(one.units):
+            if unit not in seen and unit in one.copied_in_vain and window.runs_ahead(before, unit):
+                window.copy_again(unit)
+            seen.add(unit)
         window.run_ahead(one.units[-1], learned.endless(one.units))
     demands_only = handle.config.mode in ("sync", "streams")
     return Expected(

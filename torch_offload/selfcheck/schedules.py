@@ -63,63 +63,75 @@ class AllSmallSchedules(Lane):
     tried = "every small plan, two passes of any calls, an exception at each point"
     counts = "small schedules"
 
-    _CHUNK = 2000
-    # The whole of 5 units, 3 places and 5 calls is 1.04e9 schedules of each mode; a slice of it.
-    _QUICK_STRIDE, _FULL_STRIDE = 40_009, 1009
+    #: Up to so many units and calls, in up to three places.
+    _QUICK, _FULL = 4, 5
+    #: Up to so many, each schedule is run by itself as well.
+    _EACH = 3
 
     def control(self) -> Tally:
         """The same schedules, with the waits left out of their logs from one of them on."""
-        tally = Tally()
         lane = _C.ExhaustiveLane(
             mode="pipeline", streams="split", max_units=2, max_calls=2, is_control=True
         )
         lane.advance(lane.count())
+        tally = Tally()
         _add(tally, lane.report())
         return tally
 
     def run(self, effort: Effort) -> Tally:
-        """All schedules of few units and calls, then each n-th of the larger ones."""
-        most = effort.pick(3, 4)
-        stride = effort.pick(self._QUICK_STRIDE, self._FULL_STRIDE)
-        wholes = [
-            (
-                f"{mode}, {streams}: ",
-                _C.ExhaustiveLane(
-                    mode=mode,
-                    streams=streams,
-                    max_units=most,
-                    max_calls=most,
-                    num_threads=effort.num_threads,
-                ),
-            )
-            for mode, streams in MODES
-        ]
-        slices = [
-            (
-                f"{mode}, {streams}: ",
-                _C.ExhaustiveLane(
-                    mode=mode, streams=streams, stride=stride, num_threads=effort.num_threads
-                ),
-            )
-            for mode, streams in MODES
-        ]
-        total = sum(lane.count() for _, lane in (*wholes, *slices))
+        """All of them; where schedules meet in a state they go on as one."""
+        size = effort.pick(self._QUICK, self._FULL)
         tally = Tally()
-        for where, lane in (*wholes, *slices):
+        lanes = [
+            self._lane(mode, streams, size, num_threads=effort.num_threads)
+            for mode, streams in MODES
+        ]
+        total = sum(lane.count() for lane in lanes)
+        for (mode, streams), lane in zip(MODES, lanes, strict=True):
+            where = f"{mode}, {streams}: "
+            self._compare(tally, where, mode, streams)
             goes_on = True
             while goes_on:
-                goes_on = lane.advance(self._CHUNK)
-                done = tally.count + lane.report().num_schedules
-                effort.progress(done, total)
+                goes_on = lane.advance(1)
+                effort.progress(tally.count + lane.report().num_schedules, total)
             report = lane.report()
             tally.count += report.num_schedules
             _add(tally, report, where)
-        whole = sum(lane.count() for _, lane in wholes)
+            for figure, number in (("runs", report.num_runs), ("states", report.num_states)):
+                tally.figures[figure] = tally.figures.get(figure, 0) + number
+        if tally.count != total:
+            tally.add_fault(f"{tally.count:,} schedules of {total:,}")
         tally.note = (
-            f"all {whole:,} of up to {most} units and calls in 3 places; "
-            f"each {stride:,}-th of up to 5"
+            f"all of up to {size} units and calls in 3 places; {tally.figures['runs']:,} runs, "
+            "as equal states have equal futures"
         )
         return tally
+
+    @staticmethod
+    def _lane(
+        mode: str, streams: str, size: int, *, merges: bool = True, num_threads: int = 1
+    ) -> _C.ExhaustiveLane:
+        return _C.ExhaustiveLane(
+            mode=mode,
+            streams=streams,
+            max_units=size,
+            max_calls=size,
+            merges=merges,
+            num_threads=num_threads,
+        )
+
+    def _compare(self, tally: Tally, where: str, mode: str, streams: str) -> None:
+        """Merged, the smallest ones must be what they are when each is run, to the op."""
+        reports = []
+        for merges in (True, False):
+            lane = self._lane(mode, streams, self._EACH, merges=merges)
+            lane.advance(lane.count())
+            reports.append(lane.report())
+        merged, each = ((one.num_schedules, one.num_ops, one.digest) for one in reports)
+        if merged != each:
+            tally.add_fault(f"{where}(schedules, ops, digest) {merged} merged, {each} one by one")
+        compared = tally.figures.get("compared one by one", 0)
+        tally.figures["compared one by one"] = compared + reports[1].num_schedules
 
 
 class Linearisations(Lane):
