@@ -56,6 +56,10 @@ class Plan:
     def depth_bytes(self) -> int: ...
     @property
     def resident_bytes(self) -> int: ...
+    @property
+    def decode_depth_bytes(self) -> int: ...
+    @property
+    def transports(self) -> list[str]: ...
 
 class DeviceCounters:
     @property
@@ -356,6 +360,8 @@ def make_plan(
     depth_bytes: int | None = None,
     window_bytes: int | None = None,
     resident: Sequence[bool] = ...,
+    transports: Sequence[str] = ...,
+    decode_depth_bytes: int | None = None,
 ) -> Plan: ...
 
 class Alternative:

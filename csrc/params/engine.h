@@ -193,6 +193,8 @@ class Engine : private Loader {
 
   StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                 std::uint64_t generation) override;
+  StreamId first_writer(UnitIndex unit, StreamId copy_stream) const override;
+  std::vector<StreamId> own_writers() const override;
   std::vector<StreamId> own_streams() const override;
   bool is_packed(UnitIndex unit) const { return packed_ != nullptr && packed_->has_source(unit); }
   UnitEncoder encoder_of(const UnitParameters& entry, std::size_t unit_bytes) const;

@@ -135,6 +135,14 @@ void Engine::drop_packed() {
   blobs_.reset();
 }
 
+StreamId Engine::first_writer(UnitIndex unit, StreamId copy_stream) const {
+  return packed_ == nullptr ? copy_stream : packed_->first_writer(unit, copy_stream);
+}
+
+std::vector<StreamId> Engine::own_writers() const {
+  return packed_ == nullptr ? std::vector<StreamId>{} : packed_->own_writers();
+}
+
 std::vector<StreamId> Engine::own_streams() const {
   return packed_ == nullptr ? std::vector<StreamId>{} : packed_->own_streams();
 }
