@@ -326,6 +326,7 @@ class SimCosts:
         call_ns: Mapping[str, int] = {},
         num_copy_engines: int = 1,
         shared_compute: bool = True,
+        decode_bytes_per_second: float | None = None,
     ) -> None: ...
 
 class SimResult:
@@ -354,6 +355,7 @@ def simulate(
     passes: Sequence[Sequence[int]],
     log: bool = True,
     synchronize_passes: bool = False,
+    packed_bytes: Sequence[int] = ...,
 ) -> SimResult: ...
 def make_plan(
     units: Sequence[Unit],
@@ -387,21 +389,39 @@ class Choice:
     def alternatives(self) -> list[Alternative]: ...
     @property
     def num_simulated(self) -> int: ...
+    @property
+    def gap(self) -> float: ...
+    @property
+    def raw_score_ns(self) -> float: ...
+    @property
+    def packed_resident_bytes(self) -> int: ...
+    @property
+    def staging_bytes(self) -> int: ...
 
-def choose_plan(
-    units: Sequence[Unit],
-    *,
-    forwards: Sequence[tuple[Sequence[int], float]],
-    link_bytes_per_second: float,
-    copy_latency_ns: int = 0,
-    copy_ns: Sequence[int] | None = None,
-    sequence: Sequence[int] = ...,
-    budget_bytes: int | None = None,
-    depth_bytes: int | None = None,
-    mode: str = "pipeline",
-    streams: str = "shared",
-) -> Choice: ...
-def least_budget_bytes(units: Sequence[Unit]) -> int: ...
+class PlannerRequest:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        *,
+        forwards: Sequence[tuple[Sequence[int], float]],
+        link_bytes_per_second: float,
+        copy_latency_ns: int = 0,
+        copy_ns: Sequence[int] | None = None,
+        sequence: Sequence[int] = ...,
+        budget_bytes: int | None = None,
+        depth_bytes: int | None = None,
+        transport: str = "raw",
+        packed_bytes: Sequence[int] = ...,
+        decode_bytes_per_second: float = 0.0,
+        mode: str = "pipeline",
+        streams: str = "shared",
+    ) -> None: ...
+
+def choose_plan(request: PlannerRequest) -> Choice: ...
+def choose_transports(request: PlannerRequest, plan: Plan) -> Choice: ...
+def least_budget_bytes(
+    units: Sequence[Unit], transport: str = "raw", packed_bytes: Sequence[int] = ...
+) -> int: ...
 def aligned_size(size_bytes: int) -> int: ...
 
 class HostLimits:

@@ -94,6 +94,27 @@ Ring ring_of(const PlanRequest& request, bool stays_packed) {
   return ring;
 }
 
+/// No smaller window lets copies run ahead as asked: beside each unit in use, those that may start
+/// meanwhile need room, the last of which starts within the depth.
+std::size_t least_window_bytes(const std::vector<std::size_t>& sizes, std::size_t depth_bytes) {
+  const std::size_t count = sizes.size();
+  std::size_t least = 0;
+  std::size_t end = 0;     // the units [begin, end) lie side by side, counted on from pass to pass
+  std::size_t beside = 0;  // their bytes
+  for (std::size_t begin = 0; begin < count; ++begin) {
+    if (end == begin) {
+      beside += sizes[end++ % count];
+    }
+    // Whether one more may start: the next always may, others within the depth.
+    while (end - begin < count && (end - begin == 1 || beside - sizes[begin] < depth_bytes)) {
+      beside += sizes[end++ % count];
+    }
+    least = std::max(least, beside);
+    beside -= sizes[begin];
+  }
+  return least;
+}
+
 /// Finds the smallest window that lets copies run ahead as asked, or one above `most_bytes` if none
 /// below does. Ends at the latest where every unit has bytes of its own.
 Ring smallest_ring(Ring ring, std::size_t depth_bytes, std::size_t most_bytes) {
@@ -106,10 +127,13 @@ Ring smallest_ring(Ring ring, std::size_t depth_bytes, std::size_t most_bytes) {
   const std::size_t step = std::max(aligned_size(largest / kWindowSteps), kAlignmentBytes);
   // While the largest unit is in use, the bytes ahead of it need room beside it.
   std::size_t window = largest + std::min(depth_bytes, total - largest);
+  const std::size_t least = least_window_bytes(ring.sizes, depth_bytes);
   for (std::size_t tries = 1; window < total && window <= most_bytes; ++tries) {
-    place(ring, window);
-    if (runs_ahead(ring, depth_bytes)) {
-      return ring;
+    if (window >= least) {
+      place(ring, window);
+      if (runs_ahead(ring, depth_bytes)) {
+        return ring;
+      }
     }
     // Past the first rounds the search need not be fine any more, only short.
     window += tries < kFineTries ? step : std::max(step, total / kFineTries);
