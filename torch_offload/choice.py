@@ -63,7 +63,7 @@ class Times:
 RAW = Packable()
 
 
-def request_for(
+def _request_for(
     units: Sequence[_C.Unit],
     *,
     budget_bytes: int | None,
@@ -117,7 +117,7 @@ def choose(
         ValueError: If the budget is below the least, which the message names.
     """
     return _C.choose_plan(
-        request_for(
+        _request_for(
             units,
             budget_bytes=budget_bytes,
             depth_bytes=depth_bytes,
@@ -127,3 +127,23 @@ def choose(
             times=times,
         )
     )
+
+
+def choose_transports(
+    plan: _C.Plan,
+    packable: Packable,
+    *,
+    mode: str = "pipeline",
+    streams: str = "shared",
+    times: Times | None = None,
+) -> _C.Choice:
+    """Chooses only how units travel that have their places."""
+    request = _request_for(
+        plan.units,
+        budget_bytes=None,
+        mode=mode,
+        streams=streams,
+        packable=packable,
+        times=times,
+    )
+    return _C.choose_transports(request, plan)
