@@ -286,7 +286,7 @@ std::optional<Plan> try_make_plan(const PlanRequest& request, std::size_t most_w
   const std::size_t decode_depth_bytes = request.decode_depth_bytes.value_or(
       decoded.sizes.empty() ? 0 : *std::max_element(decoded.sizes.begin(), decoded.sizes.end()));
   decoded = smallest_ring(std::move(decoded), decode_depth_bytes, most_window_bytes);
-  if (decoded.window_bytes > most_window_bytes) {
+  if (!request.window_bytes && decoded.window_bytes > most_window_bytes) {
     return std::nullopt;
   }
   Ring copied = ring_of(request, /*stays_packed=*/false);

@@ -234,9 +234,12 @@ std::optional<Plan> Search::lay_out(const Homes& homes, const Layout& layout,
   planned.decode_depth_bytes = 0;  // the next one: more would only fill the window
   if (layout.is_single) {
     planned.window_bytes = held.largest_copied + decoded_window_bytes(homes, held);
+    if (*planned.window_bytes > room) {
+      return std::nullopt;
+    }
   }
   std::optional<Plan> plan = try_make_plan(planned, room);
-  if (!plan || plan->window_bytes > room) {
+  if (!plan) {
     return std::nullopt;
   }
   if (num_placed > 1) {

@@ -188,6 +188,19 @@ TEST(PlannerPackingTest, WhatFitsPackedIsNotStreamed) {
   EXPECT_GT(bytes.resident, 0U) << "what is left over keeps units as they are";
 }
 
+TEST(PlannerPackingTest, EverythingPackedNeedsRoomForOneUnitMore) {
+  PlannerRequest request = request_of(llama_layers(16), {0.02});
+  allow_packing(request, PackingPolicy::kWherePays);
+  std::size_t packed = 0;
+  for (const std::size_t size_bytes : request.packed_bytes) {
+    packed += aligned_size(size_bytes);
+  }
+  request.budget_bytes = packed + 1344 * kMiB;
+  const Choice choice = choose_plan(request);
+  EXPECT_EQ(choice.packed_resident_bytes, packed) << choice.rule;
+  EXPECT_EQ(choice.plan.window_bytes, 1344 * kMiB);
+}
+
 TEST(PlannerPackingTest, WhatComputesLongerThanItCopiesIsNotPacked) {
   PlannerRequest request = request_of(llama_layers(16), {1.6});
   request.budget_bytes = total_bytes(request.units) / 2;
