@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from torch_offload import _C
 from torch_offload.choice import RAW, Packable, Times, choose, choose_transports
 from torch_offload.config import Config
+from torch_offload.measured_times import MeasuredTimes
 from torch_offload.packing import Packing, packed_resident_bytes, staging_bytes
 from torch_offload.sizes import format_size
 from torch_offload.tables import Outsiders, Table, find_outsiders
@@ -62,10 +62,6 @@ class Planned:
         """All weights on the device, window and ring included."""
         raw = self.outside_bytes + self.plan.window_bytes + self.plan.resident_bytes
         return raw + self.staging_bytes + self.packed_resident_bytes
-
-
-#: Measured times of one use of a unit and of a raw copy of it in ns, by its name.
-UnitTimes: TypeAlias = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -134,7 +130,7 @@ def plan_cut(
     config: Config,
     budget: int | None,
     packing: Packing | None = None,
-    times: UnitTimes | None = None,
+    times: MeasuredTimes | None = None,
 ) -> Planned:
     """Plans one cut within a budget for everything; without one nothing of the units stays.
 
@@ -223,17 +219,8 @@ def _only(units: Sequence[_C.Unit], free: Sequence[bool]) -> list[_C.Unit]:
     return [unit for unit, is_free in zip(units, free, strict=True) if is_free]
 
 
-def _measured(units: Sequence[_C.Unit], times: UnitTimes | None) -> Times | None:
-    """Raises ValueError if a unit is missing."""
-    if times is None:
-        return None
-    if missing := [unit.name for unit in units if unit.name not in times]:
-        raise ValueError(
-            f"expected a profile of the units that there are, got none of {missing[0]!r} "
-            f"({len(missing)} are missing); profile forwards with this granularity"
-        )
-    found = [times[unit.name] for unit in units]
-    return Times([compute for compute, _ in found], [copy for _, copy in found])
+def _measured(units: Sequence[_C.Unit], times: MeasuredTimes | None) -> Times | None:
+    return None if times is None else times.of(units)
 
 
 def _freedom(cut: Cut, *, gathers: bool) -> tuple[list[bool], int]:
@@ -252,7 +239,7 @@ def _within(
     config: Config,
     budget: int,
     packing: Packing,
-    times: UnitTimes | None,
+    times: MeasuredTimes | None,
     *,
     gathers: bool,
 ) -> Planned | None:
@@ -292,7 +279,9 @@ def _within(
     )
 
 
-def _without_budget(cut: Cut, config: Config, packing: Packing, times: UnitTimes | None) -> Planned:
+def _without_budget(
+    cut: Cut, config: Config, packing: Packing, times: MeasuredTimes | None
+) -> Planned:
     """Every unit of the layers streams, heads and tables stay.
 
     For ``granularity="module"`` the units are still the sublayers, because leaves are proven by the
@@ -316,7 +305,7 @@ def _without_budget(cut: Cut, config: Config, packing: Packing, times: UnitTimes
 
 
 def _in_places(
-    cut: Cut, config: Config, plan: _C.Plan, packing: Packing, times: UnitTimes | None
+    cut: Cut, config: Config, plan: _C.Plan, packing: Packing, times: MeasuredTimes | None
 ) -> Planned:
     """Units that have their places: only how they travel is left to choose."""
     specs = (*cut.specs, *cut.outsiders.heads)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.python.dropin import tiny_llama
 from torch_offload import _C, Config
 from torch_offload.choice import Packable, Times, choose, choose_transports
+from torch_offload.measured_times import MeasuredTimes
 from torch_offload.packing import (
     MAX_SHARE,
     NUM_SLOTS,
@@ -284,7 +285,7 @@ def test_transports_of_places_that_are_there_go_by_the_measured_times() -> None:
 def test_profiled_times_of_other_units_are_refused() -> None:
     cut = _CUT()
     with pytest.raises(ValueError, match="profile of the units that there are"):
-        plan_cut(cut, Config(), 2**30, None, {"elsewhere": (1, 1)})
+        plan_cut(cut, Config(), 2**30, None, MeasuredTimes({"elsewhere": 1}, {"elsewhere": 1}, ()))
 
 
 def test_rates_say_where_they_are_from() -> None:
