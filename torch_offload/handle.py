@@ -104,6 +104,7 @@ class Handle:
             extra_places=stats.extra_places,
             bytes_copied=self._engine.bytes_copied,
             staging_bytes=self._engine.staging_bytes,
+            packed_bytes=self._engine.packed_resident_bytes,
         )
 
     @property
@@ -127,6 +128,7 @@ class Handle:
                     place=place,
                     parameters=tuple(self._engine.parameter_names(index)),
                     acquired=stats.acquired,
+                    transport=plan.transports[index],
                     copied_bytes=copied[index],
                     onloads=stats.onloads,
                     misses=stats.misses,

@@ -29,6 +29,7 @@ from torch_offload.leaves import LeafCut
 from torch_offload.memory import Memory, total_bytes_of
 from torch_offload.mismatch import MismatchExplainer
 from torch_offload.module_tree import modules_above, parameter_slots
+from torch_offload.packed_residency import pack_streamed, plan_packed
 from torch_offload.placed import Placed
 from torch_offload.planning import Cut, Planned, least_budget, plan_cut, plan_in_window
 from torch_offload.progress import Progress
@@ -313,25 +314,24 @@ class _Installation:
     def replan(self, model: nn.Module, config: Config) -> None:
         """Goes on with other options for budget and depth; see `Handle.replan`."""
         cut = self._cut.find(model)
-        planned = plan_cut(cut, config, self._budget(cut, config))
+        planned = self._plan(cut, config, self._budget(config))
         self._apply(model, planned)
         self._config = config
         self._adaptation.configure(config)
 
-    def _budget(self, cut: Cut, config: Config) -> int | None:
+    def _plan(self, cut: Cut, config: Config, budget: int | None) -> Planned:
+        return (plan_packed if self._packs else plan_cut)(cut, config, budget)
+
+    def _budget(self, config: Config) -> int | None:
         """What weights may take by these options; None where every unit is to stream."""
         if config.gpu_budget == AUTO:
-            budget = self._adaptation.budget()
-        else:
-            budget = budget_in_bytes(config.gpu_budget, total_bytes_of(self._memory))
-        return None if budget is None else self._beside_staging(cut, budget)
-
-    def _beside_staging(self, cut: Cut, budget: int) -> int:
-        """What of a budget is left for window and resident units."""
-        return max(0, budget - staging_bytes(cut.specs, self._packs))
+            return self._adaptation.budget()
+        return budget_in_bytes(config.gpu_budget, total_bytes_of(self._memory))
 
     def _weights_bytes(self) -> int:
-        return self._bytes_resident + self._engine.window_bytes + self._engine.staging_bytes
+        engine = self._engine
+        packed_bytes = engine.staging_bytes + engine.packed_resident_bytes
+        return self._bytes_resident + engine.window_bytes + packed_bytes
 
     def _grow(self, model: nn.Module, budget: int) -> None:
         """Takes what has turned out to be free, or gives back what is not; at the least the window.
@@ -340,8 +340,8 @@ class _Installation:
         """
         cut = self._cut.find(model)
         try:
-            budget = max(self._beside_staging(cut, budget), least_budget(cut))
-            self._apply(model, plan_cut(cut, self._config, budget))
+            least = least_budget(cut) + staging_bytes(cut.specs, self._packs)
+            self._apply(model, self._plan(cut, self._config, max(budget, least)))
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
             LOGGER.info("kept the plan: %s", error)
 
@@ -350,10 +350,13 @@ class _Installation:
         before = self._weights_bytes()
         cut = self._cut.find(model)
         config = replace(self._config, gpu_budget=None)
-        planned = plan_cut(cut, config, None)
-        if planned.device_bytes >= before:
-            planned = plan_cut(cut, self._config, least_budget(cut))
-        if planned.device_bytes < before:
+        if self._packs:
+            config = replace(config, transport="packed")
+        planned = self._plan(cut, config, None)
+        staging = staging_bytes(cut.specs, self._packs)
+        if planned.device_bytes + staging >= before:
+            planned = self._plan(cut, config, least_budget(cut) + staging)
+        if planned.device_bytes + staging < before:
             self._apply(model, planned)
         return before - self._weights_bytes()
 
@@ -382,10 +385,11 @@ class _Installation:
             moved = self._engine.recut(planned.plan, self._ranges(planned.specs))
             try:
                 moves[1].move(table.weight for table in to_device)
+                self._pack_again(MemoryError, torch.OutOfMemoryError)
             except BaseException:
                 former = self._placed
                 self._engine.recut(former.plan, self._ranges_of(former.parameters))
-                self._pack_again()
+                self._pack_again(Exception)
                 raise
         except BaseException:
             for move in moves:
@@ -400,20 +404,18 @@ class _Installation:
         self._bytes_resident += moved - sum(t.size_bytes for t in to_host)
         self._bytes_resident += sum(t.size_bytes for t in to_device)
         self._placed = Placed.of(planned)
-        self._pack_again()
         self._unwrap()
         self.wrap(model, planned)
         if self._config.debug:
             self._recorder.keep()  # the former log tells of another plan
 
-    def _pack_again(self) -> None:
-        """Packs the units of another plan. Where there is no room for that, they travel raw."""
+    def _pack_again(self, *bearable: type[Exception]) -> None:
+        """Packs the units of another plan. After an error that can be borne they travel raw."""
         try:
             self._pack()
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except bearable as error:
             warnings.warn(
-                f"torch_offload: the units travel raw, as there is no room to pack them anew: "
-                f"{error}",
+                f"torch_offload: the units travel raw, as they could not be packed anew: {error}",
                 stacklevel=2,
             )
 
@@ -431,12 +433,13 @@ class _Installation:
         """
         LOGGER.info("cutting the units anew: %d leaves and sublayers", len(specs))
         cut = replace(self._cut.find(model), specs=tuple(specs), granularity="module")
-        budget = self._budget(cut, self._config)
+        budget = self._budget(self._config)
         try:
-            if budget is None:
+            if budget is None and self._config.transport != "packed_resident":
                 planned = plan_in_window(cut, self._config, self._engine.window_bytes)
+                planned = pack_streamed(planned) if self._packs else planned
             else:
-                planned = plan_cut(cut, self._config, budget)
+                planned = self._plan(cut, self._config, budget)
             self._apply(model, planned)
         except torch.OutOfMemoryError:
             warnings.warn(

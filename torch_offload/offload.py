@@ -20,6 +20,7 @@ from torch_offload.handle import Handle
 from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes
 from torch_offload.installation import FilesNotLockedError, install
 from torch_offload.memory import Memory, memory_of, total_bytes_of
+from torch_offload.packed_residency import plan_packed
 from torch_offload.planning import Cut, cut_model, plan_best, plan_cut
 from torch_offload.transport import decides_to_pack, packed_bytes_at_most, staging_bytes
 
@@ -59,7 +60,8 @@ def offload(
         granularity: ``"sublayer"`` (default), ``"layer"``, ``"module"`` or ``"auto"``.
         streams: ``"shared"`` (default) or ``"split"``.
         transport: ``"raw"`` (default), ``"packed"`` (bf16 weights without loss in about 0.7 of
-            their bytes, decoded on the device; takes that much more host memory) or ``"auto"``.
+            their bytes, decoded on the device; takes that much more host memory),
+            ``"packed_resident"`` (all of them stay there packed) or ``"auto"``; see `Config`.
         depth: Bytes that copies may run ahead: a number, ``"2GiB"``, or None for the largest
             layer, or 2.5 times the largest unit where that is less.
         gpu_budget: What weights may take on the device, resident ones and window together:
@@ -136,19 +138,22 @@ def offload_with(
     )
     packs = decides_to_pack(config, target)
     budget = _first_budget(cuts[0], config, memory)
-    if budget is not None:
-        budget = max(0, budget - staging_bytes(cuts[0].specs, packs))
-    wants_leaves = plan_best(cuts, config, budget).granularity == "module"
+    beside = None if budget is None else max(0, budget - staging_bytes(cuts[0].specs, packs))
+    if config.transport == "packed_resident":
+        beside = None  # nothing is to be chosen
+    wants_leaves = plan_best(cuts, config, beside).granularity == "module"
     cut = cuts[0]  # of leaves only sublayers are known so far
     if files.views and not wants_leaves:  # leaves are cut from them in module order
         cut = replace(cut, specs=tuple(files.in_file_order(cut.specs)))
-    planned = plan_cut(cut, config, budget)
+    planned = (plan_packed if packs else plan_cut)(cut, config, budget)
+    plan = planned.plan
     streamed = [
-        spec
-        for spec, place in zip(planned.specs, planned.plan.places, strict=True)
-        if place is not None
+        spec for spec, place in zip(planned.specs, plan.places, strict=True) if place is not None
     ]
-    needed = packed_bytes_at_most(streamed, packs) + added_bytes(
+    travelling = [
+        spec for spec, way in zip(planned.specs, plan.transports, strict=True) if way == "packed"
+    ]
+    needed = packed_bytes_at_most(travelling, packs) + added_bytes(
         [parameter for _, parameter in spec.parameters if files.view_of(parameter) is None]
         for spec in streamed
     )

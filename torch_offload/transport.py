@@ -13,7 +13,7 @@ from torch_offload.units import UnitSpec
 
 # A unit that packing does not shrink below this part of its bytes travels raw.
 MAX_SHARE = 0.75
-_NUM_SLOTS = 2
+NUM_SLOTS = 2
 _SAMPLE_WEIGHTS = 2**24
 # Packed, a unit must be through in this part of the time that it takes raw: else nothing is gained.
 _WORTH = 0.95
@@ -24,7 +24,7 @@ def staging_bytes(specs: Sequence[UnitSpec], packs: bool) -> int:
     if not packs or not specs:
         return 0
     largest = max(sum(_C.aligned_size(p.nbytes) for _, p in spec.parameters) for spec in specs)
-    return _NUM_SLOTS * _C.aligned_size(int(MAX_SHARE * largest))
+    return NUM_SLOTS * _C.aligned_size(int(MAX_SHARE * largest))
 
 
 def packed_bytes_at_most(specs: Sequence[UnitSpec], packs: bool) -> int:
@@ -43,12 +43,12 @@ def decides_to_pack(config: Config, device: torch.device) -> bool:
     if config.transport == "raw":
         return False
     can_decode = device.type == "cpu" or _C.has_kernels
-    if config.transport == "packed":
+    if config.transport in ("packed", "packed_resident"):
         if not can_decode:
             raise NotImplementedError(
-                "expected transport='raw' or 'auto', got 'packed': this build has no decoder for "
-                "GPUs, as there was no CUDA compiler of torch's own major version; install one "
-                "and build torch_offload again"
+                f"expected transport='raw' or 'auto', got {config.transport!r}: this build has no "
+                "decoder for GPUs, as there was no CUDA compiler of torch's own major version; "
+                "install one and build torch_offload again"
             )
         return True
     # The host device copies faster than it decodes.

@@ -90,6 +90,7 @@ void bind_engine(py::module_& module) {
       .def("pack", &Engine::pack, py::arg("max_share"))
       .def_property_readonly("transport_bytes", &Engine::transport_bytes)
       .def_property_readonly("staging_bytes", &Engine::staging_bytes)
+      .def_property_readonly("packed_resident_bytes", &Engine::packed_resident_bytes)
       .def_property_readonly("bytes_copied", &Engine::bytes_copied)
       .def_property_readonly("can_decode", &Engine::can_decode)
       .def(

@@ -75,16 +75,14 @@ void bind_plan(py::module_& module) {
       "make_plan",
       [](std::vector<Unit> units, std::optional<std::size_t> depth_bytes,
          std::optional<std::size_t> window_bytes, std::vector<bool> resident,
-         const std::vector<std::string>& transports,
-         std::optional<std::size_t> decode_depth_bytes) {
+         const std::vector<std::string>& transports, std::size_t decode_depth_bytes) {
         const py::gil_scoped_release no_gil;
         return make_plan({std::move(units), std::move(resident), depth_bytes, window_bytes,
                           parse_transports(transports), decode_depth_bytes});
       },
       py::arg("units"), py::arg("depth_bytes") = py::none(), py::arg("window_bytes") = py::none(),
       py::arg("resident") = std::vector<bool>{}, py::arg("transports") = std::vector<std::string>{},
-      py::arg("decode_depth_bytes") = py::none(),
-      "Gives each streamed unit a range of one window. Pure.");
+      py::arg("decode_depth_bytes") = 0, "Gives each streamed unit a range of one window. Pure.");
   module.def("aligned_size", &aligned_size, py::arg("size_bytes"),
              "size_bytes rounded up to the alignment of every slice and place, 256 bytes.");
 }

@@ -25,17 +25,16 @@ class Loader {
   ///            whole: the pipeline records the unit's ready event there.
   /// Blocking:  never blocks the host.
   /// Lifetime:  the master must stay alive until the work is done.
-  /// Throws:    with nothing left under way but on the first writer, which the pipeline then waits
-  ///            for.
+  /// Throws:    with nothing left under way but on copy stream and first writer, which the pipeline
+  ///            then waits for.
   virtual StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                         std::uint64_t generation) = 0;
 
   /// The stream to be held back while somebody may still use the unit's place: `copy_stream`, or,
-  /// for a unit that comes without a copy, one of `own_writers`.
+  /// for a unit that no copy brings into its place, one of `own_streams`.
   virtual StreamId first_writer(UnitIndex /*unit*/, StreamId copy_stream) const {
     return copy_stream;
   }
-  virtual std::vector<StreamId> own_writers() const { return {}; }
 
   /// Streams of the loader's own, which are drained with those of the pipeline.
   virtual std::vector<StreamId> own_streams() const { return {}; }

@@ -24,7 +24,8 @@ PackedLoader::PackedLoader(Device& device, std::size_t num_units, const Options&
       ring_(device, slot_bytes_ * options.num_slots),
       resident_(device, sum_of(options.resident_bytes)),
       slots_(slot_bytes_ == 0 ? 0 : options.num_slots),
-      units_(num_units) {
+      units_(num_units),
+      streams_(options.streams) {
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     slots_[i].memory = ring_.memory() + i * slot_bytes_;
     slots_[i].staged = device_.create_event();
@@ -37,12 +38,17 @@ PackedLoader::PackedLoader(Device& device, std::size_t num_units, const Options&
     units_[unit].room_bytes = room_bytes;
     room += room_bytes;
   }
-  // Like the copies before the kernels, which wait for them.
+  const auto make_stream = [&](StreamId& stream, const char* name) {
+    if (stream == kNoStream) {
+      // Like the copies before the kernels, which wait for them.
+      stream = device_.create_stream({name, StreamRole::kCopy, -1});
+    }
+  };
   if (options.has_decode_stream && !slots_.empty()) {
-    decode_stream_ = device_.create_stream({"weight_decode", StreamRole::kCopy, -1});
+    make_stream(streams_.copied, "weight_decode");
   }
   if (options.has_decode_stream && resident_.size_bytes() != 0) {
-    resident_stream_ = device_.create_stream({"weight_decode_resident", StreamRole::kCopy, -1});
+    make_stream(streams_.resident, "weight_decode_resident");
   }
   // The allocator may have handed out memory that kernels of the current stream still use.
   if (!is_left_out(Step::kNewStagingDrain)) {
@@ -73,14 +79,28 @@ void PackedLoader::upload(UnitIndex unit, const PackedSource& source) {
   entry.source = {};
   check_fits(source, entry.room_bytes, "the unit's room on the device");
   const StreamId stream =
-      resident_stream_ == kNoStream ? device_.current_stream() : resident_stream_;
-  // No generation: it is good for every load to come.
-  device_.copy(stream, {entry.room, source.bytes, source.packed_bytes, unit, 0});
-  if (!is_left_out(Step::kUploadDrain)) {
-    device_.synchronize(stream);  // whoever owns the source may write to it again
+      streams_.resident == kNoStream ? device_.current_stream() : streams_.resident;
+  try {
+    // No generation: it is good for every load to come.
+    device_.copy(stream, {entry.room, source.bytes, source.packed_bytes, unit, 0});
+    if (!is_left_out(Step::kUploadDrain)) {
+      device_.synchronize(stream);  // whoever owns the source may write to it again
+    }
+  } catch (...) {
+    try {
+      device_.synchronize(stream);  // whoever frees this memory or the source's does not ask
+    } catch (...) {
+      std::fprintf(stderr, "torch_offload: a stream could not be synchronized after a failure\n");
+    }
+    throw;
   }
   entry.source = source;
   entry.source.bytes = entry.room;
+}
+
+void PackedLoader::leak() {
+  ring_.leak();
+  resident_.leak();
 }
 
 void PackedLoader::drop_source(UnitIndex unit) { units_.at(unit).source = {}; }
@@ -104,26 +124,13 @@ StreamId PackedLoader::load(UnitIndex unit, std::byte* place, StreamId copy_stre
   }
   Slot& slot = slots_[entry.slot];
   decode.source = slot.memory;
-  if (decode_stream_ == kNoStream) {
-    submit(entry, slot, decode, copy_stream);
-    return copy_stream;
-  }
   try {
     submit(entry, slot, decode, copy_stream);
   } catch (...) {
-    // The decoder may be under way, and no event tells when it ends. The copy stream is waited for
-    // by the pipeline.
-    if (!is_left_out(Step::kFailedDecodeDrain)) {
-      try {
-        device_.synchronize(decode_stream_);
-      } catch (...) {
-        std::fprintf(stderr, "torch_offload: a stream could not be synchronized after a failure\n");
-      }
-    }
-    slot.is_read = false;
+    slot.is_read = false;  // the decoder may be under way, but the pipeline waits for its stream
     throw;
   }
-  return decode_stream_;
+  return first_writer(unit, copy_stream);
 }
 
 void PackedLoader::submit(const PackedUnit& unit, Slot& slot, const Decode& decode,
@@ -133,30 +140,31 @@ void PackedLoader::submit(const PackedUnit& unit, Slot& slot, const Decode& deco
   }
   device_.copy(copy_stream, {slot.memory, unit.source.bytes, unit.source.packed_bytes, decode.unit,
                              decode.generation});
-  if (decode_stream_ == kNoStream) {
+  if (streams_.copied == kNoStream) {
     device_.decode(copy_stream, decode);
     return;
   }
   record(slot.staged, copy_stream, Step::kStagedRecord);
-  wait(decode_stream_, slot.staged, Step::kStagedWait);
-  device_.decode(decode_stream_, decode);
+  wait(streams_.copied, slot.staged, Step::kStagedWait);
+  device_.decode(streams_.copied, decode);
   slot.is_read = true;
-  record(slot.decoded, decode_stream_, Step::kDecodedRecord);
+  record(slot.decoded, streams_.copied, Step::kDecodedRecord);
 }
 
 StreamId PackedLoader::first_writer(UnitIndex unit, StreamId copy_stream) const {
-  return has_source(unit) && has_room(unit) && resident_stream_ != kNoStream ? resident_stream_
-                                                                             : copy_stream;
-}
-
-std::vector<StreamId> PackedLoader::own_writers() const {
-  return resident_stream_ == kNoStream ? std::vector<StreamId>{} : std::vector{resident_stream_};
+  if (!has_source(unit)) {
+    return copy_stream;
+  }
+  const StreamId stream = has_room(unit) ? streams_.resident : streams_.copied;
+  return stream == kNoStream ? copy_stream : stream;
 }
 
 std::vector<StreamId> PackedLoader::own_streams() const {
-  std::vector<StreamId> streams = own_writers();
-  if (decode_stream_ != kNoStream) {
-    streams.insert(streams.begin(), decode_stream_);
+  std::vector<StreamId> streams;
+  for (const StreamId stream : {streams_.copied, streams_.resident}) {
+    if (stream != kNoStream) {
+      streams.push_back(stream);
+    }
   }
   return streams;
 }

@@ -19,6 +19,17 @@ struct PackedSource {
   std::uint32_t num_tiles = 0;
 };
 
+/// What a packed unit gets room for, where it is kept: weights pack a little worse after an edit.
+constexpr std::size_t packed_room_bytes(std::size_t packed_bytes) {
+  return aligned_size(packed_bytes + packed_bytes / 64);
+}
+
+/// Streams that decoders run on; made when they are first needed.
+struct PackedStreams {
+  StreamId copied = kNoStream;    ///< Behind copies.
+  StreamId resident = kNoStream;  ///< Of units that stay packed.
+};
+
 #ifdef TORCH_OFFLOAD_MUTANTS
 inline namespace mutants {  // see steps.h
 #endif
@@ -27,13 +38,12 @@ inline namespace mutants {  // see steps.h
 /// staging ring and a decoder from there; or, where the packed unit stays on the device, by a
 /// decoder alone, straight from where it stays.
 ///
-/// Ordering:  the decoder of a copied unit waits for the copy, and so for all that the copy stream
-///            waited for: who used the place before has ended. A copy into a slot waits for the
-///            decoder that read it last. The decoder of a unit that stays has a stream of its own
-///            (`first_writer`), so that it neither waits for copies nor holds them up; the pipeline
-///            holds that stream back until the place is free. Behind its decoder a unit is whole.
-///            Each copied unit has one slot for good, and each that stays one range, so addresses
-///            never change.
+/// Ordering:  the decoder is what writes into the place (`first_writer`): the pipeline holds its
+///            stream back until the place is free. It waits for its copy, which waits for nothing
+///            but the decoder that read the same slot last, and so runs ahead of the places. Units
+///            that stay have a decode stream of their own, which neither waits for copies nor
+///            holds them up. Behind its decoder a unit is whole. Each copied unit has one slot for
+///            good, and each that stays one range, so addresses never change.
 /// Blocking:  `load` never blocks the host; the constructor waits for the current stream, and
 ///            `upload` for its copy.
 /// Lifetime:  device and sources must outlive it, and nothing may be in flight at its end: the
@@ -48,6 +58,8 @@ class PackedLoader : public Loader {
     std::vector<std::size_t> resident_bytes = {};
     /// Without, the decoder follows the copy on the copy stream: for the mode that knows one.
     bool has_decode_stream = true;
+    /// Of an earlier loader on this device, to go on with.
+    PackedStreams streams = {};
   };
 
   /// Throws: MemoryError if ring and units that stay do not fit.
@@ -65,18 +77,21 @@ class PackedLoader : public Loader {
   /// The unit is loaded in some other way from now on.
   void drop_source(UnitIndex unit);
   /// Whether there is room for the unit to stay packed on the device.
-  bool has_room(UnitIndex unit) const { return units_.at(unit).room_bytes != 0; }
+  bool has_room(UnitIndex unit) const { return room_bytes(unit) != 0; }
+  std::size_t room_bytes(UnitIndex unit) const { return units_.at(unit).room_bytes; }
   bool has_source(UnitIndex unit) const { return units_.at(unit).source.bytes != nullptr; }
   const PackedSource& source(UnitIndex unit) const { return units_.at(unit).source; }
 
   StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                 std::uint64_t generation) override;
   StreamId first_writer(UnitIndex unit, StreamId copy_stream) const override;
-  std::vector<StreamId> own_writers() const override;
   std::vector<StreamId> own_streams() const override;
 
   std::size_t ring_bytes() const { return ring_.size_bytes(); }
   std::size_t resident_bytes() const { return resident_.size_bytes(); }
+  const PackedStreams& streams() const { return streams_; }
+  /// Leaves its memory to the device for good, since a decoder may still read it.
+  void leak();
 
  private:
   static constexpr std::size_t kNoSlot = SIZE_MAX;
@@ -104,10 +119,9 @@ class PackedLoader : public Loader {
   DeviceMemory ring_;
   DeviceMemory resident_;  // packed units that stay, one after the other
   std::vector<Slot> slots_;
-  std::vector<PackedUnit> units_;         // by UnitIndex
-  std::size_t num_assigned_ = 0;          // units that have a slot
-  StreamId decode_stream_ = kNoStream;    // behind copies
-  StreamId resident_stream_ = kNoStream;  // of units that stay
+  std::vector<PackedUnit> units_;  // by UnitIndex
+  std::size_t num_assigned_ = 0;   // units that have a slot
+  PackedStreams streams_;
 };
 
 #ifdef TORCH_OFFLOAD_MUTANTS

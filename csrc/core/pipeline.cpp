@@ -136,14 +136,27 @@ void Pipeline::replan(Plan plan) {
 void Pipeline::adopt(Plan plan, std::vector<EventId> events) {
   std::vector<UnitState> states = states_of(plan, std::move(events));
   order_ = std::make_unique<Order>(streamed_units(plan));
-  has_copied_units_ = has_packed_units_ = false;
-  for (const UnitIndex unit : streamed_units(plan)) {
-    (plan.stays_packed(unit) ? has_packed_units_ : has_copied_units_) = true;
-  }
   plan_ = std::move(plan);
   states_ = std::move(states);
   unit_stats_.assign(plan_.units.size(), UnitStats{});
   current_ = kNoUnit;
+  note_lanes();
+}
+
+/// Which of the two ways to run ahead there are units for.
+void Pipeline::note_lanes() {
+  has_copied_units_ = has_packed_units_ = false;
+  for (const UnitIndex unit : streamed_units(plan_)) {
+    (plan_.stays_packed(unit) ? has_packed_units_ : has_copied_units_) = true;
+  }
+}
+
+void Pipeline::set_transport(UnitIndex unit, Transport transport) {
+  if (plan_.transports.empty()) {
+    plan_.transports.assign(plan_.units.size(), Transport::kRaw);
+  }
+  plan_.transports.at(unit) = transport;
+  note_lanes();
 }
 
 Pipeline::~Pipeline() {

@@ -94,6 +94,10 @@ class Pipeline {
   /// Ends one use of the unit, after its last kernel was submitted.
   void release(UnitIndex unit);
 
+  /// Says how the unit really travels from now on, for who reads the plan and for what runs ahead.
+  /// Its place stays what it is.
+  void set_transport(UnitIndex unit, Transport transport);
+
   /// Forgets the bytes in the unit's place, because its master has changed.
   /// Throws: StateError while the unit is acquired.
   void invalidate(UnitIndex unit);
@@ -193,6 +197,7 @@ class Pipeline {
   void prefetch_ahead();
   bool prefetch(UnitIndex unit, Lane& lane);
   std::vector<StreamId> writers() const;
+  void note_lanes();
   void forget_expectations();
   void give_own_place(UnitIndex unit);
   void quiesce(StreamId stream, Step step) noexcept;

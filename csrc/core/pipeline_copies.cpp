@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <set>
 #include <utility>
 
 #include "core/pipeline.h"
@@ -27,9 +28,9 @@ bool Pipeline::may_overwrite(UnitIndex unit, bool awaited_too) const {
          std::none_of(plan_.overlaps[unit].begin(), plan_.overlaps[unit].end(), blocks);
 }
 
-/// The streams on which somebody's bytes first reach a place.
+/// The streams on which bytes may first reach a place.
 std::vector<StreamId> Pipeline::writers() const {
-  std::vector<StreamId> writers = loader_.own_writers();
+  std::vector<StreamId> writers = loader_.own_streams();
   for (const StreamId stream : copy_streams_) {
     if (stream != kNoStream && std::find(writers.begin(), writers.end(), stream) == writers.end()) {
       writers.push_back(stream);
@@ -74,9 +75,8 @@ void Pipeline::onload(UnitIndex unit) {
     }
   } catch (...) {
     // Part of the copy may be under way, and no event tells when it ends.
-    quiesce(writer, Step::kFailedOnloadDrain);
-    if (loaded_on != writer) {
-      quiesce(loaded_on, Step::kFailedOnloadDrain);
+    for (const StreamId used : std::set<StreamId>{stream, writer, loaded_on}) {
+      quiesce(used, Step::kFailedOnloadDrain);
     }
     throw;
   }

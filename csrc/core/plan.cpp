@@ -283,9 +283,7 @@ std::optional<Plan> try_make_plan(const PlanRequest& request, std::size_t most_w
   const std::vector<Unit>& units = request.units;
   const std::size_t depth_bytes = request.depth_bytes.value_or(default_depth_bytes(units));
   Ring decoded = ring_of(request, /*stays_packed=*/true);
-  const std::size_t decode_depth_bytes = request.decode_depth_bytes.value_or(
-      decoded.sizes.empty() ? 0 : *std::max_element(decoded.sizes.begin(), decoded.sizes.end()));
-  decoded = smallest_ring(std::move(decoded), decode_depth_bytes, most_window_bytes);
+  decoded = smallest_ring(std::move(decoded), request.decode_depth_bytes, most_window_bytes);
   if (!request.window_bytes && decoded.window_bytes > most_window_bytes) {
     return std::nullopt;
   }
@@ -305,7 +303,7 @@ std::optional<Plan> try_make_plan(const PlanRequest& request, std::size_t most_w
   }
   Plan plan = plan_from(request, copied, decoded);
   plan.depth_bytes = depth_bytes;
-  plan.decode_depth_bytes = decode_depth_bytes;
+  plan.decode_depth_bytes = request.decode_depth_bytes;
   return plan;
 }
 

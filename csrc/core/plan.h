@@ -36,8 +36,8 @@ struct PlanRequest {
   /// How each unit travels. Default: raw, all of them.
   std::vector<Transport> transports = {};
   /// How many bytes may be decoded ahead of the unit in use from packed ones that stay on the
-  /// device. Default: the largest of those units.
-  std::optional<std::size_t> decode_depth_bytes = std::nullopt;
+  /// device. The next such unit may be in any case.
+  std::size_t decode_depth_bytes = 0;
 };
 
 /// Where every unit lives on the device. See Note [One window, fixed places].

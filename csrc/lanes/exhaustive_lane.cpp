@@ -34,7 +34,7 @@ void collect_placements(unsigned num_units, unsigned max_places, std::vector<uns
   }
 }
 
-Plan plan_of(const std::vector<unsigned>& placement) {
+Plan plan_of(const std::vector<unsigned>& placement, const std::vector<Transport>& transports) {
   std::vector<Unit> units;
   std::vector<ByteRange> places;
   for (UnitIndex unit = 0; unit < placement.size(); ++unit) {
@@ -44,7 +44,10 @@ Plan plan_of(const std::vector<unsigned>& placement) {
     places.push_back({begin, begin + kSlice});
   }
   Plan plan = lanes::plan_with_places(std::move(units), places, 0);
-  plan.depth_bytes = plan.window_bytes;
+  plan.depth_bytes = plan.decode_depth_bytes = plan.window_bytes;
+  for (UnitIndex unit = 0; unit < placement.size(); ++unit) {
+    plan.transports.push_back(transports[unit % transports.size()]);
+  }
   return plan;
 }
 
@@ -99,7 +102,7 @@ void ExhaustiveLane::add_level(unsigned num_units) {
   std::vector<unsigned> placement;
   collect_placements(num_units, options_.max_places, placement, placements);
   for (const std::vector<unsigned>& one : placements) {
-    level.plans.push_back(plan_of(one));
+    level.plans.push_back(plan_of(one, options_.transports));
   }
   for (unsigned length = 0; length <= options_.max_calls; ++length) {
     for (std::uint64_t i = 0; i < count_sequences(num_units, length); ++i) {

@@ -207,9 +207,6 @@ class MutantRun {
     std::vector<StreamId> own_streams() const override {
       return packed_ ? packed_->own_streams() : std::vector<StreamId>{};
     }
-    std::vector<StreamId> own_writers() const override {
-      return packed_ ? packed_->own_writers() : std::vector<StreamId>{};
-    }
     StreamId first_writer(UnitIndex unit, StreamId copy_stream) const override {
       return packed_ ? packed_->first_writer(unit, copy_stream) : copy_stream;
     }

@@ -231,7 +231,6 @@ std::optional<Plan> Search::lay_out(const Homes& homes, const Layout& layout,
   planned.resident = homes.resident;
   planned.transports = homes.transports;
   planned.depth_bytes = layout.depth_bytes;
-  planned.decode_depth_bytes = 0;  // the next one: more would only fill the window
   if (layout.is_single) {
     planned.window_bytes = held.largest_copied + decoded_window_bytes(homes, held);
     if (*planned.window_bytes > room) {
@@ -267,7 +266,6 @@ std::size_t Search::decoded_window_bytes(const Homes& homes, const HeldBytes& he
     decoded.resident[unit] = !is_decoded;
     decoded.transports[unit] = is_decoded ? Transport::kPackedResident : Transport::kRaw;
   }
-  decoded.decode_depth_bytes = 0;
   return make_plan(decoded).window_bytes;
 }
 
