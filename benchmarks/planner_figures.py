@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from measured import Results, Row, greatest, row_of, tuple_of
+from measured import Figures, Results, Row, greatest, row_of, tuple_of
+
+
+def _way(part: Figures) -> str:
+    transport = part.get("transport", "raw")
+    return "" if transport == "raw" else f", transport {transport},"
 
 
 def _planning_time(results: Results) -> Row:
     parts = results.all("planning")
     listed = ", ".join(
-        f"{part['num_units']} units {1e3 * part['seconds_at_most']:.0f} ms" for part in parts
+        f"{part['num_units']} units{_way(part)} {1e3 * part['seconds_at_most']:.0f} ms"
+        for part in parts
     )
     return row_of(
         "planning time, 80 layers, slowest of five budgets",

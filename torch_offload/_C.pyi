@@ -27,6 +27,7 @@ def pack(
     num_threads: int = 0,
     max_entry_weights: int = 0,
 ) -> PackedUnit: ...
+def packed_room(tensors: Sequence[torch.Tensor]) -> int: ...
 def unpack(blob: torch.Tensor, place: torch.Tensor, num_threads: int = 0) -> None: ...
 def unpack_on_gpu(
     blob: torch.Tensor, place: torch.Tensor, num_tiles: int, max_blocks: int = 0
@@ -56,6 +57,10 @@ class Plan:
     def depth_bytes(self) -> int: ...
     @property
     def resident_bytes(self) -> int: ...
+    @property
+    def decode_depth_bytes(self) -> int: ...
+    @property
+    def transports(self) -> list[Literal["raw", "packed", "packed_resident"]]: ...
 
 class DeviceCounters:
     @property
@@ -259,11 +264,13 @@ class Engine:
     def copy_resident(self, view: FileView, destination: torch.Tensor) -> bool: ...
     def lock_files(self, unit: int) -> None: ...
     def move_out(self) -> list[str]: ...
-    def pack(self, max_share: float) -> None: ...
+    def pack(self, most_bytes: Sequence[int]) -> None: ...
     @property
     def transport_bytes(self) -> list[int]: ...
     @property
     def staging_bytes(self) -> int: ...
+    @property
+    def packed_resident_bytes(self) -> int: ...
     @property
     def bytes_copied(self) -> int: ...
     @property
@@ -326,6 +333,7 @@ class SimCosts:
         call_ns: Mapping[str, int] = {},
         num_copy_engines: int = 1,
         shared_compute: bool = True,
+        decode_bytes_per_second: float | None = None,
     ) -> None: ...
 
 class SimResult:
@@ -354,12 +362,15 @@ def simulate(
     passes: Sequence[Sequence[int]],
     log: bool = True,
     synchronize_passes: bool = False,
+    packed_bytes: Sequence[int] = ...,
 ) -> SimResult: ...
 def make_plan(
     units: Sequence[Unit],
     depth_bytes: int | None = None,
     window_bytes: int | None = None,
     resident: Sequence[bool] = ...,
+    transports: Sequence[str] = ...,
+    decode_depth_bytes: int = 0,
 ) -> Plan: ...
 
 class Alternative:
@@ -385,21 +396,39 @@ class Choice:
     def alternatives(self) -> list[Alternative]: ...
     @property
     def num_simulated(self) -> int: ...
+    @property
+    def gap(self) -> float: ...
+    @property
+    def raw_score_ns(self) -> float: ...
+    @property
+    def packed_resident_bytes(self) -> int: ...
+    @property
+    def staging_bytes(self) -> int: ...
 
-def choose_plan(
-    units: Sequence[Unit],
-    *,
-    forwards: Sequence[tuple[Sequence[int], float]],
-    link_bytes_per_second: float,
-    copy_latency_ns: int = 0,
-    copy_ns: Sequence[int] | None = None,
-    sequence: Sequence[int] = ...,
-    budget_bytes: int | None = None,
-    depth_bytes: int | None = None,
-    mode: str = "pipeline",
-    streams: str = "shared",
-) -> Choice: ...
-def least_budget_bytes(units: Sequence[Unit]) -> int: ...
+class PlannerRequest:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        *,
+        forwards: Sequence[tuple[Sequence[int], float]],
+        link_bytes_per_second: float,
+        copy_latency_ns: int = 0,
+        copy_ns: Sequence[int] | None = None,
+        sequence: Sequence[int] = ...,
+        budget_bytes: int | None = None,
+        depth_bytes: int | None = None,
+        transport: str = "raw",
+        packed_bytes: Sequence[int] = ...,
+        decode_bytes_per_second: float = 0.0,
+        mode: str = "pipeline",
+        streams: str = "shared",
+    ) -> None: ...
+
+def choose_plan(request: PlannerRequest) -> Choice: ...
+def choose_transports(request: PlannerRequest, plan: Plan) -> Choice: ...
+def least_budget_bytes(
+    units: Sequence[Unit], transport: str = "raw", packed_bytes: Sequence[int] = ...
+) -> int: ...
 def aligned_size(size_bytes: int) -> int: ...
 
 class HostLimits:
@@ -454,6 +483,7 @@ class ExhaustiveLane:
         merges: bool = True,
         num_threads: int = 1,
         is_control: bool = False,
+        transports: Sequence[str] = ...,
     ) -> None: ...
     def count(self) -> int: ...
     def advance(self, num_schedules: int) -> bool: ...

@@ -3,17 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch_offload import _C
 
 # Between the end of one copy and the begin of the next: what copies of 1 MiB take beyond their
 # bytes, measured on PCIe 5.
 COPY_LATENCY_NS = 5_000
-# Only the proportion of kernels to copies matters, and the latency beside both.
+# Where nobody has measured: only the proportions of kernels and decoder to copies matter, and the
+# latency beside them. The decoder's is that of one H100, benchmarks/results/codec.json.
 NOMINAL_LINK_BYTES_PER_SECOND = 55.2e9
+NOMINAL_DECODE_BYTES_PER_SECOND = 1637e9
 # Kernels as parts of the copies of everything: a token, and a prompt that takes just as long. In
 # between and beyond, whoever does well at both does well.
 KERNEL_SHARES = (0.02, 1.0)
+
+
+@dataclass(frozen=True)
+class Packable:
+    """Which units may be packed, and what that takes.
+
+    Attributes:
+        transport: As in `offload`.
+        packed_bytes: Of each unit, at the most; 0 for one that packing would not shrink.
+        decode_bytes_per_second: Of what comes out of the decoder.
+        link_bytes_per_second: Of copies, measured beside it.
+    """
+
+    transport: str = "raw"
+    packed_bytes: Sequence[int] = ()
+    decode_bytes_per_second: float = NOMINAL_DECODE_BYTES_PER_SECOND
+    link_bytes_per_second: float = NOMINAL_LINK_BYTES_PER_SECOND
+
+    def of(self, chosen: Sequence[bool]) -> Packable:
+        """For some of the units."""
+        if not self.packed_bytes:
+            return self
+        packed = [size for size, is_one in zip(self.packed_bytes, chosen, strict=True) if is_one]
+        return Packable(
+            self.transport, packed, self.decode_bytes_per_second, self.link_bytes_per_second
+        )
+
+
+@dataclass(frozen=True)
+class Times:
+    """Measured durations of one forward, in place of what is expected before one has run.
+
+    Attributes:
+        compute_ns: Of one use of each unit.
+        copy_ns: Of a raw copy of each.
+        sequence: Units as the forward uses them; empty for each once, in order.
+    """
+
+    compute_ns: Sequence[int]
+    copy_ns: Sequence[int]
+    sequence: Sequence[int] = ()
+
+
+RAW = Packable()
+
+
+def _request_for(
+    units: Sequence[_C.Unit],
+    *,
+    budget_bytes: int | None,
+    depth_bytes: int | None = None,
+    mode: str = "pipeline",
+    streams: str = "shared",
+    packable: Packable = RAW,
+    times: Times | None = None,
+) -> _C.PlannerRequest:
+    """What the planner is asked: by measured times, or good for a token and for a prompt alike."""
+    rate = packable.link_bytes_per_second
+    copies = [unit.size_bytes / rate * 1e9 for unit in units]
+    forwards = (
+        [(times.compute_ns, 1.0)]
+        if times
+        else [([round(share * ns) for ns in copies], 1.0) for share in KERNEL_SHARES]
+    )
+    return _C.PlannerRequest(
+        units,
+        forwards=forwards,
+        link_bytes_per_second=rate,
+        copy_latency_ns=COPY_LATENCY_NS,
+        copy_ns=times.copy_ns if times else None,
+        sequence=times.sequence if times else (),
+        budget_bytes=budget_bytes,
+        depth_bytes=depth_bytes,
+        transport=packable.transport,
+        packed_bytes=packable.packed_bytes,
+        decode_bytes_per_second=packable.decode_bytes_per_second,
+        mode=mode,
+        streams="shared" if mode == "sync" else streams,
+    )
 
 
 def choose(
@@ -23,9 +105,10 @@ def choose(
     depth_bytes: int | None = None,
     mode: str = "pipeline",
     streams: str = "shared",
-    sequence: Sequence[int] | None = None,
+    packable: Packable = RAW,
+    times: Times | None = None,
 ) -> _C.Choice:
-    """Chooses what stays and where the rest lies, good for a token and for a long prompt alike.
+    """Chooses what stays, what is packed, and where the rest lies.
 
     Does not block for longer than a fraction of a second. The same arguments give the same plan:
     a plan that was predicted is the one that is made.
@@ -33,16 +116,34 @@ def choose(
     Raises:
         ValueError: If the budget is below the least, which the message names.
     """
-    rate = NOMINAL_LINK_BYTES_PER_SECOND
-    copies = [unit.size_bytes / rate * 1e9 for unit in units]
     return _C.choose_plan(
-        units,
-        forwards=[([round(share * ns) for ns in copies], 1.0) for share in KERNEL_SHARES],
-        link_bytes_per_second=rate,
-        copy_latency_ns=COPY_LATENCY_NS,
-        sequence=sequence or (),
-        budget_bytes=budget_bytes,
-        depth_bytes=depth_bytes,
-        mode=mode,
-        streams="shared" if mode == "sync" else streams,
+        _request_for(
+            units,
+            budget_bytes=budget_bytes,
+            depth_bytes=depth_bytes,
+            mode=mode,
+            streams=streams,
+            packable=packable,
+            times=times,
+        )
     )
+
+
+def choose_transports(
+    plan: _C.Plan,
+    packable: Packable,
+    *,
+    mode: str = "pipeline",
+    streams: str = "shared",
+    times: Times | None = None,
+) -> _C.Choice:
+    """Chooses only how units travel that have their places."""
+    request = _request_for(
+        plan.units,
+        budget_bytes=None,
+        mode=mode,
+        streams=streams,
+        packable=packable,
+        times=times,
+    )
+    return _C.choose_transports(request, plan)

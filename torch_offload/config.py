@@ -15,7 +15,7 @@ Mode = Literal["sync", "streams", "events", "pipeline"]
 Granularity = Literal["auto", "sublayer", "layer", "module"]
 OnOom = Literal["shrink", "raise"]
 Streams = Literal["shared", "split"]
-Transport = Literal["raw", "packed", "auto"]
+Transport = Literal["raw", "packed", "packed_resident", "auto"]
 
 
 def _check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
@@ -37,9 +37,10 @@ class Config:
         streams: ``"shared"`` (one copy stream, kernels stay on the caller's stream) or ``"split"``
             (a copy and a compute stream for each half of a layer).
         transport: How units travel: ``"raw"``, as they are; ``"packed"``, bf16 weights without
-            loss in about 0.7 of their bytes, decoded on the device; ``"auto"``, packed where link
-            and decoder are measured to be faster so. Bits are the same. Packed copies of the
-            masters take that much more page-locked memory.
+            loss in about 0.7 of their bytes, decoded on the device, where within a budget as many
+            as fit stay packed; ``"packed_resident"``, all of them stay packed there and none
+            travels; ``"auto"``, packed where link and decoder are measured to be faster so. Bits
+            are the same. Packed copies of what travels take that much more page-locked memory.
         depth: How many bytes copies may run ahead: ``2**30``, ``"2GiB"``, or None for the
             largest layer, or 2.5 times the largest unit where that is less.
             The next unit is always copied ahead, so ``0`` is allowed.

@@ -23,9 +23,10 @@ class OffloadStats:
         hits: Units asked for that were still whole in their places.
         extra_places: Units called inside one that they overlap, which got places of their own.
         bytes_copied: What went over the link: less than `bytes_onloaded` where units are packed.
-        staging_bytes: The device allocation that packed units are decoded from.
+        staging_bytes: The device allocation that packed units are copied to and decoded from.
         file_bytes_locked: Bytes of checkpoint files that were brought into memory and page-locked
             so far: each once, and once more whenever it has its turn where not all are locked.
+        packed_bytes: The device allocation in which units stay packed.
     """
 
     forwards: int
@@ -42,6 +43,7 @@ class OffloadStats:
     bytes_copied: int
     staging_bytes: int
     file_bytes_locked: int
+    packed_bytes: int
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,13 @@ class UnitInfo:
         place: Its byte range ``(begin, end)`` in the window; None if it stays on the device.
         parameters: Qualified names of its parameters.
         acquired: How often it was used.
-        copied_bytes: What one copy of it carries: less than `size_bytes` where it is packed.
-        onloads: How often it was copied.
+        transport: How it reaches its place: ``"raw"`` (or not at all, if it has none),
+            ``"packed"``, or ``"packed_resident"``: decoded from where it stays on the device.
+        copied_bytes: What one copy of it carries: less than `size_bytes` where it is packed, 0
+            where it stays packed.
+        onloads: How often it was copied or decoded.
         misses: How often it was asked for before its copy had been issued.
-        copies: How many copies an onload takes; 0 if it stays on the device.
+        copies: How many copies an onload takes; 0 if it stays on the device, packed or not.
         bytes_in_files: How many of its bytes are streamed from checkpoint files.
     """
 
@@ -70,6 +75,7 @@ class UnitInfo:
     place: tuple[int, int] | None
     parameters: tuple[str, ...]
     acquired: int
+    transport: Literal["raw", "packed", "packed_resident"]
     copied_bytes: int
     onloads: int
     misses: int

@@ -27,16 +27,17 @@ from torch_offload.handle import HANDLE_KEY, Handle
 from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes
 from torch_offload.idle import IdleUnits
 from torch_offload.leaves import LeafCut
+from torch_offload.measured_times import MeasuredTimes
 from torch_offload.memory import Memory, total_bytes_of
 from torch_offload.mismatch import MismatchExplainer
 from torch_offload.module_tree import modules_above, parameter_slots
+from torch_offload.packing import Packing
 from torch_offload.placed import Placed
 from torch_offload.planning import Cut, Planned, least_budget, plan_cut, plan_in_window
 from torch_offload.progress import Progress
 from torch_offload.recording import Recorder
 from torch_offload.storage import ResidentMove
 from torch_offload.tables import wrap_table
-from torch_offload.transport import MAX_SHARE, staging_bytes
 from torch_offload.units import UnitSpec
 
 # transformers compiles the forward by itself for static caches; it asks this method before.
@@ -60,7 +61,7 @@ def install(
     memory: Memory | None,
     files: FileMasters,
     *,
-    packs: bool,
+    packing: Packing,
     wants_leaves: bool,
 ) -> Handle:
     """Moves the weights, wraps the calls and guards the model. Blocks while copying.
@@ -73,7 +74,7 @@ def install(
         planned: How its units are to lie.
         memory: Of the device; None where there is nothing to adapt to.
         files: Parameters that are streamed from checkpoint files.
-        packs: Whether units are to travel packed.
+        packing: How units may travel.
         wants_leaves: Whether the units are to be cut into leaves once a pass has proven them.
 
     Raises:
@@ -82,7 +83,7 @@ def install(
         FilesNotLockedError: A MemoryError as well, if it is the pages of checkpoint files.
     """
     installation = _Installation(
-        model, device, config, cut, planned, memory, files, packs, wants_leaves
+        model, device, config, cut, planned, memory, files, packing, wants_leaves
     )
     try:
         installation.move_weights(model, planned, files)
@@ -105,13 +106,14 @@ class _Installation:
         planned: Planned,
         memory: Memory | None,
         files: FileMasters,
-        packs: bool,
+        packing: Packing,
         wants_leaves: bool,
     ) -> None:
         self._device = device
         self._config = config
         self._memory = memory
-        self._packs = packs
+        self._packing = packing
+        self._times: MeasuredTimes | None = None  # of the last profile
         self._cut = CutNames.of(cut)
         self._placed = Placed.of(planned)
         self._residents = ResidentMove(device)
@@ -183,7 +185,7 @@ class _Installation:
             except MemoryError as error:
                 raise FilesNotLockedError(str(error)) from error
         self._engine.unlock_residents()
-        self._pack()
+        self._pack(self._placed)
 
     def _move_streamed(self, planned: Planned, progress: Progress) -> None:
         """Tables to the host, streamed weights into their masters."""
@@ -197,9 +199,9 @@ class _Installation:
             self._engine.move_in(index)
             progress.advance(spec.num_bytes)
 
-    def _pack(self) -> None:
-        if self._packs:
-            self._engine.pack(MAX_SHARE)
+    def _pack(self, placed: Placed) -> None:
+        if any(way != "raw" for way in placed.plan.transports):
+            self._engine.pack(placed.packable.packed_bytes)
 
     def wrap(self, model: nn.Module, planned: Planned) -> None:
         """Wraps the call of each streamed unit, of each table, and of all that is above one."""
@@ -274,6 +276,7 @@ class _Installation:
             self._recorder,
             self.replan,
             lambda: self._placed,
+            self.note_times,
         )
         if self._config.debug:
             self._recorder.keep()
@@ -332,28 +335,35 @@ class _Installation:
 
     # --- other plans -------------------------------------------------------------------------
 
-    def replan(self, model: nn.Module, config: Config) -> None:
+    def replan(self, model: nn.Module, config: Config, times: MeasuredTimes | None) -> None:
         """Goes on with other options for budget and depth; see `Handle.replan`."""
         cut = self._cut.find(model)
-        planned = plan_cut(cut, config, self._budget(cut, config))
+        planned = plan_cut(cut, config, self._budget(config), self._packing, times)
         self._apply(model, planned)
         self._config = config
+        self._times = times
         self._adaptation.configure(config)
 
-    def _budget(self, cut: Cut, config: Config) -> int | None:
+    def note_times(self, times: MeasuredTimes) -> None:
+        """Lets later plans go by what forwards were measured to take."""
+        self._times = times
+
+    def _plan(self, cut: Cut, budget: int | None, packing: Packing | None = None) -> Planned:
+        """By the options that there are."""
+        knows = self._times is not None and self._times.knows(cut.units)
+        times = self._times if knows else None
+        return plan_cut(cut, self._config, budget, packing or self._packing, times)
+
+    def _budget(self, config: Config) -> int | None:
         """What weights may take by these options; None where every unit is to stream."""
         if config.gpu_budget == AUTO:
-            budget = self._adaptation.budget()
-        else:
-            budget = budget_in_bytes(config.gpu_budget, total_bytes_of(self._memory))
-        return None if budget is None else self._beside_staging(cut, budget)
-
-    def _beside_staging(self, cut: Cut, budget: int) -> int:
-        """What of a budget is left for window and resident units."""
-        return max(0, budget - staging_bytes(cut.specs, self._packs))
+            return self._adaptation.budget()
+        return budget_in_bytes(config.gpu_budget, total_bytes_of(self._memory))
 
     def _weights_bytes(self) -> int:
-        return self._bytes_resident + self._engine.window_bytes + self._engine.staging_bytes
+        engine = self._engine
+        packed_bytes = engine.staging_bytes + engine.packed_resident_bytes
+        return self._bytes_resident + engine.window_bytes + packed_bytes
 
     def _grow(self, model: nn.Module, budget: int) -> None:
         """Takes what has turned out to be free, or gives back what is not; at the least the window.
@@ -362,8 +372,8 @@ class _Installation:
         """
         cut = self._cut.find(model)
         try:
-            budget = max(self._beside_staging(cut, budget), least_budget(cut))
-            self._apply(model, plan_cut(cut, self._config, budget))
+            budget = max(budget, least_budget(cut, self._packing))
+            self._apply(model, self._plan(cut, budget))
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
             LOGGER.info("kept the plan: %s", error)
 
@@ -371,10 +381,10 @@ class _Installation:
         """Gives back all resident units. Returns how many bytes that are."""
         before = self._weights_bytes()
         cut = self._cut.find(model)
-        config = replace(self._config, gpu_budget=None)
-        planned = plan_cut(cut, config, None)
+        packing = self._packing.streaming()
+        planned = self._plan(cut, None, packing)
         if planned.device_bytes >= before:
-            planned = plan_cut(cut, self._config, least_budget(cut))
+            planned = self._plan(cut, least_budget(cut, packing), packing)
         if planned.device_bytes < before:
             self._apply(model, planned)
         return before - self._weights_bytes()
@@ -399,7 +409,7 @@ class _Installation:
         to_host = [t for t in free if t.name in names - now]
         to_device = [t for t in free if t.name in now - names]
         moves = [ResidentMove(torch.device("cpu")), ResidentMove(self._device)]
-        former = self._placed
+        former, placed = self._placed, Placed.of(planned)
         try:
             for table in to_host:
                 moves[0].move(
@@ -407,7 +417,7 @@ class _Installation:
                 )
             moved = self._engine.recut(planned.plan, self._ranges(planned.specs))
             moves[1].move(table.weight for table in to_device)
-            self._pack_again()
+            self._pack_again(placed, MemoryError, torch.OutOfMemoryError)
             bytes_resident = self._bytes_resident + moved
             bytes_resident -= sum(table.size_bytes for table in to_host)
             bytes_resident += sum(table.size_bytes for table in to_device)
@@ -420,14 +430,14 @@ class _Installation:
         except BaseException:
             if not self._lies_as(former.plan):  # an interrupt may strike just behind a success
                 self._engine.recut(former.plan, self._ranges_of(former.parameters))
-                self._pack_again()
+                self._pack_again(former, Exception)
             for move in moves:
                 move.undo()
             raise
 
         def adopt() -> None:
             self._bytes_resident, self._former_devices = bytes_resident, former_devices
-            self._placed = Placed.of(planned)
+            self._placed = placed
             self._unwrap()
             self.wrap(model, planned)
 
@@ -442,18 +452,17 @@ class _Installation:
     def _lies_as(self, plan: _C.Plan) -> bool:
         """Whether the engine has this plan."""
         now = self._engine.plan
-        return now.places == plan.places and [unit.name for unit in now.units] == [
+        return (now.places, now.transports) == (plan.places, plan.transports) and [unit.name for unit in now.units] == [
             unit.name for unit in plan.units
         ]
 
-    def _pack_again(self) -> None:
-        """Packs the units of another plan. Where there is no room for that, they travel raw."""
+    def _pack_again(self, placed: Placed, *bearable: type[Exception]) -> None:
+        """Packs the units of another plan. After an error that can be borne they travel raw."""
         try:
-            self._pack()
-        except (MemoryError, torch.OutOfMemoryError) as error:
+            self._pack(placed)
+        except bearable as error:
             warnings.warn(
-                f"torch_offload: the units travel raw, as there is no room to pack them anew: "
-                f"{error}",
+                f"torch_offload: the units travel raw, as they could not be packed anew: {error}",
                 stacklevel=2,
             )
 
@@ -471,12 +480,13 @@ class _Installation:
         """
         LOGGER.info("cutting the units anew: %d leaves and sublayers", len(specs))
         cut = replace(self._cut.find(model), specs=tuple(specs), granularity="module")
-        budget = self._budget(cut, self._config)
+        budget = self._budget(self._config)
         try:
-            if budget is None:
-                planned = plan_in_window(cut, self._config, self._engine.window_bytes)
+            if budget is None and self._packing.transport != "packed_resident":
+                window_bytes = self._engine.window_bytes
+                planned = plan_in_window(cut, self._config, window_bytes, self._packing)
             else:
-                planned = plan_cut(cut, self._config, budget)
+                planned = self._plan(cut, budget)
             self._apply(model, planned)
         except torch.OutOfMemoryError:
             warnings.warn(

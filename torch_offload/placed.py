@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch_offload import _C
+from torch_offload.choice import Packable
+from torch_offload.packing import estimated_bytes
 from torch_offload.planning import Planned
 
 
@@ -20,6 +22,11 @@ class Placed:
         granularity: How the model is cut.
         rule: Why just these units stay; "" where nothing was to be chosen.
         alternatives: What other rules would have come to.
+        gap: By which part one that was not tried could be faster, at the most.
+        packable: What was known of packing the units.
+        packing_basis: Where that is from; see `Planned`.
+        packed_estimates: What each unit would come to packed, by its types and sizes; 0 where that
+            would not pay.
     """
 
     plan: _C.Plan
@@ -29,6 +36,10 @@ class Placed:
     granularity: str
     rule: str
     alternatives: tuple[_C.Alternative, ...]
+    gap: float
+    packable: Packable
+    packing_basis: str
+    packed_estimates: tuple[int, ...]
 
     @staticmethod
     def of(planned: Planned) -> Placed:
@@ -42,4 +53,8 @@ class Placed:
             planned.granularity,
             choice.rule if choice else "",
             tuple(choice.alternatives) if choice else (),
+            choice.gap if choice else 0.0,
+            planned.packable,
+            planned.packing_basis,
+            tuple(estimated_bytes([p for _, p in spec.parameters]) for spec in planned.specs),
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch_offload.config import Config
 from torch_offload.hardware import Peak, peak_named
 from torch_offload.model_files import build_on_meta, dtype_of, find_model, read_config
 from torch_offload.needs import Needs, needs_of
+from torch_offload.packing import BF16_SHARE, Packing, Rates
 from torch_offload.planning import Planned, cut_model, least_budget, plan_best
 from torch_offload.prediction import Prediction, Scenario, predict_plan
 from torch_offload.rates import format_byte_rate, parse_byte_rate
@@ -39,6 +41,8 @@ class PlanOptions:
     gpu: str = "h100"
     link: str | None = None
     granularity: str = "sublayer"
+    transport: str = "raw"
+    decode_rate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Fit:
 
     @property
     def host_bytes(self) -> int:
-        """Of streamed units, page-locked, and of tables that stay on the host."""
+        """Of masters and packed copies, page-locked, and of tables that stay on the host."""
         return self.token.host_bytes + sum(table.size_bytes for table in self.planned.tables)
 
     def to_json(self) -> dict[str, Any]:
@@ -70,6 +74,9 @@ class Fit:
             "device_bytes": self.planned.device_bytes,
             "window_bytes": plan.window_bytes,
             "resident_bytes": plan.resident_bytes,
+            "packed_resident_bytes": self.planned.packed_resident_bytes,
+            "staging_bytes": self.planned.staging_bytes,
+            "transports": dict(Counter(self._homes())),
             "depth_bytes": plan.depth_bytes,
             "outside_bytes": self.planned.outside_bytes,
             "gathered_bytes": sum(table.size_bytes for table in self.planned.tables),
@@ -79,6 +86,12 @@ class Fit:
             "prompt_ms": self.prompt.forward_ms,
             "host_bytes": self.host_bytes,
         }
+
+    def _homes(self) -> Iterator[str]:
+        """Of each unit: ``"resident"``, or how it travels."""
+        plan = self.planned.plan
+        for place, transport in zip(plan.places, plan.transports, strict=True):
+            yield "resident" if place is None else transport
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,7 @@ class PlanReport:
         fit: With the budget that was asked for.
         host_limit_bytes: What the host has for it, if that was said.
         curve: Other budgets, the smallest first.
+        other: With this budget and another transport: ``"auto"`` beside raw, raw beside the others.
     """
 
     title: str
@@ -106,6 +120,7 @@ class PlanReport:
     fit: Fit
     host_limit_bytes: int | None
     curve: tuple[Fit, ...]
+    other: tuple[str, Fit] | None = None
 
     @property
     def fits(self) -> bool:
@@ -140,6 +155,9 @@ class PlanReport:
             },
             **self.fit.to_json(),
             "knee_bytes": self.knee_bytes,
+            "other_transport": None
+            if self.other is None
+            else {"transport": self.other[0], **self.other[1].to_json()},
             "curve": [fit.to_json() for fit in self.curve],
         }
 
@@ -155,6 +173,7 @@ class PlanReport:
             ("weights may take", f"{format_size(fit.budget_bytes)}: {verdict}"),
             ("  they take", format_size(fit.planned.device_bytes)),
             ("  resident units", f"{format_size(plan.resident_bytes)}{_why(fit.planned)}"),
+            *self._packed_rows(),
             (
                 "  window",
                 f"{format_size(plan.window_bytes)} for {streamed} of {len(plan.units)} units "
@@ -176,6 +195,7 @@ class PlanReport:
             ("a token", f"{fit.token.forward_ms:,.1f} ms ({tokens:,.1f} tokens per second)"),
             ("a prompt", f"{fit.prompt.forward_ms:,.1f} ms"),
             ("host memory", host),
+            *self._other_row(),
             ("least budget", format_size(self.least_bytes)),
         ]
         facts = Table.grid(padding=(0, 2))
@@ -195,9 +215,37 @@ class PlanReport:
         basis = [Text(f"- {line}", style="dim") for line in self.basis]
         return Group(Text(self.title, style="bold"), facts, curve, *basis)
 
+    def _packed_rows(self) -> Iterator[tuple[str, str]]:
+        planned = self.fit.planned
+        ways = Counter(planned.plan.transports)
+        if ways["packed_resident"]:
+            size = format_size(planned.packed_resident_bytes)
+            yield "  resident units, packed", f"{size}, {ways['packed_resident']} units"
+        if ways["packed"]:
+            size = format_size(planned.staging_bytes)
+            yield "  staging ring", f"{size}, {ways['packed']} units travel packed"
+
+    def _other_row(self) -> Iterator[tuple[str, str]]:
+        if self.other is not None:
+            transport, other = self.other
+            now = self.fit
+            yield (
+                f"with --transport {transport}",
+                f"{other.token.forward_ms:,.1f} ms a token "
+                f"({_change(other.token.forward_ms, now.token.forward_ms)}), "
+                f"{other.prompt.forward_ms:,.1f} ms a prompt "
+                f"({_change(other.prompt.forward_ms, now.prompt.forward_ms)}), host memory "
+                f"{format_size(other.host_bytes)}",
+            )
+
 
 def _why(planned: Planned) -> str:
-    return f": {planned.choice.rule}" if planned.choice and planned.plan.resident_bytes else ""
+    stays = planned.plan.resident_bytes + planned.packed_resident_bytes
+    return f": {planned.choice.rule}" if planned.choice and stays else ""
+
+
+def _change(then: float, now: float) -> str:
+    return f"{100 * (then / now - 1):+.1f} %" if now > 0 else "as now"
 
 
 def _tables(fit: Fit) -> Sequence[Any]:
@@ -234,13 +282,16 @@ class Planner:
         self.config = Config(
             granularity=options.granularity,  # type: ignore[arg-type]  # checked there
             gpu_budget=options.gpu_budget or "auto",
+            transport=options.transport,  # type: ignore[arg-type]
         )
         self._peak, self._link = _rates(options)
+        self._decoder = _decode_rates(options, self._link)
+        self._packing = Packing(options.transport, self._decoder)
         self._work = Workload(batch=options.batch, tokens=options.tokens, context=options.tokens)
         self._model_config = read_config(find_model(options.model))
         self._model = build_on_meta(self._model_config)
         self._cuts = cut_model(self._model, self.config, has_budget=True, knows_leaves=True)
-        self.least_bytes = min(map(least_budget, self._cuts))
+        self.least_bytes = min(least_budget(cut, self._packing) for cut in self._cuts)
         self.weights_bytes = sum(
             tensor.nbytes for tensor in {*self._model.parameters(), *self._model.buffers()}
         )
@@ -255,6 +306,11 @@ class Planner:
         budget, needs = self._budget()
         host = options.host_memory and parse_size(options.host_memory, "--host-memory")
         basis = [self._peak.formula(), f"copies at {format_byte_rate(self._link)}"]
+        other_way = "auto" if options.transport == "raw" else "raw"
+        other = self._fit(budget, Packing(other_way, self._decoder))
+        packs = [*self.fit(budget).planned.plan.transports, *other.planned.plan.transports]
+        if is_packed := any(way != "raw" for way in packs):
+            basis.append(f"packed: {self._decoder.sentence}; bf16 in {BF16_SHARE:.3f} of its bytes")
         if needs is not None:
             basis.append("cache and activations are reckoned from the config, not measured")
         return PlanReport(
@@ -268,6 +324,7 @@ class Planner:
             fit=self.fit(budget),
             host_limit_bytes=host or None,
             curve=tuple(curve),
+            other=(other_way, other) if is_packed else None,
         )
 
     def _budget(self) -> tuple[int, Needs | None]:
@@ -307,7 +364,10 @@ class Planner:
         Raises:
             ValueError: If it is below the least, which the message names.
         """
-        planned = plan_best(self._cuts, self.config, budget)
+        return self._fit(budget, self._packing)
+
+    def _fit(self, budget: int, packing: Packing) -> Fit:
+        planned = plan_best(self._cuts, self.config, budget, packing)
         work = self._work
         token = Workload(batch=work.batch, tokens=1, context=work.context)
         return Fit(budget, planned, self._predicted(planned, token), self._predicted(planned, work))
@@ -319,6 +379,7 @@ class Planner:
             compute_ns=times,
             link_bytes_per_second=self._link,
             outside_bytes=planned.outside_bytes,
+            packable=planned.packable,
         )
         return predict_plan(scenario, planned.plan)
 
@@ -330,3 +391,10 @@ def _rates(options: PlanOptions) -> tuple[Peak, float]:
     if peak.link_bytes_per_second is None:
         raise ValueError("expected the rate of copies to the device, as --link 25GB/s, got none")
     return peak, peak.link_bytes_per_second
+
+
+def _decode_rates(options: PlanOptions, link: float) -> Rates:
+    if options.decode_rate is None:
+        return Rates(link)
+    rate = parse_byte_rate(options.decode_rate, "--decode-rate")
+    return Rates(link, rate, "as stated")

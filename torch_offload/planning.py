@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from torch_offload import _C
-from torch_offload.choice import choose
+from torch_offload.choice import RAW, Packable, Times, choose, choose_transports
 from torch_offload.config import Config
+from torch_offload.measured_times import MeasuredTimes
+from torch_offload.packing import Packing, packed_resident_bytes, staging_bytes
 from torch_offload.sizes import format_size
 from torch_offload.tables import Outsiders, Table, find_outsiders
 from torch_offload.units import Granularity, UnitSpec, find_units, leaf_units
@@ -32,6 +34,8 @@ class Planned:
         outside_bytes: Weights and buffers that stay on the device and belong to no unit.
         granularity: ``"sublayer"``, ``"layer"`` or ``"module"``.
         choice: How the planner came to it; None where nothing was to be chosen.
+        packable: What it knew of packing them.
+        packing_basis: At which rates it was chosen what is packed, or why nothing is; "" for raw.
     """
 
     specs: tuple[UnitSpec, ...]
@@ -40,11 +44,24 @@ class Planned:
     outside_bytes: int
     granularity: Granularity
     choice: _C.Choice | None = None
+    packable: Packable = RAW
+    packing_basis: str = ""
+
+    @property
+    def staging_bytes(self) -> int:
+        """The ring that packed copies pass through."""
+        return staging_bytes(self.plan, self.packable.packed_bytes)
+
+    @property
+    def packed_resident_bytes(self) -> int:
+        """Of units that stay packed on the device."""
+        return packed_resident_bytes(self.plan, self.packable.packed_bytes)
 
     @property
     def device_bytes(self) -> int:
-        """All weights on the device, window included."""
-        return self.outside_bytes + self.plan.window_bytes + self.plan.resident_bytes
+        """All weights on the device, window and ring included."""
+        raw = self.outside_bytes + self.plan.window_bytes + self.plan.resident_bytes
+        return raw + self.staging_bytes + self.packed_resident_bytes
 
 
 @dataclass(frozen=True)
@@ -108,25 +125,42 @@ def planned_units(specs: Sequence[UnitSpec]) -> list[_C.Unit]:
     ]
 
 
-def plan_cut(cut: Cut, config: Config, budget: int | None) -> Planned:
+def plan_cut(
+    cut: Cut,
+    config: Config,
+    budget: int | None,
+    packing: Packing | None = None,
+    times: MeasuredTimes | None = None,
+) -> Planned:
     """Plans one cut within a budget for everything; without one nothing of the units stays.
 
+    Args:
+        cut: Of the model.
+        config: Of `offload`.
+        budget: For everything on the device; None streams every unit of the layers.
+        packing: How units may travel; None for raw.
+        times: Of a profile; None for what is expected before any forward has run.
+
     Raises:
-        ValueError: If the budget is below the least, which the message names.
+        ValueError: If the budget is below the least, which the message names, or if a unit has no
+            times.
     """
+    packing = packing or Packing()
+    if packing.transport == "packed_resident":
+        return _all_packed(cut, config, budget, packing)
     if budget is None:
-        return _without_budget(cut, config)
+        return _without_budget(cut, config, packing, times)
     found: list[tuple[float, Planned]] = []
     for gathers in (False, True):
         if gathers and not cut.outsiders.tables:
             continue
-        planned = _within(cut, config, budget, gathers=gathers)
+        planned = _within(cut, config, budget, packing, times, gathers=gathers)
         if planned is not None and planned.choice is not None:
             score = planned.choice.score_ns
             score += _GATHER_NS * len(planned.choice.forward_ns) if planned.tables else 0
             found.append((score, planned))
     if not found:
-        raise ValueError(_below_least(cut, budget))
+        raise ValueError(_below_least(cut, budget, packing))
     (best, chosen), *others = found
     for score, planned in others:
         if score < best * _WORTHWHILE:
@@ -134,25 +168,28 @@ def plan_cut(cut: Cut, config: Config, budget: int | None) -> Planned:
     return chosen
 
 
-def plan_in_window(cut: Cut, config: Config, window_bytes: int) -> Planned:
+def plan_in_window(
+    cut: Cut, config: Config, window_bytes: int, packing: Packing | None = None
+) -> Planned:
     """Lays the units of a cut into a window that is there; heads and tables stay."""
     resident = [False] * len(cut.specs) + [True] * len(cut.outsiders.heads)
     plan = _C.make_plan(cut.units, config.depth_bytes, window_bytes=window_bytes, resident=resident)
-    return _with_nothing_chosen(cut, plan)
+    return _in_places(cut, config, plan, packing or Packing(), None)
 
 
-def plan_best(cuts: Sequence[Cut], config: Config, budget: int | None) -> Planned:
+def plan_best(
+    cuts: Sequence[Cut], config: Config, budget: int | None, packing: Packing | None = None
+) -> Planned:
     """Plans the cut that does best; the first one where another does not pay.
 
     Raises:
         ValueError: As `plan_cut`, for the cut that needs least.
     """
-    first, *others = cuts
     plans: list[Planned] = []
     refusal: ValueError | None = None
-    for cut in (first, *others):
+    for cut in cuts:
         try:
-            plans.append(plan_cut(cut, config, budget))
+            plans.append(plan_cut(cut, config, budget, packing))
         except ValueError as error:
             refusal = error
     if not plans:
@@ -166,14 +203,29 @@ def plan_best(cuts: Sequence[Cut], config: Config, budget: int | None) -> Planne
     return chosen
 
 
-def least_budget(cut: Cut) -> int:
+def least_budget(cut: Cut, packing: Packing | None = None) -> int:
     """The least budget for everything that `plan_cut` accepts."""
+    packing = packing or Packing()
+    if packing.transport == "packed_resident":
+        return _all_packed(cut, Config(), None, packing).device_bytes
+    packable = packing.packable((*cut.specs, *cut.outsiders.heads))
     leasts = []
     for gathers in (False, True):
         free, outside = _freedom(cut, gathers=gathers)
-        units = [unit for unit, is_free in zip(cut.units, free, strict=True) if is_free]
-        leasts.append(outside + _C.least_budget_bytes(units))
+        leasts.append(outside + _least_of(_only(cut.units, free), packable.of(free)))
     return min(leasts)
+
+
+def _least_of(units: Sequence[_C.Unit], packable: Packable) -> int:
+    return _C.least_budget_bytes(units, packable.transport, packable.packed_bytes)
+
+
+def _only(units: Sequence[_C.Unit], free: Sequence[bool]) -> list[_C.Unit]:
+    return [unit for unit, is_free in zip(units, free, strict=True) if is_free]
+
+
+def _measured(units: Sequence[_C.Unit], times: MeasuredTimes | None) -> Times | None:
+    return None if times is None else times.of(units)
 
 
 def _freedom(cut: Cut, *, gathers: bool) -> tuple[list[bool], int]:
@@ -187,11 +239,20 @@ def _freedom(cut: Cut, *, gathers: bool) -> tuple[list[bool], int]:
     return free, bytes_outside(cut.model, specs, gone)
 
 
-def _within(cut: Cut, config: Config, budget: int, *, gathers: bool) -> Planned | None:
+def _within(
+    cut: Cut,
+    config: Config,
+    budget: int,
+    packing: Packing,
+    times: MeasuredTimes | None,
+    *,
+    gathers: bool,
+) -> Planned | None:
     free, outside = _freedom(cut, gathers=gathers)
-    units = cut.units
-    chosen_from = [unit for unit, is_free in zip(units, free, strict=True) if is_free]
-    if budget < outside + _C.least_budget_bytes(chosen_from):
+    units, specs = cut.units, (*cut.specs, *cut.outsiders.heads)
+    chosen_from = _only(units, free)
+    packable = packing.packable(specs)
+    if budget < outside + _least_of(chosen_from, packable.of(free)):
         return None
     choice = choose(
         chosen_from,
@@ -199,22 +260,33 @@ def _within(cut: Cut, config: Config, budget: int, *, gathers: bool) -> Planned 
         depth_bytes=config.depth_bytes,
         mode=config.mode,
         streams=config.streams,
+        packable=packable.of(free),
+        times=_measured(chosen_from, times),
     )
-    places = iter(choice.plan.places)
-    resident = [next(places) is None if is_free else True for is_free in free]
+    chosen = iter(zip(choice.plan.places, choice.plan.transports, strict=True))
+    homes = [next(chosen) if is_free else (None, "raw") for is_free in free]
+    resident = [place is None for place, _ in homes]
     plan = _C.make_plan(
-        units, choice.plan.depth_bytes, window_bytes=choice.plan.window_bytes, resident=resident
+        units,
+        choice.plan.depth_bytes,
+        window_bytes=choice.plan.window_bytes,
+        resident=resident,
+        transports=[transport for _, transport in homes],
+        decode_depth_bytes=choice.plan.decode_depth_bytes,
     )
-    specs = (*cut.specs, *cut.outsiders.heads)
     streamed = {spec.name for spec, stays in zip(specs, resident, strict=True) if not stays}
     tables = cut.outsiders.tables if gathers else ()
     # A tied table whose head stays is on the device with it.
     tables = tuple(table for table in tables if not table.head or table.head in streamed)
     held = sum(unit.size_bytes for unit, is_free in zip(units, free, strict=True) if not is_free)
-    return Planned(specs, plan, tables, outside - held, cut.granularity, choice)
+    return Planned(
+        specs, plan, tables, outside - held, cut.granularity, choice, packable, packing.basis
+    )
 
 
-def _without_budget(cut: Cut, config: Config) -> Planned:
+def _without_budget(
+    cut: Cut, config: Config, packing: Packing, times: MeasuredTimes | None
+) -> Planned:
     """Every unit of the layers streams, heads and tables stay.
 
     For ``granularity="module"`` the units are still the sublayers, because leaves are proven by the
@@ -234,24 +306,65 @@ def _without_budget(cut: Cut, config: Config) -> Planned:
     if depth is None:  # of the layers alone: a head that stays says nothing
         depth = _C.make_plan(units[: len(cut.specs)]).depth_bytes
     plan = _C.make_plan(units, depth, window_bytes=window, resident=resident)
-    return _with_nothing_chosen(cut, plan)
+    return _in_places(cut, config, plan, packing, times)
 
 
-def _with_nothing_chosen(cut: Cut, plan: _C.Plan) -> Planned:
+def _all_packed(cut: Cut, config: Config, budget: int | None, packing: Packing) -> Planned:
+    """Every unit of the layers that can be packed stays so; the others stream, heads stay.
+
+    Raises:
+        ValueError: If that is more than the budget.
+    """
+    planned = _without_budget(cut, config, Packing(), None)
+    packable = packing.packable(planned.specs)
+    num_units = len(cut.specs)
+    ways = [
+        "packed_resident" if size > 0 and index < num_units else "raw"
+        for index, size in enumerate(packable.packed_bytes)
+    ]
+    plan = _C.make_plan(
+        cut.units,
+        planned.plan.depth_bytes,
+        resident=[place is None for place in planned.plan.places],
+        transports=ways,
+    )
+    planned = replace(planned, plan=plan, packable=packable, packing_basis=packing.basis)
+    least = planned.device_bytes
+    if budget is not None and least > budget:
+        raise ValueError(
+            f"expected gpu_budget of at least {least} bytes ({format_size(least)}: what always "
+            f"stays, all units packed, and a window to decode into), got {budget} bytes "
+            f"({format_size(budget)}); raise it, or use transport='packed'"
+        )
+    return planned
+
+
+def _in_places(
+    cut: Cut, config: Config, plan: _C.Plan, packing: Packing, times: MeasuredTimes | None
+) -> Planned:
+    """Units that have their places: only how they travel is left to choose."""
     specs = (*cut.specs, *cut.outsiders.heads)
     held = sum(unit.size_bytes for unit in cut.units[len(cut.specs) :])
     outside = bytes_outside(cut.model, cut.specs, set()) - held
-    return Planned(specs, plan, (), outside, cut.granularity)
+    planned = Planned(specs, plan, (), outside, cut.granularity, packing_basis=packing.basis)
+    packable = packing.packable(specs)
+    if packable.transport == "raw":
+        return planned
+    chosen = choose_transports(
+        plan, packable, mode=config.mode, streams=config.streams, times=_measured(cut.units, times)
+    )
+    return replace(planned, plan=chosen.plan, packable=packable)
 
 
-def _below_least(cut: Cut, budget: int) -> str:
-    least = least_budget(cut)
+def _below_least(cut: Cut, budget: int, packing: Packing) -> str:
+    least = least_budget(cut, packing)
     largest = _C.least_budget_bytes(cut.units)
+    ring = " and a ring for packed copies" if packing.transport == "packed" else ""
     return (
         f"expected gpu_budget of at least {least} bytes ({format_size(least)}: what always stays, "
-        f"and a window for the largest unit, {format_size(min(least, largest))}), got {budget} "
-        f"bytes ({format_size(budget)}); raise it, or use granularity='module' or units=[...] with "
-        "smaller units"
+        f"and a window for the largest unit, {format_size(min(least, largest))}{ring}), got "
+        f"{budget} bytes ({format_size(budget)}); raise it, or use granularity='module' or "
+        "units=[...] with smaller units"
     )
 
 

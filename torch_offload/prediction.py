@@ -8,7 +8,13 @@ from typing import Any
 
 from torch_offload import _C
 from torch_offload.bounds import Bound, bound_of
-from torch_offload.choice import choose
+from torch_offload.choice import RAW, Packable, choose, choose_transports
+from torch_offload.packing import (
+    copied_bytes,
+    packed_host_bytes,
+    packed_resident_bytes,
+    staging_bytes,
+)
 from torch_offload.simulate import Run, run_plan, streams_for
 
 # A cold pass, one that learns the seam, and the one that is read off.
@@ -23,13 +29,14 @@ class Scenario:
         units: In the order in which a forward calls them.
         compute_ns: Of each unit.
         link_bytes_per_second: Of copies from page-locked memory.
-        copy_ns: Measured copies of each unit; None to reckon them from the link's rate.
+        copy_ns: Measured raw copies of each unit; None to reckon them from the link's rate.
         mode: As in `offload`.
         streams: As in `offload`.
         depth_bytes: As in `offload`; None for the default.
         budget_bytes: What window and resident units may take; None streams every unit.
         outside_bytes: Weights that no unit holds; they are on the device in any case.
         sequence: Units of one forward as they are used; None for each once, in order.
+        packable: How units may travel, and what they take packed.
     """
 
     units: Sequence[_C.Unit]
@@ -42,6 +49,7 @@ class Scenario:
     budget_bytes: int | None = None
     outside_bytes: int = 0
     sequence: Sequence[int] | None = None
+    packable: Packable = RAW
 
     def with_(self, **changes: Any) -> Scenario:
         """The same with something else."""
@@ -72,8 +80,18 @@ class Prediction:
 
     @property
     def device_bytes(self) -> int:
-        """Weights on the device: window, resident units, and what no unit holds."""
-        return self.plan.window_bytes + self.plan.resident_bytes + self.scenario.outside_bytes
+        """Weights on the device: window, ring, what stays, and what no unit holds."""
+        return held_bytes(self.scenario, self.plan) + self.scenario.outside_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """The ring that packed copies pass through on the device."""
+        return staging_bytes(self.plan, self.scenario.packable.packed_bytes)
+
+    @property
+    def packed_resident_bytes(self) -> int:
+        """Of units that stay packed on the device."""
+        return packed_resident_bytes(self.plan, self.scenario.packable.packed_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """What one wants to compare, as plain data."""
@@ -90,6 +108,9 @@ class Prediction:
             "device_bytes": self.device_bytes,
             "window_bytes": plan.window_bytes,
             "resident_bytes": plan.resident_bytes,
+            "packed_resident_bytes": self.packed_resident_bytes,
+            "staging_bytes": self.staging_bytes,
+            "transports": list(plan.transports),
             "depth_bytes": plan.depth_bytes,
             "host_bytes": self.host_bytes,
             "bound": {
@@ -102,12 +123,13 @@ class Prediction:
 
     @property
     def host_bytes(self) -> int:
-        """Page-locked memory of the masters."""
-        return sum(
+        """Page-locked memory of the masters, and of what is packed beside them."""
+        masters = sum(
             unit.size_bytes
             for unit, place in zip(self.plan.units, self.plan.places, strict=True)
             if place is not None
         )
+        return masters + packed_host_bytes(self.plan, self.scenario.packable.packed_bytes)
 
 
 def plan_for(scenario: Scenario) -> _C.Plan:
@@ -117,13 +139,19 @@ def plan_for(scenario: Scenario) -> _C.Plan:
         ValueError: If the budget is below the least, which the message names.
     """
     if scenario.budget_bytes is None:
-        return _C.make_plan(scenario.units, scenario.depth_bytes)
+        plan = _C.make_plan(scenario.units, scenario.depth_bytes)
+        if scenario.packable.transport == "raw":
+            return plan
+        return choose_transports(
+            plan, scenario.packable, mode=scenario.mode, streams=scenario.streams
+        ).plan
     return choose(
         scenario.units,
         budget_bytes=scenario.budget_bytes,
         depth_bytes=scenario.depth_bytes,
         mode=scenario.mode,
         streams=scenario.streams,
+        packable=scenario.packable,
     ).plan
 
 
@@ -141,13 +169,13 @@ def predict_plan(scenario: Scenario, plan: _C.Plan) -> Prediction:
     run = run_scenario(scenario, plan)
     attribution = run.attribution(_PASSES - 1)
     sequence = _sequence(scenario)
-    streamed = sum(plan.units[u].size_bytes for u in sequence if plan.places[u] is not None)
+    copied = copied_bytes(plan, scenario.packable.packed_bytes)
     return Prediction(
         scenario=scenario,
         plan=plan,
         forward_ms=run.pass_ms(_PASSES - 1),
         cold_ms=run.pass_ms(0),
-        streamed_bytes=streamed,
+        streamed_bytes=sum(copied[unit] for unit in sequence),
         compute_ms=sum(scenario.compute_ns[unit] for unit in sequence) / 1e6,
         bound=bound_of(attribution),
     )
@@ -161,18 +189,33 @@ def predicted_ms(scenario: Scenario) -> tuple[float, int]:
     """
     plan = plan_for(scenario)
     run = run_scenario(scenario, plan, log=False)
-    return run.pass_ms(_PASSES - 1), plan.window_bytes + plan.resident_bytes
+    return run.pass_ms(_PASSES - 1), held_bytes(scenario, plan)
+
+
+def held_bytes(scenario: Scenario, plan: _C.Plan) -> int:
+    """What window, ring and units that stay take on the device, packed or not."""
+    packed = scenario.packable.packed_bytes
+    kept = plan.resident_bytes + packed_resident_bytes(plan, packed)
+    return plan.window_bytes + kept + staging_bytes(plan, packed)
 
 
 def run_scenario(
     scenario: Scenario, plan: _C.Plan, passes: int = _PASSES, *, log: bool = True
 ) -> Run:
     """Simulates a plan that is made already."""
-    copy_ns = None if scenario.copy_ns is None else list(scenario.copy_ns)
+    packable = scenario.packable
+    copy_ns = None
+    if scenario.copy_ns is not None:
+        copied = copied_bytes(plan, packable.packed_bytes)
+        copy_ns = [
+            round(raw_ns * size / unit.size_bytes)
+            for raw_ns, size, unit in zip(scenario.copy_ns, copied, plan.units, strict=True)
+        ]
     costs = _C.SimCosts(
         copy_bytes_per_second=None if copy_ns else scenario.link_bytes_per_second,
         copy_ns=copy_ns,
         compute_ns=list(scenario.compute_ns),
+        decode_bytes_per_second=packable.decode_bytes_per_second,
     )
     return run_plan(
         plan,
@@ -181,6 +224,7 @@ def run_scenario(
         streams=streams_for(scenario.mode, scenario.streams),
         passes=[_sequence(scenario)] * passes,
         log=log,
+        packed_bytes=packable.packed_bytes,
     )
 
 

@@ -12,6 +12,8 @@ from torch_offload import _C
 from torch_offload.advice import Advice, advise
 from torch_offload.attribution import Attribution, UnitTimes, attribute
 from torch_offload.bounds import Bound, bound_of
+from torch_offload.choice import NOMINAL_LINK_BYTES_PER_SECOND, RAW, Packable
+from torch_offload.packing import copied_bytes
 from torch_offload.prediction import Scenario, predicted_ms
 from torch_offload.trace import Trace
 
@@ -21,7 +23,17 @@ _MOST_USES = 2000
 
 @dataclass(frozen=True)
 class UnitProfile:
-    """One unit of the profiled model and its times in ns, all uses together."""
+    """One unit of the profiled model and its times in ns, all uses together.
+
+    Attributes:
+        name: As in `Handle.units`.
+        layer_index: Likewise.
+        kind: Likewise.
+        size_bytes: Likewise.
+        is_resident: Whether it stays on the device as it is.
+        times: What it took.
+        copied_bytes: What one copy of it carried: less than its size where it was packed.
+    """
 
     name: str
     layer_index: int
@@ -29,6 +41,7 @@ class UnitProfile:
     size_bytes: int
     is_resident: bool
     times: UnitTimes
+    copied_bytes: int
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ class Profile:
     @property
     def streamed_bytes(self) -> int:
         """Bytes of all copies."""
-        return sum(unit.size_bytes * unit.times.copies for unit in self.units)
+        return sum(unit.copied_bytes * unit.times.copies for unit in self.units)
 
     @property
     def roofline_ns(self) -> float:
@@ -138,15 +151,19 @@ class Profile:
         return table_of(self)
 
 
-def profile_of(trace: Trace, plan: _C.Plan, measured: Measured) -> Profile:
+def profile_of(
+    trace: Trace, plan: _C.Plan, measured: Measured, packable: Packable = RAW
+) -> Profile:
     """Adds up a trace of some forwards.
 
     Args:
         trace: With times.
         plan: What was run.
         measured: What the trace does not know.
+        packable: What packed units take.
     """
     units = plan.units
+    copied = copied_bytes(plan, packable.packed_bytes)
     total = attribute(trace, measured.begin_ns - trace.origin_ns, measured.end_ns - trace.origin_ns)
     profiles = tuple(
         UnitProfile(
@@ -156,11 +173,12 @@ def profile_of(trace: Trace, plan: _C.Plan, measured: Measured) -> Profile:
             size_bytes=unit.size_bytes,
             is_resident=place is None,
             times=times,
+            copied_bytes=size,
         )
-        for unit, place, times in zip(units, plan.places, total.units, strict=True)
+        for unit, place, times, size in zip(units, plan.places, total.units, copied, strict=True)
     )
     rates = [
-        units[bar.unit].size_bytes / bar.duration_ns * 1e9
+        copied[bar.unit] / bar.duration_ns * 1e9
         for bar in trace.of_kind("copy")
         if bar.unit is not None and bar.duration_ns > 0
     ]
@@ -173,18 +191,18 @@ def profile_of(trace: Trace, plan: _C.Plan, measured: Measured) -> Profile:
         bound=bound_of(total),
         advice=Advice("", 0.0, ""),
     )
-    return replace(profile, advice=_advice_for(profile, units))
+    return replace(profile, advice=_advice_for(profile, units, packable))
 
 
 def scenario_of(profile: Profile, units: Sequence[_C.Unit]) -> Scenario:
     """What was profiled, as something to simulate.
 
     Each unit computes as long as it did, and an equal part of the time in which other kernels ran
-    or were launched goes to each use.
+    or were launched goes to each use. Copies are reckoned raw.
     """
     uses = max(1, len(profile.sequence) * max(1, profile.measured.forwards))
     other_ns = (profile.total.between_ns + profile.total.outside_ns) / uses
-    rate = profile.link_bytes_per_second or 1e9
+    rate = profile.link_bytes_per_second or NOMINAL_LINK_BYTES_PER_SECOND
 
     def per_use(unit: UnitProfile) -> int:
         times = unit.times
@@ -192,7 +210,9 @@ def scenario_of(profile: Profile, units: Sequence[_C.Unit]) -> Scenario:
 
     def per_copy(unit: UnitProfile) -> int:
         times = unit.times
-        return round(times.copy_ns / times.copies if times.copies else unit.size_bytes / rate * 1e9)
+        if not times.copies:
+            return round(unit.size_bytes / rate * 1e9)
+        return round(times.copy_ns / times.copies * unit.size_bytes / max(1, unit.copied_bytes))
 
     has_residents = any(unit.is_resident for unit in profile.units)
     return Scenario(
@@ -220,10 +240,10 @@ def units_of(profile: Profile) -> list[_C.Unit]:
     ]
 
 
-def _advice_for(profile: Profile, units: Sequence[_C.Unit]) -> Advice:
+def _advice_for(profile: Profile, units: Sequence[_C.Unit], packable: Packable) -> Advice:
     if profile.bound.by == "nothing" or not profile.sequence:
         return Advice("", 0.0, "call the model inside the block")
-    now = scenario_of(profile, units)
+    now = scenario_of(profile, units).with_(packable=packable)
     return advise(profile.bound, now, profile.measured.free_bytes, predicted_ms)
 
 

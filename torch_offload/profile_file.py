@@ -104,6 +104,9 @@ def _unit_from(fields_of: Mapping[str, Any]) -> UnitProfile:
         raise ValueError(f"{layer_index!r} is no layer")
     if type(fields_of["is_resident"]) is not bool:
         raise TypeError(f"is_resident is {fields_of['is_resident']!r}")
+    copied_bytes = fields_of.get("copied_bytes", size_bytes)  # of older files: raw copies
+    if type(copied_bytes) is not int or not 0 <= copied_bytes <= size_bytes:
+        raise ValueError(f"{copied_bytes!r} is no size of a copy")
     return UnitProfile(
         name=_text(fields_of["name"]),
         layer_index=layer_index,
@@ -111,6 +114,7 @@ def _unit_from(fields_of: Mapping[str, Any]) -> UnitProfile:
         size_bytes=_C.aligned_size(size_bytes),
         is_resident=fields_of["is_resident"],
         times=UnitTimes(**_counts(UnitTimes, fields_of["times"])),
+        copied_bytes=copied_bytes,
     )
 
 

@@ -27,6 +27,9 @@ def report_of(handle: Handle) -> RenderableType:
         table.add_column(heading, justify="right")
     for unit in units[:_MOST_ROWS]:
         place = "resident" if unit.place is None else f"{unit.place[0]:,}"
+        place += {"raw": "", "packed": " packed", "packed_resident": " stays packed"}[
+            unit.transport
+        ]
         table.add_row(
             unit.name,
             unit.kind,
@@ -50,6 +53,9 @@ def report_of(handle: Handle) -> RenderableType:
         ("CPU time of ours", f"{stats.cpu_seconds * 1e3:.2f} ms"),
     ):
         summary.add_row(name, value)
+    if stats.staging_bytes or stats.packed_bytes:
+        summary.add_row("staging ring", format_size(stats.staging_bytes))
+        summary.add_row("packed on the device", format_size(stats.packed_bytes))
     in_files = sum(unit.bytes_in_files for unit in units)
     if in_files:
         summary.add_row("streamed from checkpoint files", format_size(in_files))

@@ -67,13 +67,23 @@ def run_plan(
     streams: str = "shared",
     passes: Sequence[Sequence[int]],
     log: bool = True,
+    packed_bytes: Sequence[int] = (),
 ) -> Run:
     """Runs a plan. Blocks for about a microsecond per call of the pipeline.
+
+    Args:
+        plan: It.
+        costs: What work takes.
+        mode: One of `MODES`.
+        streams: ``"shared"`` or ``"split"``.
+        passes: Units of each forward, as they are used.
+        log: Whether to keep the log.
+        packed_bytes: Of the units that the plan packs.
 
     Raises:
         ValueError: For a mode, a layout or costs that cannot be.
     """
-    result = _C.simulate(plan, mode, streams, costs, passes, log)
+    result = _C.simulate(plan, mode, streams, costs, passes, log, packed_bytes=packed_bytes)
     return Run(plan, mode, streams, result)
 
 

@@ -14,6 +14,7 @@
 #include "codec/encoder.h"
 #include "codec/parallel.h"
 #include "core/error.h"
+#include "core/packed_loader.h"
 #include "core/unit.h"
 #ifdef TORCH_OFFLOAD_WITH_KERNELS
 #include <c10/cuda/CUDAException.h>
@@ -67,20 +68,25 @@ struct PackedUnit {
   std::vector<TensorEntry> entries;
 };
 
-PackedUnit pack(const std::vector<at::Tensor>& tensors, const std::optional<std::string>& codec,
-                unsigned num_threads, std::uint64_t max_entry_weights) {
+UnitEncoder encoder_of(const std::vector<at::Tensor>& tensors, const EncodeOptions& options) {
   std::vector<TensorSource> sources;
-  PackedUnit unit;
+  std::uint64_t place_bytes = 0;
   for (const at::Tensor& tensor : tensors) {
     if (!tensor.is_cpu() || !tensor.is_contiguous()) {
       throw TypeError("expected contiguous tensors on the CPU to pack, got one on " +
                       tensor.device().str());
     }
     sources.push_back(
-        {bytes_of(tensor), size_of(tensor), unit.place_bytes,
+        {bytes_of(tensor), size_of(tensor), place_bytes,
          tensor.scalar_type() == at::kBFloat16 ? ElementType::kBf16 : ElementType::kOther});
-    unit.place_bytes += aligned_size(size_of(tensor));
+    place_bytes += aligned_size(size_of(tensor));
   }
+  const py::gil_scoped_release no_gil;
+  return {sources, place_bytes, options};
+}
+
+PackedUnit pack(const std::vector<at::Tensor>& tensors, const std::optional<std::string>& codec,
+                unsigned num_threads, std::uint64_t max_entry_weights) {
   EncodeOptions options;
   options.num_threads = threads_or_default(num_threads);
   if (codec) {
@@ -89,13 +95,23 @@ PackedUnit pack(const std::vector<at::Tensor>& tensors, const std::optional<std:
   if (max_entry_weights != 0) {
     options.max_entry_weights = max_entry_weights;
   }
+  const UnitEncoder encoder = encoder_of(tensors, options);
   const py::gil_scoped_release no_gil;
-  const UnitEncoder encoder(sources, unit.place_bytes, options);
+  PackedUnit unit;
   unit.blob = at::empty({static_cast<std::int64_t>(encoder.blob_bytes())}, at::kByte);
   encoder.encode(static_cast<std::byte*>(unit.blob.mutable_data_ptr()));
+  for (const at::Tensor& tensor : tensors) {
+    unit.place_bytes += aligned_size(size_of(tensor));
+  }
   unit.entries = encoder.entries();
   unit.num_tiles = encoder.num_tiles();
   return unit;
+}
+
+std::uint64_t packed_room(const std::vector<at::Tensor>& tensors) {
+  EncodeOptions options;
+  options.num_threads = threads_or_default(0);
+  return packed_room_bytes(encoder_of(tensors, options).blob_bytes());
 }
 
 void unpack(const at::Tensor& blob, const at::Tensor& place, unsigned num_threads) {
@@ -149,6 +165,8 @@ void bind_codec(py::module_& module) {
   module.def("pack", &pack, py::arg("tensors"), py::arg("codec") = py::none(),
              py::arg("num_threads") = 0, py::arg("max_entry_weights") = 0,
              "Packs tensors as they would lie in a place, each at a multiple of 256 bytes.");
+  module.def("packed_room", &packed_room, py::arg("tensors"),
+             "Bytes that a unit of these tensors takes where it is kept packed. Reads them once.");
   module.def("unpack", &unpack, py::arg("blob"), py::arg("place"), py::arg("num_threads") = 0,
              "Checks a packed unit and decodes it on the CPU. Blocks until that is done.");
   module.def("unpack_on_gpu", &unpack_on_gpu, py::arg("blob"), py::arg("place"),

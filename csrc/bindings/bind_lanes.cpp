@@ -33,12 +33,14 @@ std::unique_ptr<ExhaustiveLane> make_exhaustive_lane(const std::string& mode,
                                                      const std::string& streams, unsigned max_units,
                                                      unsigned max_places, unsigned max_calls,
                                                      bool merges, unsigned num_threads,
-                                                     bool is_control) {
+                                                     bool is_control,
+                                                     const std::vector<std::string>& transports) {
   // Above these the counts no longer fit 64 bits, or memory.
-  if (max_units == 0 || max_units > 6 || max_places == 0 || max_calls > 6) {
-    throw ValueError("expected up to 6 units and calls, and at least one unit and place, got " +
-                     std::to_string(max_units) + " units, " + std::to_string(max_places) +
-                     " places, " + std::to_string(max_calls) + " calls");
+  if (max_units == 0 || max_units > 6 || max_places == 0 || max_calls > 6 || transports.empty()) {
+    throw ValueError(
+        "expected up to 6 units and calls, and at least one unit, place and transport, got " +
+        std::to_string(max_units) + " units, " + std::to_string(max_places) + " places, " +
+        std::to_string(max_calls) + " calls");
   }
   ExhaustiveOptions options;
   options.mode = parse_mode(mode);
@@ -49,6 +51,10 @@ std::unique_ptr<ExhaustiveLane> make_exhaustive_lane(const std::string& mode,
   options.merges = merges;
   options.num_threads = num_threads;
   options.is_control = is_control;
+  options.transports.clear();
+  for (const std::string& name : transports) {
+    options.transports.push_back(parse_transport(name));
+  }
   return std::make_unique<ExhaustiveLane>(options);
 }
 
@@ -108,7 +114,8 @@ void bind_lanes(py::module_& module) {
   py::class_<ExhaustiveLane>(module, "ExhaustiveLane", "All small schedules, by number.")
       .def(py::init(&make_exhaustive_lane), py::kw_only(), py::arg("mode"), py::arg("streams"),
            py::arg("max_units") = 5, py::arg("max_places") = 3, py::arg("max_calls") = 5,
-           py::arg("merges") = true, py::arg("num_threads") = 1, py::arg("is_control") = false)
+           py::arg("merges") = true, py::arg("num_threads") = 1, py::arg("is_control") = false,
+           py::arg("transports") = std::vector<std::string>{"raw"})
       .def("count", &ExhaustiveLane::count)
       .def("advance", &ExhaustiveLane::advance, py::arg("num_schedules"), NoGil())
       .def("report", &ExhaustiveLane::report, NoGil());

@@ -21,6 +21,15 @@ UnitKind parse_unit_kind(const std::string& name) {
   throw ValueError("expected the kind of a unit to be 'mha' or 'ffn', got '" + name + "'");
 }
 
+std::vector<Transport> parse_transports(const std::vector<std::string>& names) {
+  std::vector<Transport> transports;
+  transports.reserve(names.size());
+  for (const std::string& name : names) {
+    transports.push_back(parse_transport(name));
+  }
+  return transports;
+}
+
 }  // namespace
 
 void bind_plan(py::module_& module) {
@@ -52,18 +61,28 @@ void bind_plan(py::module_& module) {
       .def_readonly("overlaps", &Plan::overlaps)
       .def_readonly("window_bytes", &Plan::window_bytes)
       .def_readonly("depth_bytes", &Plan::depth_bytes)
-      .def_readonly("resident_bytes", &Plan::resident_bytes);
+      .def_readonly("resident_bytes", &Plan::resident_bytes)
+      .def_readonly("decode_depth_bytes", &Plan::decode_depth_bytes)
+      .def_property_readonly("transports", [](const Plan& plan) {
+        std::vector<const char*> names;
+        for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
+          names.push_back(name_of(plan.transport(unit)));
+        }
+        return names;
+      });
 
   module.def(
       "make_plan",
       [](std::vector<Unit> units, std::optional<std::size_t> depth_bytes,
-         std::optional<std::size_t> window_bytes, std::vector<bool> resident) {
+         std::optional<std::size_t> window_bytes, std::vector<bool> resident,
+         const std::vector<std::string>& transports, std::size_t decode_depth_bytes) {
         const py::gil_scoped_release no_gil;
-        return make_plan({std::move(units), std::move(resident), depth_bytes, window_bytes});
+        return make_plan({std::move(units), std::move(resident), depth_bytes, window_bytes,
+                          parse_transports(transports), decode_depth_bytes});
       },
       py::arg("units"), py::arg("depth_bytes") = py::none(), py::arg("window_bytes") = py::none(),
-      py::arg("resident") = std::vector<bool>{},
-      "Gives each streamed unit a range of one window. Pure.");
+      py::arg("resident") = std::vector<bool>{}, py::arg("transports") = std::vector<std::string>{},
+      py::arg("decode_depth_bytes") = 0, "Gives each streamed unit a range of one window. Pure.");
   module.def("aligned_size", &aligned_size, py::arg("size_bytes"),
              "size_bytes rounded up to the alignment of every slice and place, 256 bytes.");
 }

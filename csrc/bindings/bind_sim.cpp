@@ -21,7 +21,7 @@ SimCosts costs_from(std::optional<double> copy_bytes_per_second, std::int64_t co
                     std::optional<std::vector<std::int64_t>> copy_ns,
                     std::vector<std::int64_t> compute_ns,
                     const std::map<std::string, std::int64_t>& call_ns, int num_copy_engines,
-                    bool shared_compute) {
+                    bool shared_compute, std::optional<double> decode_bytes_per_second) {
   SimCosts costs;
   costs.copy_bytes_per_second = copy_bytes_per_second;
   costs.copy_latency_ns = copy_latency_ns;
@@ -32,6 +32,7 @@ SimCosts costs_from(std::optional<double> copy_bytes_per_second, std::int64_t co
   }
   costs.num_copy_engines = num_copy_engines;
   costs.shared_compute = shared_compute;
+  costs.decode_bytes_per_second = decode_bytes_per_second;
   check_costs(costs);
   return costs;
 }
@@ -43,7 +44,7 @@ void bind_sim(py::module_& module) {
       .def(py::init(&costs_from), py::kw_only(), py::arg("copy_bytes_per_second") = py::none(),
            py::arg("copy_latency_ns") = 0, py::arg("copy_ns") = py::none(), py::arg("compute_ns"),
            py::arg("call_ns") = py::dict(), py::arg("num_copy_engines") = 1,
-           py::arg("shared_compute") = true);
+           py::arg("shared_compute") = true, py::arg("decode_bytes_per_second") = py::none());
 
   py::class_<SimResult, std::shared_ptr<SimResult>>(module, "SimResult",
                                                     "What happened when in a simulation.")
@@ -62,7 +63,8 @@ void bind_sim(py::module_& module) {
   module.def(
       "simulate",
       [](Plan plan, const std::string& mode, const std::string& streams, SimCosts costs,
-         std::vector<std::vector<UnitIndex>> passes, bool log, bool synchronize_passes) {
+         std::vector<std::vector<UnitIndex>> passes, bool log, bool synchronize_passes,
+         std::vector<std::size_t> packed_bytes) {
         const py::gil_scoped_release no_gil;
         SimRequest request;
         request.plan = std::move(plan);
@@ -72,10 +74,12 @@ void bind_sim(py::module_& module) {
         request.passes = std::move(passes);
         request.keep_log = log;
         request.synchronize_passes = synchronize_passes;
+        request.packed_bytes = std::move(packed_bytes);
         return std::make_shared<SimResult>(simulate(request));
       },
       py::arg("plan"), py::arg("mode"), py::arg("streams"), py::arg("costs"), py::arg("passes"),
       py::arg("log") = true, py::arg("synchronize_passes") = false,
+      py::arg("packed_bytes") = std::vector<std::size_t>{},
       "Drives the pipeline through the passes in virtual time. The same arguments, the same "
       "result.");
 }

@@ -205,10 +205,19 @@ void HazardChecker::expect_fresh(OpIndex index, const Op& op, const ShadowMemory
   }
 }
 
-/// What is decoded was copied for just that.
+/// What is decoded was copied for just that, or to stay: a copy of no generation is good for all.
 void HazardChecker::expect_fresh_source(OpIndex index, const Op& op) {
-  memory_.for_each_cell(op.source,
-                        [&](ShadowMemory::Cell& cell) { expect_fresh(index, op, cell); });
+  const auto stays = [&](const ShadowMemory::Cell& cell) {
+    const Op* writer =
+        cell.last_write == ShadowMemory::kNone ? nullptr : &log_->ops()[cell.last_write];
+    return writer != nullptr && writer->kind == OpKind::kCopy && writer->unit == op.unit &&
+           writer->generation == 0;
+  };
+  memory_.for_each_cell(op.source, [&](ShadowMemory::Cell& cell) {
+    if (!stays(cell)) {
+      expect_fresh(index, op, cell);
+    }
+  });
 }
 
 /// Ends the reads on this stream. With those on the stream where the use began, all of it ends.

@@ -67,7 +67,7 @@ struct Op {
   EventId event = kNoEvent;
   bool is_done = false;  ///< Of a query.
   UnitIndex unit = kNoUnit;
-  std::uint64_t generation = 0;   ///< Which onload of the unit, counted from 1.
+  std::uint64_t generation = 0;   ///< Which onload of the unit, counted from 1; 0: of none.
   AddressRange memory;            ///< Written by a copy, decode or fill, else read or written.
   AddressRange source;            ///< Of a copy or decode.
   std::int64_t host_time_ns = 0;  ///< Monotonic clock of the host when it made the call.

@@ -11,7 +11,7 @@
 
 namespace torch_offload {
 
-/// A unit as it is copied: packed, in page-locked memory.
+/// A packed unit: in page-locked memory, or where it stays on the device.
 struct PackedSource {
   const std::byte* bytes = nullptr;
   std::size_t packed_bytes = 0;
@@ -19,45 +19,79 @@ struct PackedSource {
   std::uint32_t num_tiles = 0;
 };
 
+/// What a packed unit gets room for, where it is kept: weights pack a little worse after an edit.
+constexpr std::size_t packed_room_bytes(std::size_t packed_bytes) {
+  return aligned_size(packed_bytes + packed_bytes / 64);
+}
+
+/// Streams that decoders run on; made when they are first needed.
+struct PackedStreams {
+  StreamId copied = kNoStream;    ///< Behind copies.
+  StreamId resident = kNoStream;  ///< Of units that stay packed.
+};
+
 #ifdef TORCH_OFFLOAD_MUTANTS
 inline namespace mutants {  // see steps.h
 #endif
 
-/// Brings packed units into their places: one copy into a slot of a staging ring, then a decoder
-/// from there, on a stream of its own.
+/// Brings packed units into their places, in one of two ways. Either by a copy into a slot of a
+/// staging ring and a decoder from there; or, where the packed unit stays on the device, by a
+/// decoder alone, straight from where it stays.
 ///
-/// Ordering:  the decoder waits for the copy, and so for all that the copy stream waited for: who
-///            used the place before has ended. A copy into a slot waits for the decoder that read
-///            it last. Behind the decode stream the unit is whole. Each unit has one slot for good,
-///            so addresses never change.
-/// Blocking:  `load` never blocks the host; the constructor waits for the current stream.
+/// Ordering:  the decoder is what writes into the place (`first_writer`): the pipeline holds its
+///            stream back until the place is free. It waits for its copy, which waits for nothing
+///            but the decoder that read the same slot last, and so runs ahead of the places. Units
+///            that stay have a decode stream of their own, which neither waits for copies nor
+///            holds them up. Behind its decoder a unit is whole. Each copied unit has one slot for
+///            good, and each that stays one range, so addresses never change.
+/// Blocking:  `load` never blocks the host; the constructor waits for the current stream, and
+///            `upload` for its copy.
 /// Lifetime:  device and sources must outlive it, and nothing may be in flight at its end: the
 ///            pipeline drains `own_streams` with its own.
 class PackedLoader : public Loader {
  public:
   struct Options {
-    std::size_t slot_bytes = 0;  ///< The largest packed unit fits in.
+    std::size_t slot_bytes = 0;  ///< The largest unit that is copied packed fits in; 0: none is.
     std::size_t num_slots = 2;   ///< One is filled while another is decoded.
+    /// What each unit that stays packed may take on the device, in one allocation; 0: it does not
+    /// stay. Empty: none does.
+    std::vector<std::size_t> resident_bytes = {};
     /// Without, the decoder follows the copy on the copy stream: for the mode that knows one.
     bool has_decode_stream = true;
+    /// Of an earlier loader on this device, to go on with.
+    PackedStreams streams = {};
   };
 
-  /// Throws: MemoryError if the ring does not fit.
+  /// Throws: MemoryError if ring and units that stay do not fit.
   PackedLoader(Device& device, std::size_t num_units, const Options& options);
 
-  /// What is loaded for this unit from now on. No load of it may be in flight.
+  /// What is copied for this unit from now on. No load of it may be in flight.
   /// Throws: ValueError if it does not fit into a slot.
   void set_source(UnitIndex unit, const PackedSource& source);
+  /// Copies `source` to where the unit stays: what is decoded from now on.
+  ///
+  /// Ordering:  on the stream of its decoders, behind all of them.
+  /// Blocking:  until it is there.
+  /// Throws:    ValueError if it does not fit there. After any failure the unit has no source.
+  void upload(UnitIndex unit, const PackedSource& source);
   /// The unit is loaded in some other way from now on.
   void drop_source(UnitIndex unit);
+  /// Whether there is room for the unit to stay packed on the device.
+  bool has_room(UnitIndex unit) const { return room_bytes(unit) != 0; }
+  std::size_t room_bytes(UnitIndex unit) const { return units_.at(unit).room_bytes; }
   bool has_source(UnitIndex unit) const { return units_.at(unit).source.bytes != nullptr; }
   const PackedSource& source(UnitIndex unit) const { return units_.at(unit).source; }
 
   StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                 std::uint64_t generation) override;
+  StreamId first_writer(UnitIndex unit, StreamId copy_stream) const override;
   std::vector<StreamId> own_streams() const override;
 
   std::size_t ring_bytes() const { return ring_.size_bytes(); }
+  std::size_t resident_bytes() const { return resident_.size_bytes(); }
+  const PackedStreams& streams() const { return streams_; }
+  /// Leaves its memory to the device for good, since a decoder may still read it.
+  void leak();
 
  private:
   static constexpr std::size_t kNoSlot = SIZE_MAX;
@@ -69,21 +103,25 @@ class PackedLoader : public Loader {
     bool is_read = false;        // a decoder may still read it: `decoded` tells
   };
   struct PackedUnit {
-    PackedSource source;
-    std::size_t slot = kNoSlot;
+    PackedSource source;         // what is copied, or what stays
+    std::size_t slot = kNoSlot;  // of one that is copied
+    std::byte* room = nullptr;   // of one that stays: a range of resident_
+    std::size_t room_bytes = 0;
   };
 
   void submit(const PackedUnit& unit, Slot& slot, const Decode& decode, StreamId copy_stream);
+  void check_fits(const PackedSource& source, std::size_t room_bytes, const char* where) const;
   void record(EventId event, StreamId stream, Step step);
   void wait(StreamId stream, EventId event, Step step);
 
   Device& device_;
   std::size_t slot_bytes_;
   DeviceMemory ring_;
+  DeviceMemory resident_;  // packed units that stay, one after the other
   std::vector<Slot> slots_;
   std::vector<PackedUnit> units_;  // by UnitIndex
   std::size_t num_assigned_ = 0;   // units that have a slot
-  StreamId decode_stream_ = kNoStream;
+  PackedStreams streams_;
 };
 
 #ifdef TORCH_OFFLOAD_MUTANTS

@@ -60,7 +60,7 @@ Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOpti
   handover_ = device_.create_event();
   // The allocator may have handed out memory that kernels of the current stream still use.
   synchronize(device_.current_stream(), Step::kNewWindowDrain);
-  states_ = states_of(plan_, events_for(plan_));
+  adopt(std::move(plan_), events_for(plan_));
 }
 
 /// Events for every unit that streams: those that are there, and as many more as it takes.
@@ -140,6 +140,23 @@ void Pipeline::adopt(Plan plan, std::vector<EventId> events) {
   states_ = std::move(states);
   unit_stats_.assign(plan_.units.size(), UnitStats{});
   current_ = kNoUnit;
+  note_lanes();
+}
+
+/// Which of the two ways to run ahead there are units for.
+void Pipeline::note_lanes() {
+  has_copied_units_ = has_packed_units_ = false;
+  for (const UnitIndex unit : streamed_units(plan_)) {
+    (plan_.stays_packed(unit) ? has_packed_units_ : has_copied_units_) = true;
+  }
+}
+
+void Pipeline::set_transport(UnitIndex unit, Transport transport) {
+  if (plan_.transports.empty()) {
+    plan_.transports.assign(plan_.units.size(), Transport::kRaw);
+  }
+  plan_.transports.at(unit) = transport;
+  note_lanes();
 }
 
 Pipeline::~Pipeline() {
@@ -232,7 +249,7 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
   }
   try {
     const StreamId stream = enter_compute_stream(unit);
-    if (stream != state.used_on && state.pending[0] == state.free) {
+    if (stream != state.used_on && state.pending == state.free) {
       // Used before on another stream and not copied since: `free` will be recorded anew behind
       // this use, so it must cover the earlier one as well.
       wait(stream, state.free, Step::kEarlierStreamWait);
@@ -289,11 +306,11 @@ void Pipeline::release(UnitIndex unit) {
     }
     if (policy_.host_synchronizes) {
       synchronize(state.used_on, Step::kHostFreeWait);
-      state.pending.fill(kNoEvent);
+      state.set_pending(kNoEvent);
     } else {
       record(state.free, state.used_on, Step::kFreeRecord);
       // `ready` was waited for by this use: `free` covers it.
-      state.pending.fill(is_left_out(Step::kPendingFree) ? kNoEvent : state.free);
+      state.set_pending(is_left_out(Step::kPendingFree) ? kNoEvent : state.free);
       if (options_.wait_for_each) {
         device_.synchronize(state.used_on);
       }

@@ -94,6 +94,10 @@ class Pipeline {
   /// Ends one use of the unit, after its last kernel was submitted.
   void release(UnitIndex unit);
 
+  /// Says how the unit really travels from now on, for who reads the plan and for what runs ahead.
+  /// Its place stays what it is.
+  void set_transport(UnitIndex unit, Transport transport);
+
   /// Forgets the bytes in the unit's place, because its master has changed.
   /// Throws: StateError while the unit is acquired.
   void invalidate(UnitIndex unit);
@@ -151,9 +155,23 @@ class Pipeline {
     StreamId loaded_on = kNoStream;      // stream that `ready` was recorded on
     std::uint64_t generation = 0;
     std::uint64_t copied_in_pass = 0;
-    // For each copy stream: the event that it must wait for before it writes into this range
-    // again. Closes write-after-read (`free`) and write-after-write (`ready`).
-    std::array<EventId, kNumKinds> pending{kNoEvent, kNoEvent};
+    // What a stream must wait for before it writes into this range again: the last use (`free`,
+    // closes write-after-read) or the last onload (`ready`, closes write-after-write) ...
+    EventId pending = kNoEvent;
+    std::vector<StreamId> behind_pending;  // ... unless it is one of these
+
+    void set_pending(EventId event) {
+      pending = event;
+      behind_pending.clear();
+    }
+  };
+
+  /// Units that are brought ahead in one way, whatever becomes of those that come in the other.
+  struct Lane {
+    std::size_t depth_bytes = 0;
+    std::size_t ahead_bytes = 0;
+    bool is_first = true;  // no unit of it was met yet
+    bool is_over = false;  // nothing more of it comes ahead now
   };
 
   std::vector<EventId> events_for(const Plan& plan);
@@ -175,10 +193,14 @@ class Pipeline {
   bool drain(StreamId stream, Step step) noexcept;
   std::vector<std::pair<StreamId, Step>> streams_to_drain() const;
   bool may_overwrite(UnitIndex unit, bool awaited_too) const;
+  void await_users(UnitState& state, StreamId writer, Step step);
   void onload(UnitIndex unit);
   void onload_on_demand(UnitIndex unit);
   void prefetch_ahead();
   void announce_ahead();
+  bool prefetch(UnitIndex unit, Lane& lane);
+  std::vector<StreamId> writers() const;
+  void note_lanes();
   void forget_expectations();
   void give_own_place(UnitIndex unit);
   void quiesce(StreamId stream, Step step) noexcept;
@@ -198,8 +220,10 @@ class Pipeline {
   Stats stats_;
   std::array<StreamId, kNumKinds> copy_streams_{kNoStream, kNoStream};     // equal in `shared`
   std::array<StreamId, kNumKinds> compute_streams_{kNoStream, kNoStream};  // `split` only
-  EventId handover_ = kNoEvent;  // recorded on the stream left, waited for by the one entered
-  UnitIndex current_ = kNoUnit;  // the unit acquired last; copies run ahead of it
+  EventId handover_ = kNoEvent;    // recorded on the stream left, waited for by the one entered
+  bool has_copied_units_ = false;  // units of the plan that come by copies,
+  bool has_packed_units_ = false;  // and units that stay packed on the device
+  UnitIndex current_ = kNoUnit;    // the unit acquired last; copies run ahead of it
   std::uint64_t pass_ = 0;
   std::uint32_t nesting_ = 0;             // wrapped calls under way; guarded by owner_
   std::atomic<std::thread::id> owner_{};  // thread whose pass is running, or none

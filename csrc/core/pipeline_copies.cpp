@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <set>
+#include <utility>
 
 #include "core/pipeline.h"
 
@@ -26,31 +28,45 @@ bool Pipeline::may_overwrite(UnitIndex unit, bool awaited_too) const {
          std::none_of(plan_.overlaps[unit].begin(), plan_.overlaps[unit].end(), blocks);
 }
 
-/// Submits the copy of `unit` into its place. The caller has made sure that it may_overwrite.
+/// The streams on which bytes may first reach a place.
+std::vector<StreamId> Pipeline::writers() const {
+  std::vector<StreamId> writers = loader_.own_streams();
+  for (const StreamId stream : copy_streams_) {
+    if (stream != kNoStream && std::find(writers.begin(), writers.end(), stream) == writers.end()) {
+      writers.push_back(stream);
+    }
+  }
+  return writers;
+}
+
+/// Makes `writer` wait until nobody uses the unit's bytes any more, unless it does so already.
+void Pipeline::await_users(UnitState& state, StreamId writer, Step step) {
+  std::vector<StreamId>& behind = state.behind_pending;
+  if (state.pending != kNoEvent &&
+      std::find(behind.begin(), behind.end(), writer) == behind.end()) {
+    // Write-after-read: its last kernels may still read these bytes. Or write-after-write: another
+    // stream may still fill them.
+    wait(writer, state.pending, step);
+    behind.push_back(writer);  // only now: a wait that failed is still to be taken
+  }
+}
+
+/// Submits what brings `unit` into its place. The caller has made sure that it may_overwrite.
 void Pipeline::onload(UnitIndex unit) {
   UnitState& state = states_[unit];
   const StreamId stream = copy_stream(unit);
-  const std::size_t index = copy_stream_index(unit);
-
-  const auto await_users = [&](UnitState& other, Step step) {
-    if (other.pending[index] != kNoEvent) {
-      // Write-after-read: its last kernels may still read these bytes. Or write-after-write: a
-      // copy on another stream may still fill them.
-      wait(stream, other.pending[index], step);
-      other.pending[index] = kNoEvent;
-    }
-  };
-  await_users(state, Step::kOwnPendingWait);
+  const StreamId writer = loader_.first_writer(unit, stream);
+  await_users(state, writer, Step::kOwnPendingWait);
   forget(state);
   for (const UnitIndex other : plan_.overlaps[unit]) {
-    await_users(states_[other], Step::kOverlapPendingWait);
+    await_users(states_[other], writer, Step::kOverlapPendingWait);
     if (!is_left_out(Step::kOverlapForget)) {
       forget(states_[other]);
     }
   }
 
   ++state.generation;
-  StreamId loaded_on = stream;
+  StreamId loaded_on = writer;
   try {
     loaded_on = loader_.load(unit, state.memory, stream, state.generation);
     record(state.ready, loaded_on, Step::kReadyRecord);
@@ -59,19 +75,15 @@ void Pipeline::onload(UnitIndex unit) {
     }
   } catch (...) {
     // Part of the copy may be under way, and no event tells when it ends.
-    quiesce(stream, Step::kFailedOnloadDrain);
-    if (loaded_on != stream) {
-      quiesce(loaded_on, Step::kFailedOnloadDrain);
+    for (const StreamId used : std::set<StreamId>{stream, writer, loaded_on}) {
+      quiesce(used, Step::kFailedOnloadDrain);
     }
     throw;
   }
   state.loaded_on = loaded_on;
-  for (std::size_t i = 0; i < kNumKinds; ++i) {
-    const bool is_ordered_already = policy_.host_synchronizes ||
-                                    copy_streams_[i] == state.loaded_on ||
-                                    is_left_out(Step::kPendingReady);
-    state.pending[i] = is_ordered_already ? kNoEvent : state.ready;
-  }
+  const bool is_ordered_already = policy_.host_synchronizes || is_left_out(Step::kPendingReady);
+  state.set_pending(is_ordered_already ? kNoEvent : state.ready);
+  state.behind_pending.push_back(loaded_on);
   state.whole = state.fresh = true;
   state.copied_in_pass = pass_;
   ++stats_.onloads;
@@ -85,9 +97,8 @@ void Pipeline::onload_on_demand(UnitIndex unit) {
     // A layer's first unit is missed, and the copies of a layer start with that layer: when the
     // caller's stream has come to it, not when the host has, which runs ahead.
     const StreamId current = device_.current_stream();
-    order_after(copy_streams_[0], current, Step::kNone);
-    if (copy_streams_[1] != copy_streams_[0]) {
-      order_after(copy_streams_[1], current, Step::kNone);
+    for (const StreamId writer : writers()) {
+      order_after(writer, current, Step::kNone);
     }
   }
   if (!may_overwrite(unit, /*awaited_too=*/true)) {
@@ -96,37 +107,50 @@ void Pipeline::onload_on_demand(UnitIndex unit) {
   onload(unit);
 }
 
-/// Issues copies along the expected order, as far as policy, depth and places allow.
+// Note [Two lanes]
+// A unit that stays packed on the device needs no link, one that is copied does. Each kind has its
+// own places and its own depth, and runs ahead for itself: else the places of units that the
+// decoder fills in no time would stand between the link and the next unit that it could bring.
+
+/// Brings units ahead along the expected order, as far as policy, depth and places allow.
 void Pipeline::prefetch_ahead() {
   if (policy_.lookahead == Lookahead::kNone) {
     return;
   }
+  Lane copied;
+  copied.depth_bytes = plan_.depth_bytes;
+  copied.is_over = !has_copied_units_;
+  Lane packed;
+  packed.depth_bytes = plan_.decode_depth_bytes;
+  packed.is_over = !has_packed_units_;
   Order::Walk walk = order_->walk();
-  std::size_t ahead_bytes = 0;
-  for (std::size_t step = 0; step < states_.size(); ++step) {
+  for (std::size_t step = 0; step < states_.size() && !(copied.is_over && packed.is_over); ++step) {
     const UnitIndex unit = walk.next();
-    if (unit == kNoUnit) {
+    if (unit == kNoUnit || (policy_.lookahead == Lookahead::kLayer &&
+                            plan_.units[unit].layer_index != plan_.units[current_].layer_index)) {
       return;
     }
-    const Unit& next = plan_.units[unit];
-    if (policy_.lookahead == Lookahead::kLayer &&
-        next.layer_index != plan_.units[current_].layer_index) {
-      return;
-    }
-    ahead_bytes += next.size_bytes;
-    if (step > 0 && ahead_bytes > plan_.depth_bytes) {
-      return;
-    }
-    UnitState& state = states_[unit];
-    if (!state.whole) {
-      if (!may_overwrite(unit, /*awaited_too=*/false)) {
-        return;  // tried again at the next release
-      }
-      onload(unit);
-      ++stats_.prefetched;
-    }
-    state.awaited = true;
+    Lane& lane = plan_.stays_packed(unit) ? packed : copied;
+    lane.is_over = lane.is_over || !prefetch(unit, lane);
   }
+}
+
+/// Brings the unit ahead. Returns whether others of its lane may follow.
+bool Pipeline::prefetch(UnitIndex unit, Lane& lane) {
+  UnitState& state = states_[unit];
+  lane.ahead_bytes += plan_.units[unit].size_bytes;
+  if (!std::exchange(lane.is_first, false) && lane.ahead_bytes > lane.depth_bytes) {
+    return false;
+  }
+  if (!state.whole) {
+    if (!may_overwrite(unit, /*awaited_too=*/false)) {
+      return false;  // tried again at the next release
+    }
+    onload(unit);
+    ++stats_.prefetched;
+  }
+  state.awaited = true;
+  return true;
 }
 
 /// Tells the loader which units it will be asked for, those that prefetches are about to ask for
@@ -160,18 +184,17 @@ void Pipeline::forget_expectations() {
 /// A unit called inside another one that its place overlaps: from now on it has a place of its own.
 void Pipeline::give_own_place(UnitIndex unit) {
   UnitState& state = states_[unit];
-  // Whoever copies into the old place next will no longer ask this unit for its last use.
-  for (std::size_t i = 0; i < kNumKinds; ++i) {
-    if (state.pending[i] != kNoEvent) {
-      wait(copy_streams_[i], state.pending[i], Step::kOldPlaceWait);
-      state.pending[i] = kNoEvent;  // only now: a wait that failed is still to be taken
-    }
+  // Whoever writes into the old place next will no longer ask this unit for its last use.
+  for (const StreamId writer : writers()) {
+    await_users(state, writer, Step::kOldPlaceWait);
   }
+  state.set_pending(kNoEvent);
   own_places_.emplace_back(device_, plan_.units[unit].size_bytes);
   // The allocator may hand out memory that kernels of the current stream still use.
   const StreamId current = device_.current_stream();
-  if (copy_stream(unit) != current) {
-    order_after(copy_stream(unit), current, Step::kNewPlaceOrder);
+  const StreamId writer = loader_.first_writer(unit, copy_stream(unit));
+  if (writer != current) {
+    order_after(writer, current, Step::kNewPlaceOrder);
   }
   for (const UnitIndex other : plan_.overlaps[unit]) {
     auto& back = plan_.overlaps[other];

@@ -22,7 +22,7 @@ constexpr std::size_t kWindowSteps = 64;
 // So many windows are tried in such steps, and about as many again in coarser ones.
 constexpr std::size_t kFineTries = 256;
 
-/// The streamed units of a plan, in their order, and where each lies.
+/// Units of a plan that share bytes in turn, in their order, and where each lies.
 struct Ring {
   std::vector<UnitIndex> order;
   std::vector<std::size_t> sizes;
@@ -79,23 +79,45 @@ bool runs_ahead(const Ring& ring, std::size_t depth_bytes) {
   return true;
 }
 
-/// The streamed units, not placed yet.
-Ring streamed_ring(const std::vector<Unit>& units, const std::vector<bool>& resident) {
+/// The units that have places, not placed yet: those that stay packed, or the others.
+Ring ring_of(const PlanRequest& request, bool stays_packed) {
   Ring ring;
-  for (std::size_t i = 0; i < units.size(); ++i) {
-    if (!resident[i]) {
+  for (std::size_t i = 0; i < request.units.size(); ++i) {
+    const bool is_resident = !request.resident.empty() && request.resident[i];
+    const bool unit_stays_packed =
+        !request.transports.empty() && request.transports[i] == Transport::kPackedResident;
+    if (!is_resident && unit_stays_packed == stays_packed) {
       ring.order.push_back(static_cast<UnitIndex>(i));
-      ring.sizes.push_back(units[i].size_bytes);
+      ring.sizes.push_back(request.units[i].size_bytes);
     }
   }
   return ring;
 }
 
+/// No smaller window lets copies run ahead as asked: beside each unit in use, those that may start
+/// meanwhile need room, the last of which starts within the depth.
+std::size_t least_window_bytes(const std::vector<std::size_t>& sizes, std::size_t depth_bytes) {
+  const std::size_t count = sizes.size();
+  std::size_t least = 0;
+  std::size_t end = 0;     // the units [begin, end) lie side by side, counted on from pass to pass
+  std::size_t beside = 0;  // their bytes
+  for (std::size_t begin = 0; begin < count; ++begin) {
+    if (end == begin) {
+      beside += sizes[end++ % count];
+    }
+    // Whether one more may start: the next always may, others within the depth.
+    while (end - begin < count && (end - begin == 1 || beside - sizes[begin] < depth_bytes)) {
+      beside += sizes[end++ % count];
+    }
+    least = std::max(least, beside);
+    beside -= sizes[begin];
+  }
+  return least;
+}
+
 /// Finds the smallest window that lets copies run ahead as asked, or one above `most_bytes` if none
 /// below does. Ends at the latest where every unit has bytes of its own.
-Ring smallest_ring(const std::vector<Unit>& units, const std::vector<bool>& resident,
-                   std::size_t depth_bytes, std::size_t most_bytes) {
-  Ring ring = streamed_ring(units, resident);
+Ring smallest_ring(Ring ring, std::size_t depth_bytes, std::size_t most_bytes) {
   std::size_t total = 0;
   std::size_t largest = 0;
   for (const std::size_t size_bytes : ring.sizes) {
@@ -105,10 +127,13 @@ Ring smallest_ring(const std::vector<Unit>& units, const std::vector<bool>& resi
   const std::size_t step = std::max(aligned_size(largest / kWindowSteps), kAlignmentBytes);
   // While the largest unit is in use, the bytes ahead of it need room beside it.
   std::size_t window = largest + std::min(depth_bytes, total - largest);
+  const std::size_t least = least_window_bytes(ring.sizes, depth_bytes);
   for (std::size_t tries = 1; window < total && window <= most_bytes; ++tries) {
-    place(ring, window);
-    if (runs_ahead(ring, depth_bytes)) {
-      return ring;
+    if (window >= least) {
+      place(ring, window);
+      if (runs_ahead(ring, depth_bytes)) {
+        return ring;
+      }
     }
     // Past the first rounds the search need not be fine any more, only short.
     window += tries < kFineTries ? step : std::max(step, total / kFineTries);
@@ -117,27 +142,8 @@ Ring smallest_ring(const std::vector<Unit>& units, const std::vector<bool>& resi
   return ring;
 }
 
-Plan plan_from(const std::vector<Unit>& units, const Ring& ring, std::size_t depth_bytes) {
-  Plan plan;
-  plan.units = units;
-  plan.places.resize(units.size());
-  plan.window_bytes = ring.window_bytes;
-  plan.depth_bytes = depth_bytes;
-  plan.resident_bytes = 0;
-  for (std::size_t i = 0; i < ring.order.size(); ++i) {
-    plan.places[ring.order[i]] = ring.places[i];
-  }
-  plan.overlaps = overlaps_of(plan.places);
-  for (std::size_t i = 0; i < units.size(); ++i) {
-    plan.resident_bytes += plan.places[i] ? 0 : units[i].size_bytes;
-  }
-  return plan;
-}
-
 /// The ring in a window that is there, however far ahead copies can run in it.
-Ring ring_within(const std::vector<Unit>& units, const std::vector<bool>& resident,
-                 std::size_t window_bytes) {
-  Ring ring = streamed_ring(units, resident);
+Ring ring_within(const std::vector<Unit>& units, Ring ring, std::size_t window_bytes) {
   for (std::size_t i = 0; i < ring.sizes.size(); ++i) {
     if (ring.sizes[i] > window_bytes) {
       throw ValueError("expected a window of at least " + std::to_string(ring.sizes[i]) +
@@ -150,7 +156,73 @@ Ring ring_within(const std::vector<Unit>& units, const std::vector<bool>& reside
   return ring;
 }
 
+Plan plan_from(const PlanRequest& request, const Ring& copied, const Ring& decoded) {
+  Plan plan;
+  plan.units = request.units;
+  plan.transports = request.transports;
+  plan.places.resize(plan.units.size());
+  for (std::size_t i = 0; i < copied.order.size(); ++i) {
+    plan.places[copied.order[i]] = copied.places[i];
+  }
+  for (std::size_t i = 0; i < decoded.order.size(); ++i) {
+    const ByteRange& place = decoded.places[i];
+    plan.places[decoded.order[i]] = {copied.window_bytes + place.begin,
+                                     copied.window_bytes + place.end};
+  }
+  plan.window_bytes = copied.window_bytes + decoded.window_bytes;
+  plan.overlaps = overlaps_of(plan.places);
+  for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
+    plan.resident_bytes += plan.is_resident(unit) ? plan.units[unit].size_bytes : 0;
+  }
+  return plan;
+}
+
+/// Throws: ValueError unless `given` is of as many answers as there are units, or of none.
+void check_answers(const PlanRequest& request, std::size_t given, const char* what) {
+  if (given != 0 && given != request.units.size()) {
+    throw ValueError(std::string("expected ") + what + " of each of the " +
+                     std::to_string(request.units.size()) + " units, got " + std::to_string(given) +
+                     " answers");
+  }
+}
+
+void check_request(const PlanRequest& request) {
+  check_units(request.units);
+  check_answers(request, request.resident.size(), "resident to say whether it stays");
+  check_answers(request, request.transports.size(), "transports to say how it travels");
+  for (std::size_t i = 0; i < request.transports.size() && i < request.resident.size(); ++i) {
+    if (request.resident[i] && request.transports[i] != Transport::kRaw) {
+      throw ValueError("expected unit '" + request.units[i].name +
+                       "', which stays on the device as it is, to have the transport 'raw', got '" +
+                       name_of(request.transports[i]) + "'");
+    }
+  }
+}
+
 }  // namespace
+
+const char* name_of(Transport transport) {
+  switch (transport) {
+    case Transport::kRaw:
+      return "raw";
+    case Transport::kPacked:
+      return "packed";
+    case Transport::kPackedResident:
+      return "packed_resident";
+  }
+  return "?";
+}
+
+Transport parse_transport(const std::string& name) {
+  for (const Transport transport :
+       {Transport::kRaw, Transport::kPacked, Transport::kPackedResident}) {
+    if (name == name_of(transport)) {
+      return transport;
+    }
+  }
+  throw ValueError("expected a transport of 'raw', 'packed' or 'packed_resident', got '" + name +
+                   "'");
+}
 
 void check_units(const std::vector<Unit>& units) {
   for (const Unit& unit : units) {
@@ -207,24 +279,32 @@ Plan make_plan(const PlanRequest& request) {
 }
 
 std::optional<Plan> try_make_plan(const PlanRequest& request, std::size_t most_window_bytes) {
+  check_request(request);
   const std::vector<Unit>& units = request.units;
-  check_units(units);
-  std::vector<bool> resident = request.resident;
-  if (resident.empty()) {
-    resident.assign(units.size(), false);
-  } else if (resident.size() != units.size()) {
-    throw ValueError("expected resident to say of each of the " + std::to_string(units.size()) +
-                     " units whether it stays, got " + std::to_string(resident.size()) +
-                     " answers");
-  }
   const std::size_t depth_bytes = request.depth_bytes.value_or(default_depth_bytes(units));
-  const Ring ring = request.window_bytes
-                        ? ring_within(units, resident, *request.window_bytes)
-                        : smallest_ring(units, resident, depth_bytes, most_window_bytes);
-  if (ring.window_bytes > most_window_bytes) {
+  Ring decoded = ring_of(request, /*stays_packed=*/true);
+  decoded = smallest_ring(std::move(decoded), request.decode_depth_bytes, most_window_bytes);
+  if (!request.window_bytes && decoded.window_bytes > most_window_bytes) {
     return std::nullopt;
   }
-  return plan_from(units, ring, depth_bytes);
+  Ring copied = ring_of(request, /*stays_packed=*/false);
+  if (request.window_bytes) {
+    const std::size_t beside = std::min(decoded.window_bytes, *request.window_bytes);
+    copied = ring_within(units, std::move(copied), *request.window_bytes - beside);
+    if (beside < decoded.window_bytes) {
+      decoded = ring_within(units, std::move(decoded), beside);
+    }
+  } else {
+    copied =
+        smallest_ring(std::move(copied), depth_bytes, most_window_bytes - decoded.window_bytes);
+  }
+  if (copied.window_bytes > most_window_bytes - decoded.window_bytes) {
+    return std::nullopt;
+  }
+  Plan plan = plan_from(request, copied, decoded);
+  plan.depth_bytes = depth_bytes;
+  plan.decode_depth_bytes = request.decode_depth_bytes;
+  return plan;
 }
 
 }  // namespace torch_offload

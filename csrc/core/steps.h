@@ -49,13 +49,13 @@ enum class Step : std::uint8_t {
   kReplanDrain,       ///< Before the window is divided anew.
   kOnloadDrain,       ///< Before a master is edited.
 
-  // A packed unit on its way through the staging ring.
-  kNewStagingDrain,    ///< The allocator's last tenant may still use the ring.
-  kStagedRecord,       ///< Behind the copy into the ring,
-  kStagedWait,         ///< which the decoder must not overtake.
-  kDecodedRecord,      ///< Behind the decoder,
-  kDecodedWait,        ///< which the next copy into the same slot must not overtake.
-  kFailedDecodeDrain,  ///< Half a load, that no event tells of.
+  // A packed unit on its way through the staging ring, or to where it stays.
+  kNewStagingDrain,  ///< The allocator's last tenant may still use the memory.
+  kStagedRecord,     ///< Behind the copy into the ring,
+  kStagedWait,       ///< which the decoder must not overtake.
+  kDecodedRecord,    ///< Behind the decoder,
+  kDecodedWait,      ///< which the next copy into the same slot must not overtake.
+  kUploadDrain,      ///< Before what was packed to stay on the device is packed anew.
 
   // After a failure.
   kFailedOnloadDrain,   ///< Half a copy, that no event tells of.

@@ -6,6 +6,7 @@
 #include <exception>
 #include <utility>
 
+#include "core/error.h"
 #include "lanes/merged_passes.h"
 #include "lanes/small_run.h"
 
@@ -13,9 +14,16 @@ namespace torch_offload {
 
 ExhaustiveLane::ExhaustiveLane(const ExhaustiveOptions& options)
     : options_(options), judges_(std::max(1U, options.num_threads), LaneJudge(options.is_control)) {
+  if (options.merges && std::any_of(options.transports.begin(), options.transports.end(),
+                                    [](Transport way) { return way != Transport::kRaw; })) {
+    throw ValueError(
+        "expected raw units where schedules that meet in a state go on as one, got packed ones, "
+        "whose loader has a state of its own; run them with merges=false");
+  }
   for (unsigned num_units = 1; num_units <= options.max_units; ++num_units) {
-    Level level{SmallSchedules(num_units, options.max_places, options.max_calls), num_blocks_, 0,
-                nullptr};
+    Level level{
+        SmallSchedules(num_units, options.max_places, options.max_calls, options.transports),
+        num_blocks_, 0, nullptr};
     const SmallSchedules& schedules = level.schedules;
     const std::uint64_t num_firsts = schedules.firsts().size();
     level.blocks_per_plan = options.merges ? 1 : 2 * num_firsts;

@@ -20,6 +20,8 @@ inline namespace mutants {  // see core/steps.h
 struct ExhaustiveOptions {
   Mode mode = Mode::kPipeline;
   StreamLayout layout = StreamLayout::kShared;
+  /// How units travel: the first in the first way, the next in the next, and so on in turn.
+  std::vector<Transport> transports = {Transport::kRaw};
   unsigned max_units = 5;
   unsigned max_places = 3;
   unsigned max_calls = 5;

@@ -54,6 +54,10 @@ class FailingDevice : public Base {
     failure_->count("copy");
     Base::do_copy(stream, copy);
   }
+  void do_decode(StreamId stream, const Decode& decode) override {
+    failure_->count("decode");
+    Base::do_decode(stream, decode);
+  }
   void do_fill(StreamId stream, void* memory, std::size_t size_bytes, std::uint8_t value) override {
     failure_->count("fill");
     Base::do_fill(stream, memory, size_bytes, value);

@@ -160,11 +160,19 @@ class Linearisations {
           after_free_.insert(i);
         }
       } else if (is_content && op.generation != 0 && found != contents_.end() &&
-                 (!is_onload(found->second->kind) || found->second->unit != op.unit ||
-                  found->second->generation != op.generation)) {
+                 !is_meant(*found->second, op)) {
         stale_.insert(i);
       }
     });
+  }
+
+  /// Whether what `writer` has left is what `reader` is for. What stays packed on the device was
+  /// copied for every generation.
+  static bool is_meant(const Op& writer, const Op& reader) {
+    const bool stays =
+        reader.kind == OpKind::kDecode && writer.kind == OpKind::kCopy && writer.generation == 0;
+    return is_onload(writer.kind) && writer.unit == reader.unit &&
+           (writer.generation == reader.generation || stays);
   }
 
   const std::vector<Op>& ops_;

@@ -28,12 +28,11 @@ class LogBuilder {
  public:
   std::size_t copy(StreamId stream, AddressRange to, AddressRange from, UnitIndex unit = kNoUnit,
                    std::uint64_t generation = 0) {
-    Op op = on(OpKind::kCopy, stream);
-    op.memory = to;
-    op.source = from;
-    op.unit = unit;
-    op.generation = generation;
-    return add(op);
+    return bring(OpKind::kCopy, stream, to, from, unit, generation);
+  }
+  std::size_t decode(StreamId stream, AddressRange to, AddressRange from, UnitIndex unit,
+                     std::uint64_t generation) {
+    return bring(OpKind::kDecode, stream, to, from, unit, generation);
   }
   std::size_t fill(StreamId stream, AddressRange memory) {
     return touch(OpKind::kFill, stream, memory);
@@ -87,6 +86,15 @@ class LogBuilder {
     op.stream = stream;
     op.event = event;
     return op;
+  }
+  std::size_t bring(OpKind kind, StreamId stream, AddressRange to, AddressRange from,
+                    UnitIndex unit, std::uint64_t generation) {
+    Op op = on(kind, stream);
+    op.memory = to;
+    op.source = from;
+    op.unit = unit;
+    op.generation = generation;
+    return add(op);
   }
   std::size_t touch(OpKind kind, StreamId stream, AddressRange memory, UnitIndex unit = kNoUnit,
                     std::uint64_t generation = 0) {

@@ -52,17 +52,19 @@ struct Outcome {
 /// A pipeline on an AdversaryDevice, with kernels that check what they find when they run.
 class MutantRun {
  public:
-  MutantRun(Plan plan, const PipelineOptions& options, std::uint32_t packed_units,
-            const Choice& choice, Outcome& outcome)
+  MutantRun(Plan plan, const PipelineOptions& options, const Choice& choice, Outcome& outcome)
       : device(choice.callers_go_last), choice_(choice), outcome_(outcome), units_(plan.units) {
+    const std::vector<Transport> transports = plan.transports;
     mutation.is_armed = !choice.begins_late;
     device.attach_log(&outcome.log);
     std::size_t size_bytes = kPageBytes;
+    std::size_t largest = 0;
     for (const Unit& unit : units_) {
       size_bytes += unit.size_bytes;
+      largest = std::max(largest, unit.size_bytes);
     }
-    masters_.resize(size_bytes);
-    device.register_host(masters_.data(), size_bytes);
+    masters_.resize(size_bytes + largest);
+    device.register_host(masters_.data(), masters_.size());
     for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
       edit(unit);
     }
@@ -75,11 +77,15 @@ class MutantRun {
       hold(callers, 0);
     }
     pipeline = std::make_unique<Pipeline>(device, *loader_, std::move(plan), options);
-    if (packed_units != 0) {
+    if (!transports.empty()) {
       if (!choice.begins_late) {
         hold(callers, 0);
       }
-      loader_->pack(packed_units);
+      loader_->pack(transports);
+      if (!choice.begins_late) {
+        hold_chosen();
+      }
+      loader_->upload_all();
     }
     if (!choice.begins_late) {
       hold_chosen();
@@ -169,6 +175,8 @@ class MutantRun {
     std::memcpy(memory, bytes->data(), bytes->size());
     expected_[unit] = std::move(bytes);
   }
+  /// Packs the unit anew, if it stays packed on the device.
+  void pack_anew(UnitIndex unit) { loader_->upload(unit); }
 
   AdversaryDevice device;
   std::vector<StreamId> callers;
@@ -199,23 +207,54 @@ class MutantRun {
     std::vector<StreamId> own_streams() const override {
       return packed_ ? packed_->own_streams() : std::vector<StreamId>{};
     }
+    StreamId first_writer(UnitIndex unit, StreamId copy_stream) const override {
+      return packed_ ? packed_->first_writer(unit, copy_stream) : copy_stream;
+    }
 
-    /// From here on these units, a bit each, go through a staging ring.
-    void pack(std::uint32_t packed_units) {
+    /// From here on units go through a staging ring, or stay packed, as is said of each.
+    void pack(const std::vector<Transport>& transports) {
       PackedLoader::Options options;
-      for (const Unit& unit : run_.units_) {
-        options.slot_bytes = std::max(options.slot_bytes, unit.size_bytes);
+      options.resident_bytes.resize(transports.size());
+      for (UnitIndex unit = 0; unit < transports.size(); ++unit) {
+        const std::size_t size_bytes = run_.units_[unit].size_bytes;
+        if (transports[unit] == Transport::kPacked) {
+          options.slot_bytes = std::max(options.slot_bytes, size_bytes);
+        } else if (transports[unit] == Transport::kPackedResident) {
+          options.resident_bytes[unit] = size_bytes;
+        }
       }
-      packed_.emplace(run_.device, run_.units_.size(), options);
-      for (UnitIndex unit = 0; unit < run_.units_.size(); ++unit) {
-        if ((packed_units >> unit & 1U) != 0) {
-          const std::size_t size_bytes = run_.units_[unit].size_bytes;
-          packed_->set_source(unit, {run_.master(unit), size_bytes, size_bytes, 1});
+      packed_.emplace(run_.device, transports.size(), options);
+      for (UnitIndex unit = 0; unit < transports.size(); ++unit) {
+        if (transports[unit] == Transport::kPacked) {
+          packed_->set_source(unit, source_of(unit, run_.master(unit)));
         }
       }
     }
 
+    void upload_all() {
+      for (UnitIndex unit = 0; unit < run_.units_.size(); ++unit) {
+        upload(unit);
+      }
+    }
+
+    /// By way of memory that all units share.
+    void upload(UnitIndex unit) {
+      if (packed_ && packed_->has_room(unit)) {
+        std::byte* const shared = run_.master(static_cast<UnitIndex>(run_.units_.size()));
+        const std::size_t size_bytes = run_.units_[unit].size_bytes;
+        run_.device.host_write(shared, size_bytes, unit);
+        std::memcpy(shared, run_.master(unit), size_bytes);
+        packed_->upload(unit, source_of(unit, shared));
+      }
+    }
+
    private:
+    /// Nothing is packed here: see AdversaryDevice.
+    PackedSource source_of(UnitIndex unit, const std::byte* memory) const {
+      const std::size_t size_bytes = run_.units_[unit].size_bytes;
+      return {memory, size_bytes, size_bytes, 1};
+    }
+
     MutantRun& run_;
     std::optional<PackedLoader> packed_;
   };

@@ -2,6 +2,7 @@
 
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "lanes/mutant_run.h"
@@ -17,13 +18,12 @@ struct Schedule {
   std::function<void(MutantRun&)> go;
   bool runs_in_turn = true;
   bool may_fail = false;  ///< Whether calls of the device are made to fail in its midst, in turn.
-  std::uint32_t packed_units = 0;  ///< Those that go through a staging ring, a bit each.
 };
 
 inline Outcome run(const Schedule& schedule, const Choice& choice) {
   Outcome outcome;
   try {
-    MutantRun run(schedule.plan, schedule.options, schedule.packed_units, choice, outcome);
+    MutantRun run(schedule.plan, schedule.options, choice, outcome);
     run.runs_in_turn = schedule.runs_in_turn;
     schedule.go(run);
   } catch (const InternalError&) {
@@ -80,6 +80,7 @@ inline void edit_masters(MutantRun& run) {
   for (UnitIndex unit = 0; unit < 4; ++unit) {
     run.pipeline->synchronize_onload(unit);
     run.edit(unit);
+    run.pack_anew(unit);
     run.pipeline->invalidate(unit);
     run.pass({0, 1, 2, 3});
   }
@@ -246,10 +247,21 @@ inline std::vector<Schedule> all_schedules() {
   };
   const auto add_packed = [&](const std::string& name, Mode mode, const Plan& plan,
                               void (*go)(MutantRun&), bool may_fail = false) {
-    add(name + ", packed", mode, StreamLayout::kShared, plan, go, true, may_fail);
-    schedules.back().packed_units = 0b1111;
-    add(name + ", half packed", mode, StreamLayout::kShared, plan, go, true, may_fail);
-    schedules.back().packed_units = 0b0101;
+    constexpr Transport kRaw = Transport::kRaw;
+    constexpr Transport kPacked = Transport::kPacked;
+    constexpr Transport kStays = Transport::kPackedResident;
+    const std::vector<std::pair<std::string, std::vector<Transport>>> ways{
+        {", packed", {kPacked, kPacked, kPacked, kPacked}},
+        {", half packed", {kPacked, kRaw, kPacked, kRaw}},
+        {", staying packed", {kStays, kStays, kStays, kStays}},
+        {", some staying packed", {kStays, kPacked, kRaw, kStays}},
+    };
+    for (const auto& [way, transports] : ways) {
+      add(name + way, mode, StreamLayout::kShared, plan, go, true, may_fail);
+      Plan& packed = schedules.back().plan;
+      packed.transports = transports;
+      packed.decode_depth_bytes = packed.depth_bytes;
+    }
   };
   constexpr StreamLayout kShared = StreamLayout::kShared;
   constexpr StreamLayout kSplit = StreamLayout::kSplit;

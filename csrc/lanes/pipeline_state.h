@@ -21,6 +21,9 @@ class PipelineState {
                      StateWords& words);
   /// The events that it may wait for before it records them again, in their order.
   static std::vector<EventId> awaitable_events(const Pipeline& pipeline);
+
+ private:
+  static std::uint32_t waiting_writers(const Pipeline& pipeline, UnitIndex unit);
 };
 
 #ifdef TORCH_OFFLOAD_MUTANTS

@@ -60,6 +60,20 @@ class RandomSchedule {
     return units;
   }
 
+  /// How units travel: mostly raw, or each in its own way.
+  std::vector<Transport> transports() {
+    if (draw(2) == 0) {
+      return {};
+    }
+    constexpr Transport kWays[] = {Transport::kRaw, Transport::kPacked, Transport::kPackedResident,
+                                   Transport::kPackedResident};
+    std::vector<Transport> transports(num_units_);
+    for (Transport& transport : transports) {
+      transport = kWays[draw(4)];
+    }
+    return transports;
+  }
+
   Plan plan(std::vector<Unit> units) {
     if (draw(2) == 0) {
       PlanRequest request;
@@ -71,6 +85,11 @@ class RandomSchedule {
           request.resident[i] = draw(2) == 0;
         }
       }
+      request.transports = transports();
+      for (std::size_t i = 0; i < request.resident.size() && !request.transports.empty(); ++i) {
+        request.transports[i] = request.resident[i] ? Transport::kRaw : request.transports[i];
+      }
+      request.decode_depth_bytes = draw(20) * kSlice;
       return make_plan(request);
     }
     // Places that no planner would choose: safety must not hang on the plan's kindness.
@@ -79,7 +98,10 @@ class RandomSchedule {
       const std::size_t begin = draw(12) * kSlice;
       places.push_back({begin, begin + unit.size_bytes});
     }
-    return lanes::plan_with_places(std::move(units), places, draw(20) * kSlice);
+    Plan plan = lanes::plan_with_places(std::move(units), places, draw(20) * kSlice);
+    plan.transports = transports();
+    plan.decode_depth_bytes = draw(20) * kSlice;
+    return plan;
   }
 
   std::vector<UnitIndex> sequence() {
@@ -124,6 +146,7 @@ class RandomSchedule {
     if (!pipeline().has_window()) {
       pipeline().replan(plan(pipeline().plan().units));
     }
+    rig_->pack();
   }
 
   void pass() {

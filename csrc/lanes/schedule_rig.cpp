@@ -1,8 +1,10 @@
 #include "lanes/schedule_rig.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "core/error.h"
+#include "core/mode.h"
 
 namespace torch_offload {
 
@@ -54,6 +56,11 @@ void ScheduleRig::FailingDevice::do_copy(StreamId stream, const Copy& copy) {
   SimDevice::do_copy(stream, copy);
 }
 
+void ScheduleRig::FailingDevice::do_decode(StreamId stream, const Decode& decode) {
+  count_down();
+  SimDevice::do_decode(stream, decode);
+}
+
 void ScheduleRig::FailingDevice::do_fill(StreamId stream, void* memory, std::size_t size_bytes,
                                          std::uint8_t value) {
   count_down();
@@ -68,9 +75,62 @@ void* ScheduleRig::FailingDevice::do_allocate(std::size_t size_bytes) {
   return SimDevice::do_allocate(size_bytes);
 }
 
+// --- the loader --------------------------------------------------------------------------------
+
+PackedSource ScheduleRig::MasterLoader::source_of(UnitIndex unit) const {
+  const std::size_t size_bytes = rig_.sizes_[unit];
+  return {rig_.masters_ + rig_.offsets_[unit], size_bytes, size_bytes, 1};
+}
+
+void ScheduleRig::MasterLoader::pack(const Plan& plan, bool has_decode_stream) {
+  packed_.reset();
+  PackedLoader::Options options;
+  options.has_decode_stream = has_decode_stream;
+  options.streams = packed_streams_;
+  options.resident_bytes.assign(plan.units.size(), 0);
+  const auto is_any = [&](Transport transport) {
+    return std::count(plan.transports.begin(), plan.transports.end(), transport) != 0;
+  };
+  if (!is_any(Transport::kPacked) && !is_any(Transport::kPackedResident)) {
+    return;
+  }
+  for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
+    if (plan.transport(unit) == Transport::kPacked) {
+      options.slot_bytes = std::max(options.slot_bytes, rig_.sizes_[unit]);
+    } else if (plan.stays_packed(unit)) {
+      options.resident_bytes[unit] = rig_.sizes_[unit];
+    }
+  }
+  packed_.emplace(rig_.device_, plan.units.size(), options);
+  packed_streams_ = packed_->streams();
+  for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
+    if (plan.transport(unit) == Transport::kPacked) {
+      packed_->set_source(unit, source_of(unit));
+    }
+    upload(unit);
+  }
+}
+
+void ScheduleRig::MasterLoader::upload(UnitIndex unit) {
+  if (packed_ && packed_->has_room(unit)) {
+    packed_->upload(unit, source_of(unit));
+  }
+}
+
+StreamId ScheduleRig::MasterLoader::first_writer(UnitIndex unit, StreamId copy_stream) const {
+  return packed_ ? packed_->first_writer(unit, copy_stream) : copy_stream;
+}
+
+std::vector<StreamId> ScheduleRig::MasterLoader::own_streams() const {
+  return packed_ ? packed_->own_streams() : std::vector<StreamId>{};
+}
+
 StreamId ScheduleRig::MasterLoader::load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                                          std::uint64_t generation) {
   rig_.generations_[unit] = generation;
+  if (packed_ && packed_->has_source(unit)) {
+    return packed_->load(unit, place, copy_stream, generation);
+  }
   if (!loads_elsewhere_) {
     copy(unit, place, copy_stream, generation);
     return copy_stream;
@@ -126,6 +186,14 @@ ScheduleRig::ScheduleRig(Plan plan, const PipelineOptions& options, bool loads_e
               device_.create_stream({"other_caller", StreamRole::kCompute, 0})};
   device_.set_current_stream(callers_[0]);
   pipeline_ = std::make_unique<Pipeline>(device_, loader_, std::move(plan), options);
+  pack();
+}
+
+void ScheduleRig::pack() {
+  without_failure([&] {
+    pipeline_->synchronize();
+    loader_.pack(pipeline_->plan(), policy_of(pipeline_->options().mode).has_copy_stream);
+  });
 }
 
 ScheduleRig::~ScheduleRig() { finish(); }
@@ -134,6 +202,7 @@ const OpLog& ScheduleRig::finish() {
   if (pipeline_) {
     fail_at(0);
     pipeline_.reset();
+    loader_.pack({}, false);
     device_.unregister_host(masters_);
     device_.attach_log(nullptr);
   }
@@ -179,6 +248,7 @@ void ScheduleRig::call(UnitIndex unit, const std::function<void(const std::byte*
 void ScheduleRig::edit(UnitIndex unit) {
   pipeline_->synchronize_onload(unit);
   device_.host_write(masters_ + offsets_[unit], sizes_[unit], unit);
+  loader_.upload(unit);
   pipeline_->invalidate(unit);
 }
 

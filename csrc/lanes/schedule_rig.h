@@ -4,11 +4,13 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "core/loader.h"
 #include "core/op_log.h"
+#include "core/packed_loader.h"
 #include "core/pipeline.h"
 #include "core/plan.h"
 #include "lanes/planted_failure.h"
@@ -24,6 +26,9 @@ inline namespace mutants {  // see core/steps.h
 ///
 /// The log is attached from before the window is allocated until after masters are unregistered:
 /// what comes before the first pass and after the last is checked as well.
+///
+/// Units that the plan wants packed go through the real PackedLoader, with masters for packed ones:
+/// in virtual time nobody can tell.
 class ScheduleRig {
  public:
   /// `loads_elsewhere`: the loader copies on a stream of its own, as one that decodes would.
@@ -52,6 +57,8 @@ class ScheduleRig {
   void call(UnitIndex unit);
   /// Gives the master new bytes, with the care that its owner has to take.
   void edit(UnitIndex unit);
+  /// Packs units as the pipeline's plan says, which has just been replanned.
+  void pack();
 
   /// The `call`-th submission from now on fails; 0: none does.
   void fail_at(int call) { device_.calls_until_failure = call; }
@@ -77,6 +84,7 @@ class ScheduleRig {
     void do_wait(StreamId stream, EventId event) override;
     void do_synchronize(StreamId stream) override;
     void do_copy(StreamId stream, const Copy& copy) override;
+    void do_decode(StreamId stream, const Decode& decode) override;
     void do_fill(StreamId stream, void* memory, std::size_t size_bytes,
                  std::uint8_t value) override;
     void* do_allocate(std::size_t size_bytes) override;
@@ -91,8 +99,16 @@ class ScheduleRig {
         : rig_(rig), loads_elsewhere_(loads_elsewhere) {}
     StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                   std::uint64_t generation) override;
+    StreamId first_writer(UnitIndex unit, StreamId copy_stream) const override;
+    std::vector<StreamId> own_streams() const override;
+
+    /// Nothing may be in flight.
+    void pack(const Plan& plan, bool has_decode_stream);
+    /// Brings a unit that stays packed to the device as it is now.
+    void upload(UnitIndex unit);
 
    private:
+    PackedSource source_of(UnitIndex unit) const;
     void copy(UnitIndex unit, std::byte* place, StreamId stream, std::uint64_t generation);
     StreamId own_stream_behind(StreamId copy_stream);
 
@@ -100,6 +116,8 @@ class ScheduleRig {
     const bool loads_elsewhere_;
     StreamId own_stream_ = kNoStream;
     EventId begun_ = kNoEvent;
+    std::optional<PackedLoader> packed_;
+    PackedStreams packed_streams_;
   };
 
   /// Calls that must not fail, whatever the device has been told.

@@ -29,7 +29,7 @@ void collect_placements(unsigned num_units, unsigned max_places, std::vector<uns
   }
 }
 
-Plan plan_of(const std::vector<unsigned>& placement) {
+Plan plan_of(const std::vector<unsigned>& placement, const std::vector<Transport>& transports) {
   std::vector<Unit> units;
   std::vector<ByteRange> places;
   for (UnitIndex unit = 0; unit < placement.size(); ++unit) {
@@ -39,7 +39,10 @@ Plan plan_of(const std::vector<unsigned>& placement) {
     places.push_back({begin, begin + kSlice});
   }
   Plan plan = lanes::plan_with_places(std::move(units), places, 0);
-  plan.depth_bytes = plan.window_bytes;
+  plan.depth_bytes = plan.decode_depth_bytes = plan.window_bytes;
+  for (UnitIndex unit = 0; unit < placement.size(); ++unit) {
+    plan.transports.push_back(transports[unit % transports.size()]);
+  }
   return plan;
 }
 
@@ -54,13 +57,14 @@ std::string text_of(const SmallSchedule::Sequence& sequence) {
 
 }  // namespace
 
-SmallSchedules::SmallSchedules(unsigned num_units, unsigned max_places, unsigned num_calls)
+SmallSchedules::SmallSchedules(unsigned num_units, unsigned max_places, unsigned num_calls,
+                               const std::vector<Transport>& transports)
     : num_units_(num_units), num_calls_(num_calls) {
   std::vector<std::vector<unsigned>> placements;
   std::vector<unsigned> placement;
   collect_placements(num_units, max_places, placement, placements);
   for (const std::vector<unsigned>& one : placements) {
-    plans_.push_back(plan_of(one));
+    plans_.push_back(plan_of(one, transports));
   }
   for (unsigned length = 0; length <= num_calls; ++length) {
     num_seconds_ *= length == 0 ? 1 : num_units;

@@ -24,7 +24,9 @@ struct SmallSchedule {
 /// beginning of theirs.
 class SmallSchedules {
  public:
-  SmallSchedules(unsigned num_units, unsigned max_places, unsigned num_calls);
+  /// `transports`: how units travel: the first in the first way, the next in the next, in turn.
+  SmallSchedules(unsigned num_units, unsigned max_places, unsigned num_calls,
+                 const std::vector<Transport>& transports);
 
   const std::vector<Plan>& plans() const { return plans_; }
   /// Of up to `num_calls` calls.

@@ -102,8 +102,9 @@ void Engine::let_go() {
     }
     if (pipeline_ != nullptr && !pipeline_->drain()) {
       masters_->leak();
-      if (blobs_ != nullptr) {
+      if (packed_ != nullptr) {
         blobs_->leak();
+        packed_->leak();
       }
     }
     pipeline_.reset();

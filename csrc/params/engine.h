@@ -63,18 +63,26 @@ class Engine : private Loader {
   /// Page-locks what copies of the unit read of checkpoint files, as the first copy will otherwise.
   /// Blocking: while pages are read and locked. Throws: as LockedFiles::lock.
   void lock_files(UnitIndex unit);
-  /// Packs the streamed units without loss, as they are now: from here on they are copied packed
-  /// and decoded on the device. A unit that packing would not shrink below `max_share` of its bytes
-  /// stays raw. Masters stay what they are; a unit whose weights are edited is packed anew.
+  /// Packs without loss, as they are now, the units that are to travel or to stay packed by the
+  /// plan: from here on they are decoded on the device, behind a copy or from where they stay. A
+  /// unit that takes more than `most_bytes` says of it is raw, and the plan says so afterwards: so
+  /// no more is taken than was planned. Masters stay what they are; a unit whose weights are edited
+  /// is packed anew.
   ///
-  /// Blocking:  reads and writes all bytes, on all cores; page-locks the packed ones.
-  /// Throws:    StateError during a forward or after an earlier call; NotImplementedError if the
-  ///            device cannot decode; MemoryError. Units are then copied as before.
-  void pack(double max_share);
-  /// Bytes of each unit as it is copied: packed, or all of it.
+  /// Blocking:  reads and writes all bytes, on all cores; page-locks the packed ones that are
+  ///            copied; waits for those that stay to be on the device.
+  /// Throws:    ValueError unless `most_bytes` has an answer for each unit; StateError during a
+  ///            forward or after an earlier call; NotImplementedError if the device cannot decode;
+  ///            MemoryError. All units are then raw.
+  void pack(const std::vector<std::size_t>& most_bytes);
+  /// Bytes of each unit as it is copied: packed, all of it, or none where it stays packed.
   std::vector<std::size_t> transport_bytes() const;
   /// The staging ring on the device.
   std::size_t staging_bytes() const { return packed_ == nullptr ? 0 : packed_->ring_bytes(); }
+  /// The packed units that stay on the device.
+  std::size_t packed_resident_bytes() const {
+    return packed_ == nullptr ? 0 : packed_->resident_bytes();
+  }
   std::uint64_t bytes_copied() const { return device_->counters().bytes_copied; }
   bool can_decode() const { return device_->can_decode(); }
 
@@ -201,15 +209,20 @@ class Engine : private Loader {
 
   StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                 std::uint64_t generation) override;
+  StreamId first_writer(UnitIndex unit, StreamId copy_stream) const override;
   std::size_t announced_bytes() const override;
   void announce(UnitIndex unit) override;
   std::vector<StreamId> own_streams() const override;
   bool is_packed(UnitIndex unit) const { return packed_ != nullptr && packed_->has_source(unit); }
   UnitEncoder encoder_of(const UnitParameters& entry, std::size_t unit_bytes) const;
+  std::vector<std::optional<UnitEncoder>> encoders_within(
+      const std::vector<std::size_t>& most_bytes);
+  void make_room_for(const std::vector<std::optional<UnitEncoder>>& encoders);
   void write_packed(UnitIndex unit, const UnitEncoder& encoder);
   void pack_anew(UnitIndex unit);
   void note_content(UnitParameters& entry);
   void drop_packed();
+  void pack_as_before(const std::vector<Transport>& transports) noexcept;
   std::vector<UnitParameters> cut(const Plan& plan,
                                   const std::vector<ParameterRange>& ranges) const;
   std::vector<std::size_t> master_sizes(const Plan& plan,
@@ -238,9 +251,13 @@ class Engine : private Loader {
   std::vector<UnitParameters> units_;
   std::unique_ptr<Masters> masters_;  // by position in parameters_
   std::unique_ptr<Pipeline> pipeline_;
-  std::shared_ptr<PinnedArena> blobs_;  // one piece per unit, empty for one that is raw
+  // One piece per unit that is copied packed, the others empty; the last one is shared by those
+  // that stay packed on the device.
+  std::shared_ptr<PinnedArena> blobs_;
   std::unique_ptr<PackedLoader> packed_;
-  std::shared_ptr<OpLog> log_;  // attached to the device; or none
+  PackedStreams packed_streams_;                // of the device: they outlive the loader
+  std::vector<std::size_t> most_packed_bytes_;  // of the last pack()
+  std::shared_ptr<OpLog> log_;                  // attached to the device; or none
   std::uint64_t cpu_ns_ = 0;
   bool has_warned_of_backward_ = false;
 };

@@ -120,8 +120,12 @@ std::vector<std::string> Engine::find_edits() {
 
 std::size_t Engine::num_copies(UnitIndex unit) const {
   const UnitParameters& entry = units_.at(unit);
-  return pipeline().plan().is_resident(unit)
-             ? 0
+  const Plan& plan = pipeline().plan();
+  if (plan.is_resident(unit) || plan.stays_packed(unit)) {
+    return 0;
+  }
+  return is_packed(unit)
+             ? 1
              : masters_->segments(entry.range.begin, entry.range.end, entry.offsets).size();
 }
 

@@ -35,6 +35,7 @@ std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges)
     masters_->reserve(std::move(missing));
   }
   const Plan former = pipeline().plan();
+  const bool was_packed = packed_ != nullptr;
   std::vector<at::Tensor> plain;
   bool is_replanned = false;
   try {
@@ -47,6 +48,8 @@ std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges)
         masters_->seal(i, i + 1);
       }
       detach_log();  // it tells of another plan
+      pipeline_->synchronize();
+      drop_packed();  // it is of units that are no more, and its memory may be needed
       pipeline_->replan(std::move(plan));
     }
     is_replanned = true;
@@ -68,11 +71,10 @@ std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges)
         parameters_[i].move_out(parameters_[i].plain_copy(torch_device_));
       }
     }
+    if (was_packed && packed_ == nullptr) {
+      pack_as_before(former.transports);
+    }
     throw;
-  }
-  {
-    const py::gil_scoped_release no_gil;
-    drop_packed();  // it was of units that are no more
   }
   units_ = std::move(units);
   std::int64_t bytes_moved = 0;

@@ -18,6 +18,16 @@ struct ExpectedForward {
   double weight = 1.0;                   ///< How much its time counts beside that of the others.
 };
 
+/// Whether units may be packed without loss, and whether they must where they can.
+enum class PackingPolicy : std::uint8_t {
+  kNever,      ///< "raw"
+  kWherePays,  ///< "auto": by as much as planning can tell.
+  kAlways,     ///< "packed": all that streams; what stays is packed where that pays.
+};
+
+/// Of "raw", "auto" or "packed". Throws: ValueError that lists the names there are.
+PackingPolicy parse_packing_policy(const std::string& name);
+
 struct PlannerRequest {
   std::vector<Unit> units;  ///< In the order in which a forward is expected to call them.
   std::vector<ExpectedForward> forwards;
@@ -27,11 +37,22 @@ struct PlannerRequest {
   std::int64_t copy_latency_ns = 0;
   /// Measured copies of each unit, instead of the rate.
   std::optional<std::vector<std::int64_t>> copy_ns;
-  /// What resident units and window may take together. Default: nothing stays resident.
+  /// What resident units, packed or not, window and staging ring may take together. Default:
+  /// nothing stays resident.
   std::optional<std::size_t> budget_bytes;
   /// How far copies are to run ahead. Default: as far as pays; less where the budget demands it.
   std::optional<std::size_t> depth_bytes;
+  PackingPolicy packing = PackingPolicy::kNever;
+  /// What each unit takes packed, at the most; 0 for one that packing would not shrink. The plan
+  /// counts with it, and whoever packs has to keep to it. Empty: nothing is packed.
+  std::vector<std::size_t> packed_bytes;
+  /// Of decoded bytes.
+  double decode_bytes_per_second = 0;
   PipelineOptions options;
+
+  std::size_t packed_bytes_of(UnitIndex unit) const {
+    return packed_bytes.empty() ? 0 : packed_bytes[unit];
+  }
 };
 
 /// A rule, and how well it does within the same budget.
@@ -49,20 +70,33 @@ struct Choice {
   double score_ns = 0;                    ///< Their weighted sum, which the choice makes small.
   std::vector<Alternative> alternatives;  ///< The best plan by each rule that was simulated.
   std::size_t num_simulated = 0;
+  /// No candidate is faster by more than this part. Little, unless the search came to its end
+  /// early.
+  double gap = 0;
+  double raw_score_ns = 0;  ///< Of the best plan that packs nothing; 0 if none was looked for.
+  std::size_t packed_resident_bytes = 0;  ///< Of units that stay packed on the device.
+  std::size_t staging_bytes = 0;          ///< The ring that packed copies pass through.
 };
 
-/// Chooses which units stay, how far copies run ahead and where every other unit lies.
+/// Chooses which units stay, which of all are packed, how far copies run ahead and where every unit
+/// lies.
 ///
 /// A pure function. Each candidate is run by the real pipeline in virtual time, so that what is
 /// predicted and what will be run cannot drift apart. With a budget the fastest wins, and of equals
-/// the one that leaves the least to stream; without one nothing stays, and the smallest window
-/// within half a per cent of the best wins. See Note [Choosing a plan] in docs/design.md.
+/// the one that leaves the least to stream; without one nothing stays, and the least memory within
+/// half a per cent of the best wins. Where packing is a choice, it is never slower than the best
+/// plan that packs nothing. See Note [Choosing a plan] in docs/design.md.
 ///
 /// Throws: ValueError if the budget is below the least (which the message names), or for units or
 ///         times that cannot be.
 Choice choose_plan(const PlannerRequest& request);
 
-/// The least `budget_bytes` that choose_plan accepts for these units: a window for the largest.
-std::size_t least_budget_bytes(const std::vector<Unit>& units);
+/// Chooses only how the units of a plan travel that are not resident. A budget says nothing here.
+/// Throws: as choose_plan.
+Choice choose_transports(const PlannerRequest& request, const Plan& plan);
+
+/// The least `budget_bytes` that choose_plan accepts for these units: a window for the largest, and
+/// a ring for the largest packed one where all that streams is to travel packed.
+std::size_t least_budget_bytes(const PlannerRequest& request);
 
 }  // namespace torch_offload

@@ -107,7 +107,7 @@ void add_layers(std::vector<ResidentFamily>& families, const Builder& builder,
     return builder.set_of(layers,
                           [&](std::size_t i) { return is_spread(i, layers.size(), count); });
   };
-  ResidentFamily whole{"whole layers, spread evenly", {}};
+  ResidentFamily whole{"whole layers, spread evenly", {}, /*packs_finely=*/true};
   for (std::size_t count = 0; count <= layers.size(); ++count) {
     whole.sets.push_back(chosen(count));
   }

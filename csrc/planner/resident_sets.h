@@ -17,6 +17,7 @@ struct ResidentSet {
 struct ResidentFamily {
   const char* rule;  ///< For people: what stays.
   std::vector<ResidentSet> sets;
+  bool packs_finely = false;  ///< Its sets are worth trying packed in many parts.
 };
 
 /// All resident sets that a plan may have, whatever the budget: nothing and everything among them.

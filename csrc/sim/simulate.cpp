@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <optional>
 #include <string>
 #include <utility>
 
 #include "core/error.h"
 #include "core/loader.h"
+#include "core/mode.h"
+#include "core/packed_loader.h"
 #include "sim/sim_device.h"
 
 namespace torch_offload {
@@ -15,32 +18,74 @@ namespace {
 
 constexpr std::size_t kPageBytes = 4096;
 
-/// Brings a unit into its place by one copy from a master that is not there.
+/// Brings units into their places from masters that are not there: raw ones by one copy, packed
+/// ones as the product does.
 class SimLoader : public Loader {
  public:
-  SimLoader(SimDevice& device, const std::vector<Unit>& units) : device_(device), units_(units) {
+  SimLoader(SimDevice& device, const SimRequest& request)
+      : device_(device), units_(request.plan.units) {
+    const Plan& plan = request.plan;
+    PackedLoader::Options options;
+    options.has_decode_stream = policy_of(request.options.mode).has_copy_stream;
+    options.resident_bytes.assign(units_.size(), 0);
+    bool is_any_packed = false;
     std::size_t size_bytes = 0;
-    for (const Unit& unit : units) {
+    for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
       offsets_.push_back(size_bytes);
-      size_bytes += unit.size_bytes;
+      const Transport transport = plan.transport(unit);
+      const bool is_packed = transport != Transport::kRaw;
+      const std::size_t master_bytes =
+          is_packed ? aligned_size(request.packed_bytes[unit]) : units_[unit].size_bytes;
+      size_bytes += master_bytes;
+      if (transport == Transport::kPacked) {
+        options.slot_bytes = std::max(options.slot_bytes, master_bytes);
+      } else if (transport == Transport::kPackedResident) {
+        options.resident_bytes[unit] = master_bytes;
+      }
+      is_any_packed = is_any_packed || is_packed;
     }
     size_bytes = (size_bytes / kPageBytes + 1) * kPageBytes;
     masters_ = static_cast<std::byte*>(device_.make_host_memory(size_bytes));
     device_.register_host(masters_, size_bytes);
+    if (!is_any_packed) {
+      return;
+    }
+    packed_.emplace(device_, units_.size(), options);
+    for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
+      const PackedSource source{masters_ + offsets_[unit], request.packed_bytes.at(unit),
+                                units_[unit].size_bytes, /*num_tiles=*/1};
+      if (plan.transport(unit) == Transport::kPacked) {
+        packed_->set_source(unit, source);
+      } else if (plan.transport(unit) == Transport::kPackedResident) {
+        packed_->upload(unit, source);
+      }
+    }
   }
 
   StreamId load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                 std::uint64_t generation) override {
+    if (is_packed(unit)) {
+      return packed_->load(unit, place, copy_stream, generation);
+    }
     device_.copy(copy_stream,
                  {place, masters_ + offsets_[unit], units_[unit].size_bytes, unit, generation});
     return copy_stream;
   }
+  StreamId first_writer(UnitIndex unit, StreamId copy_stream) const override {
+    return is_packed(unit) ? packed_->first_writer(unit, copy_stream) : copy_stream;
+  }
+  std::vector<StreamId> own_streams() const override {
+    return packed_ ? packed_->own_streams() : std::vector<StreamId>{};
+  }
 
  private:
+  bool is_packed(UnitIndex unit) const { return packed_ && packed_->has_source(unit); }
+
   SimDevice& device_;
   const std::vector<Unit>& units_;
   std::byte* masters_ = nullptr;
   std::vector<std::size_t> offsets_;
+  std::optional<PackedLoader> packed_;  // none where the plan packs nothing
 };
 
 void check_request(const SimRequest& request) {
@@ -56,6 +101,15 @@ void check_request(const SimRequest& request) {
   check_length("compute_ns", request.costs.compute_ns);
   if (request.costs.copy_ns) {
     check_length("copy_ns", *request.costs.copy_ns);
+  }
+  for (UnitIndex unit = 0; unit < units.size(); ++unit) {
+    if (request.plan.transport(unit) != Transport::kRaw &&
+        (request.packed_bytes.size() != units.size() || request.packed_bytes[unit] == 0)) {
+      throw ValueError("expected packed_bytes to say what unit '" + units[unit].name +
+                       "' takes, which the plan packs, got " +
+                       std::to_string(request.packed_bytes.size()) + " sizes of " +
+                       std::to_string(units.size()) + " units");
+    }
   }
   for (std::size_t pass = 0; pass < request.passes.size(); ++pass) {
     for (const UnitIndex unit : request.passes[pass]) {
@@ -97,10 +151,10 @@ SimResult simulate(const SimRequest& request) {
   check_request(request);
   SimResult result;
   SimDevice device(request.costs);
-  SimLoader loader(device, request.plan.units);
+  SimLoader loader(device, request);
   Pipeline pipeline(device, loader, request.plan, request.options);
   device.reset_clocks();
-  const std::uint64_t synchronizes_before = device.counters().host_synchronizes;
+  const DeviceCounters before = device.counters();
   if (request.keep_log) {
     result.log.set_unit_names(names_of(request.plan.units));
     device.attach_log(&result.log, /*with_times=*/true);
@@ -132,7 +186,9 @@ SimResult simulate(const SimRequest& request) {
   }
   result.stats = pipeline.stats();
   result.counters = device.counters();
-  result.counters.host_synchronizes -= synchronizes_before;
+  result.counters.host_synchronizes -= before.host_synchronizes;
+  result.counters.copies -= before.copies;
+  result.counters.bytes_copied -= before.bytes_copied;
   device.attach_log(nullptr);
   return result;
 }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -15,6 +16,8 @@ struct SimRequest {
   Plan plan;
   PipelineOptions options;
   SimCosts costs;
+  /// Packed size of each unit that the plan packs; of the others it says nothing. Empty: none is.
+  std::vector<std::size_t> packed_bytes;
   /// The forwards: which units each of them uses, in order.
   std::vector<std::vector<UnitIndex>> passes;
   /// Whether the caller waits for the result of each pass before the next, as who reads it does.
@@ -26,7 +29,7 @@ struct SimRequest {
 struct SimResult {
   OpLog log;  ///< With times; empty unless asked for.
   Stats stats;
-  DeviceCounters counters;                  ///< Without the host's waits before the first pass.
+  DeviceCounters counters;                  ///< Without what was done before the first pass.
   std::vector<std::int64_t> pass_begin_ns;  ///< When the host began each pass.
   std::vector<std::int64_t> host_end_ns;    ///< When it came back from the pass.
   std::vector<std::int64_t> pass_end_ns;    ///< When the last of the pass's own work was done.
@@ -40,8 +43,9 @@ struct SimResult {
 /// A resident unit computes without being acquired; its compute is in the log as a read of no bytes
 /// and generation 0. The same request gives the same result, to the last op.
 ///
-/// Throws: ValueError if costs cannot be, or do not say what every unit takes, and for `sync` with
-///         `split`; IndexError for a unit that the plan does not have.
+/// Throws: ValueError if costs cannot be, or do not say what every unit takes, for a packed unit
+///         without a size, and for `sync` with `split`; IndexError for a unit that the plan does
+///         not have.
 SimResult simulate(const SimRequest& request);
 
 }  // namespace torch_offload

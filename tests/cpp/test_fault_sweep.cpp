@@ -2,10 +2,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <memory>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -15,14 +18,17 @@
 #include "core/error.h"
 #include "core/pinned_arena.h"
 #include "lanes/failing_device.h"
+#include "packed_master.h"
 #include "pipeline_fixture.h"
 #include "plans.h"
 
 namespace torch_offload {
 namespace {
 
+using testing::Bytes;
 using testing::layers_of;
 using testing::Masters;
+using testing::PackedMaster;
 using testing::plan_of;
 using testing::RawLoader;
 using Failing = FailingDevice<HostDevice>;
@@ -105,6 +111,66 @@ TEST_P(FaultSweepTest, InThePipelinesLife) {
         thrown = true;
       }
       arm(false);
+      device->set_current_stream(HostDevice::kCallerStream);
+      return thrown;
+    });
+  }
+}
+
+/// Units that are copied packed and units that stay packed, from before their memory is allocated.
+TEST_P(FaultSweepTest, InThePackedLoadersLife) {
+  PlanRequest request;
+  request.units = layers_of(2, 40, 40);
+  request.transports = {Transport::kPackedResident, Transport::kPacked, Transport::kPackedResident,
+                        Transport::kPackedResident};
+  const Plan plan = make_plan(request);
+  for (const Mode mode : {Mode::kPipeline, Mode::kStreams, Mode::kSync}) {
+    fail_everywhere(30, [&](const std::shared_ptr<Failing>& device, const auto& arm) {
+      std::mt19937 random(4);
+      std::vector<std::unique_ptr<PackedMaster>> masters;
+      PackedLoader::Options options;
+      options.has_decode_stream = mode != Mode::kSync;
+      for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
+        masters.push_back(
+            std::make_unique<PackedMaster>(*device, plan.units[unit].size_bytes, random));
+        const std::size_t packed_bytes = masters.back()->source.packed_bytes;
+        options.resident_bytes.push_back(plan.stays_packed(unit) ? packed_bytes : 0);
+        options.slot_bytes = std::max(options.slot_bytes, packed_bytes);
+      }
+      device->set_current_stream(device->create_stream({"caller", StreamRole::kCompute, 0}));
+      arm(true);
+      bool thrown = false;
+      try {
+        PackedLoader loader(*device, plan.units.size(), options);
+        for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
+          if (loader.has_room(unit)) {
+            loader.upload(unit, masters[unit]->source);
+          } else {
+            loader.set_source(unit, masters[unit]->source);
+          }
+        }
+        Pipeline pipeline(*device, loader, plan, {mode, StreamLayout::kShared, false});
+        for (int pass = 0; pass < 2; ++pass) {
+          pipeline.enter();
+          try {
+            for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
+              const std::byte* place = pipeline.acquire(unit);
+              const Bytes expected = masters[unit]->weights();
+              device->run(device->current_stream(), [place, expected] {
+                EXPECT_EQ(std::memcmp(place, expected.data(), expected.size()), 0);
+              });
+              pipeline.release(unit);
+            }
+          } catch (...) {
+            thrown = true;
+          }
+          pipeline.leave(!thrown);
+        }
+      } catch (const std::exception&) {
+        thrown = true;
+      }
+      arm(false);
+      device->synchronize(device->current_stream());
       device->set_current_stream(HostDevice::kCallerStream);
       return thrown;
     });

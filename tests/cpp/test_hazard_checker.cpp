@@ -270,6 +270,48 @@ TEST(HazardCheckerTest, BytesOfAnotherUnit) {
   }
 }
 
+/// A unit that stays packed: brought to the device once, and decoded from there again and again.
+TEST(HazardCheckerTest, DecodersOfWhatStaysOnTheDevice) {
+  enum class Way { kRight, kUnordered, kOfAnotherUnit, kOfAnotherCopy, kReplacedMeanwhile };
+  const AddressRange packed = slices(8, 2);
+  for (const Way way : {Way::kRight, Way::kUnordered, Way::kOfAnotherUnit, Way::kOfAnotherCopy,
+                        Way::kReplacedMeanwhile}) {
+    LogBuilder build;
+    const std::size_t upload =
+        build.copy(kCopies, packed, masters(0, 2), way == Way::kOfAnotherUnit ? 1 : 0,
+                   way == Way::kOfAnotherCopy ? 7 : 0);
+    if (way != Way::kUnordered) {
+      build.synchronize(kCopies);
+    }
+    std::size_t decode = 0;
+    for (const std::uint64_t generation : {1U, 2U}) {
+      decode = build.decode(kCompute, slices(0, 3), packed, 0, generation);
+      if (way != Way::kRight) {
+        break;
+      }
+      build.read(kCompute, slices(0, 3), 0, generation);
+      build.read_end(kCompute, slices(0, 3), 0, generation);
+    }
+    switch (way) {
+      case Way::kRight:
+        expect_clean(build);
+        break;
+      case Way::kUnordered:
+        expect_fault(build, FindingKind::kUnordered, upload, decode, packed, "event");
+        break;
+      case Way::kOfAnotherUnit:
+      case Way::kOfAnotherCopy:
+        expect_fault(build, FindingKind::kStale, upload, decode, packed, "copy");
+        break;
+      case Way::kReplacedMeanwhile: {
+        const std::size_t again = build.copy(kCopies, packed, masters(0, 2), 0, 0);
+        expect_fault(build, FindingKind::kUnordered, decode, again, packed, "event");
+        break;
+      }
+    }
+  }
+}
+
 TEST(HazardCheckerTest, KernelsThatGoOnOnAStreamThatDoesNotWait) {
   for (const bool waits : {true, false}) {
     LogBuilder build;

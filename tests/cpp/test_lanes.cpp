@@ -12,6 +12,7 @@
 #include <set>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "check/hazard_checker.h"
 #include "lanes/exhaustive_lane.h"
@@ -135,6 +136,24 @@ TEST_P(ExhaustiveLaneTest, NoSmallScheduleHasAHazard) {
   expect_good(report);
   EXPECT_EQ(report.num_schedules, lane.count());
   print(report);
+}
+
+TEST_P(ExhaustiveLaneTest, NoSmallScheduleOfPackedUnitsHasAHazard) {
+  constexpr Transport kRaw = Transport::kRaw;
+  constexpr Transport kPacked = Transport::kPacked;
+  constexpr Transport kStays = Transport::kPackedResident;
+  options_.max_units = 3;
+  options_.max_calls = 2;
+  options_.merges = false;
+  for (const std::vector<Transport>& transports :
+       {std::vector{kPacked}, {kStays}, {kStays, kPacked}, {kRaw, kStays}}) {
+    options_.transports = transports;
+    ExhaustiveLane lane(options_);
+    while (lane.advance(10'000)) {
+    }
+    expect_good(lane.report());
+    EXPECT_EQ(lane.report().num_schedules, lane.count());
+  }
 }
 
 /// Schedules that meet in a state go on as one, and nothing is lost: not an op, nor its place among

@@ -64,8 +64,11 @@ class Reachability {
     }
     for (std::uintptr_t at = memory.begin; at < memory.end; at += kAlignmentBytes) {
       const Op* writer = contents[at];
+      // What stays packed on the device was copied for every generation.
+      const bool stays =
+          op.kind == OpKind::kDecode && writer->kind == OpKind::kCopy && writer->generation == 0;
       if (!is_onload(writer->kind) || writer->unit != op.unit ||
-          writer->generation != op.generation) {
+          (writer->generation != op.generation && !stays)) {
         return true;
       }
     }

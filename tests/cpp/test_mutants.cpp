@@ -31,8 +31,11 @@ using lanes::Schedule;
 
 /// Which streams stand still: none, one or two of them, or all, in either order of being let go.
 std::vector<Choice> orders_of(const Schedule& schedule) {
-  const std::size_t num_streams = (schedule.options.layout == StreamLayout::kSplit ? 6U : 3U) +
-                                  (schedule.packed_units != 0 ? 1U : 0U);
+  const std::vector<Transport>& transports = schedule.plan.transports;
+  std::size_t num_streams = schedule.options.layout == StreamLayout::kSplit ? 6U : 3U;
+  for (const Transport transport : {Transport::kPacked, Transport::kPackedResident}) {
+    num_streams += std::find(transports.begin(), transports.end(), transport) != transports.end();
+  }
   std::vector<Choice> choices;
   for (std::uint32_t held = 0; held < 1U << num_streams; ++held) {
     const std::size_t num_held = std::bitset<32>(held).count();

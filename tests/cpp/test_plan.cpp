@@ -270,6 +270,78 @@ TEST(PlanTest, ResidentOfAnotherLengthThrows) {
   EXPECT_THROW(make_plan(request), ValueError);
 }
 
+/// Each of the two rings is laid as it would be without the other, so neither kind of unit keeps
+/// the other from running ahead.
+TEST(PlanTest, UnitsThatStayPackedLieInARingOfTheirOwn) {
+  std::mt19937 random(6);
+  for (int round = 0; round < 200; ++round) {
+    PlanRequest request = request_of(random_units(random, 1 + random() % 20, 1 + random() % 30));
+    request.decode_depth_bytes = random() % 40 * kSlice;
+    PlanRequest copied = request_of({}, default_depth_bytes(request.units));
+    PlanRequest decoded = request_of({}, request.decode_depth_bytes);
+    for (const Unit& unit : request.units) {
+      request.resident.push_back(random() % 4 == 0);
+      const bool stays_packed = !request.resident.back() && random() % 2 == 0;
+      request.transports.push_back(stays_packed ? Transport::kPackedResident
+                                   : random() % 2 == 0 && !request.resident.back()
+                                       ? Transport::kPacked
+                                       : Transport::kRaw);
+      if (!request.resident.back()) {
+        (stays_packed ? decoded : copied).units.push_back(unit);
+      }
+    }
+    const Plan plan = make_plan(request);
+    expect_valid_places(plan);
+    EXPECT_EQ(plan.transports, request.transports);
+    EXPECT_EQ(plan.decode_depth_bytes, request.decode_depth_bytes);
+    const Plan of_copied = make_plan(copied);
+    const Plan of_decoded = make_plan(decoded);
+    EXPECT_EQ(plan.window_bytes, of_copied.window_bytes + of_decoded.window_bytes);
+    expect_valid(of_decoded);
+    std::size_t num_copied = 0;
+    std::size_t num_decoded = 0;
+    for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
+      if (plan.is_resident(unit)) {
+        continue;
+      }
+      if (plan.stays_packed(unit)) {
+        EXPECT_EQ(plan.places[unit]->begin,
+                  of_copied.window_bytes + of_decoded.places[num_decoded++]->begin);
+      } else {
+        EXPECT_EQ(plan.places[unit]->begin, of_copied.places[num_copied++]->begin);
+      }
+    }
+    if (plan.window_bytes > 0) {
+      EXPECT_FALSE(try_make_plan(request, plan.window_bytes - 1).has_value());
+    }
+    request.window_bytes = plan.window_bytes;
+    EXPECT_EQ(make_plan(request).window_bytes, plan.window_bytes);
+  }
+}
+
+TEST(PlanTest, DecodersRunOneUnitAheadByDefault) {
+  PlanRequest request = request_of(layers_of(4, 2, 5));
+  request.transports.assign(8, Transport::kPackedResident);
+  const Plan plan = make_plan(request);
+  EXPECT_EQ(plan.window_bytes, (2 + 5) * kSlice);
+  for (UnitIndex unit = 0; unit < 8; ++unit) {
+    EXPECT_FALSE(plan.places[unit]->overlaps(*plan.places[(unit + 1) % 8])) << unit;
+  }
+}
+
+TEST(PlanTest, TransportsThatCannotBeThrow) {
+  PlanRequest request = request_of(layers_of(2, 1, 1));
+  request.transports = {Transport::kPacked};
+  EXPECT_THROW(make_plan(request), ValueError);
+  request.transports.assign(4, Transport::kPacked);
+  request.resident = {true, false, false, false};
+  EXPECT_THROW(make_plan(request), ValueError);
+  EXPECT_THROW(parse_transport("zip"), ValueError);
+  for (const Transport one : {Transport::kRaw, Transport::kPacked, Transport::kPackedResident}) {
+    EXPECT_EQ(parse_transport(name_of(one)), one);
+  }
+}
+
 TEST(PlanTest, WindowOfTheLargestUnitTakesOneUnitAtATime) {
   PlanRequest request = request_of(layers_of(4, 2, 5), 0);
   request.window_bytes = 5 * kSlice;

@@ -224,3 +224,62 @@ def test_needs_of_models_with_other_names_are_reckoned() -> None:
     needs = needs_of(GPT2Config(), Workload(batch=2, tokens=10, context=10), 4)
     assert needs.cache == 2 * 12 * 12 * 64 * 4 * 2 * 10
     assert needs.activations > 20 * (8 + 12) * 768 * 4
+
+
+def test_packed_units_are_faster_within_the_same_budget(call: Call, small: Path) -> None:
+    raw = report_of(call, small, "--gpu-budget", "6GiB")
+    auto = report_of(call, small, "--gpu-budget", "6GiB", "--transport", "auto")
+    assert auto["device_bytes"] <= 6 * GIB
+    assert auto["token_ms"] < raw["token_ms"]
+    assert raw["transports"].keys() <= {"resident", "raw"}
+    assert auto["transports"].keys() - {"resident", "raw"}
+    held = ("window_bytes", "resident_bytes", "packed_resident_bytes", "staging_bytes")
+    assert auto["device_bytes"] == auto["outside_bytes"] + sum(auto[name] for name in held)
+    # Each says what the other would come to.
+    for one, other, name in ((raw, auto, "auto"), (auto, raw, "raw")):
+        assert one["other_transport"]["transport"] == name
+        assert one["other_transport"]["token_ms"] == other["token_ms"]
+
+
+def test_slow_decoder_packs_nothing(call: Call, small: Path) -> None:
+    auto = report_of(
+        call, small, "--gpu-budget", "4GiB", "--transport", "auto", "--decode-rate", "20GB/s"
+    )
+    assert auto["transports"].keys() <= {"resident", "raw"}
+    assert auto["other_transport"] is None
+
+
+def test_packed_plan_says_where_its_rates_are_from(call: Call, small: Path) -> None:
+    arguments = (small, "--gpu-budget", "6GiB", "--transport", "packed")
+    status, out, _ = call(*arguments)
+    assert status == 0
+    assert "codec.json" in out
+    assert "staging ring" in out or "resident units, packed" in out
+    assert "with --transport raw" in out
+    assert "as stated" in call(*arguments, "--decode-rate", "900GB/s")[1]
+
+
+def test_packed_picture_shows_every_byte(small: Path) -> None:
+    from torch_offload.plan_report import Planner, PlanOptions
+    from torch_offload.timeline.plan_chart import plan_chart_of
+
+    planner = Planner(PlanOptions(model=str(small), gpu_budget="7GiB", transport="packed"))
+    report = planner.report(())
+    homes, *_ = plan_chart_of(report).axes
+    drawn = sum(bar.get_width() for bar in homes.patches) * GIB
+    assert drawn == pytest.approx(report.fit.planned.device_bytes + report.fit.host_bytes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--transport", "zip"), "transport to be one of"),
+        (("--decode-rate", "fast"), "--decode-rate as a rate"),
+    ],
+)
+def test_bad_packing_option_is_one_line(
+    call: Call, small: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    status, _, error = call(small, "--gpu-budget", "4GiB", *arguments)
+    assert status == BAD_INPUT
+    assert words in error

@@ -76,6 +76,7 @@ def a_run(demo, *, onloaded: int, is_equal: bool):
         bytes_copied=onloaded,
         staging_bytes=0,
         file_bytes_locked=0,
+        packed_bytes=0,
     )
     return demo.Run("model", "sync", 1.0, 1, stats, is_equal)
 

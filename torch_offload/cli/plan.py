@@ -50,6 +50,13 @@ def plan(
     granularity: Annotated[
         str, typer.Option(help="sublayer, layer, module, or auto for what is faster.")
     ] = "sublayer",
+    transport: Annotated[
+        str, typer.Option(help="raw, packed, or auto: packed units where that is faster.")
+    ] = "raw",
+    decode_rate: Annotated[
+        str | None,
+        typer.Option(help="What comes out of the decoder, as 1600GB/s; else as one H100's."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Where all lies, and time by budget, as a picture."),
@@ -76,6 +83,8 @@ def plan(
         gpu=gpu,
         link=link,
         granularity=granularity,
+        transport=transport,
+        decode_rate=decode_rate,
     )
     with busy("building the model without weights"):
         planner = Planner(options)

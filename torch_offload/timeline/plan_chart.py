@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch_offload.packing import packed_host_bytes
 from torch_offload.timeline.chart import (
     BLUE,
     DPI,
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from torch_offload.plan_report import PlanReport
 
 _GIB = 2**30
-_GREY, _YELLOW = "#999999", "#E69F00"
+_GREY, _YELLOW, _SKY, _PURPLE = "#999999", "#E69F00", "#56B4E9", "#CC79A7"
+# Of a unit that is not resident as it is, by how it travels.
+_COLOURS = {"raw": GREEN, "packed": _PURPLE, "packed_resident": _SKY}
 _HEIGHT_IN = 5.4
 # Names stand inside a bar from this part of the whole on.
 _ROOM_FOR_A_NAME = 0.08
@@ -57,19 +60,23 @@ def _draw_homes(axes: Axes, report: PlanReport) -> None:
     """Device and host, each a bar of what lies there."""
     fit, plan = report.fit, report.fit.planned.plan
     tables = sum(table.size_bytes for table in fit.planned.tables)
+    packed = packed_host_bytes(plan, fit.planned.packable.packed_bytes)
     bars = (
         (
             "device",
             (
                 ("always there", fit.planned.outside_bytes, _GREY),
                 ("resident units", plan.resident_bytes, BLUE),
+                ("resident units, packed", fit.planned.packed_resident_bytes, _SKY),
                 ("window", plan.window_bytes, ORANGE),
+                ("staging ring", fit.planned.staging_bytes, _PURPLE),
             ),
         ),
         (
             "host",
             (
-                ("masters of streamed units, page-locked", fit.token.host_bytes, GREEN),
+                ("masters, page-locked", fit.token.host_bytes - packed, GREEN),
+                ("packed copies beside them", packed, _PURPLE),
                 ("table, its rows gathered", tables, _YELLOW),
             ),
         ),
@@ -103,16 +110,17 @@ def _draw_units(axes: Axes, report: PlanReport) -> None:
     """Every unit in its order, as wide as it is large: what stays and what streams."""
     plan = report.fit.planned.plan
     left = 0.0
-    for unit, place in zip(plan.units, plan.places, strict=True):
+    for unit, place, transport in zip(plan.units, plan.places, plan.transports, strict=True):
         width = unit.size_bytes / _GIB
-        colour = BLUE if place is None else GREEN
+        colour = BLUE if place is None else _COLOURS[transport]
         axes.barh(0, width, left=left, color=colour, height=0.8, edgecolor="white", linewidth=0.3)
         left += width
     axes.set_xlim(0, max(left, 1e-9))
     axes.set_yticks([])
-    axes.set_title(
-        "the units in the order of a forward: blue stays, green streams", loc="left", fontsize=FONT
-    )
+    title = "the units in the order of a forward: blue stays, green streams"
+    if any(transport != "raw" for transport in plan.transports):
+        title += ", light blue stays packed, purple travels packed"
+    axes.set_title(title, loc="left", fontsize=FONT)
     axes.spines["left"].set_visible(False)
 
 

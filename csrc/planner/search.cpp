@@ -1,0 +1,482 @@
+#include "planner/search.h"
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <utility>
+
+#include "core/error.h"
+#include "sim/simulate.h"
+
+namespace torch_offload {
+
+namespace {
+
+// How far ahead copies may run, in parts of the largest unit that is copied and of its layer.
+constexpr double kUnitsAhead[] = {0, 0.5, 1, 1.5, 2, 2.5, 3, 4};
+constexpr double kLayersAhead[] = {1, 1.5, 2};
+
+// A cold pass, one that learns the seam, and the one that is read off.
+constexpr std::size_t kPasses = 3;
+
+// Without a budget the smallest window this close to the best is the right one.
+constexpr double kCloseEnough = 1.005;
+
+// Nearer than this, two plans take the same time.
+constexpr double kSameTime = 1.0002;
+
+// A search ends where no candidate left can be faster by more than this part.
+constexpr double kGap = 1.001;
+
+// It ends in any case after so many simulated unit calls: a fraction of a second.
+constexpr std::size_t kMostSimulatedCalls = 80'000;
+
+// The rule of plans that were not chosen by what stays.
+constexpr const char* kNothingStays = "nothing";
+
+bool uses_packing(const Homes& homes) {
+  return std::any_of(homes.transports.begin(), homes.transports.end(),
+                     [](Transport transport) { return transport != Transport::kRaw; });
+}
+
+}  // namespace
+
+// --- what units cost ---------------------------------------------------------------------------
+
+UnitCosts::UnitCosts(const PlannerRequest& request)
+    : request_(request),
+      sequence_(request.sequence),
+      raw_ns_(request.units.size(), 0),
+      packed_ns_(request.units.size(), 0),
+      decode_ns_(request.units.size(), 0) {
+  if (sequence_.empty()) {
+    for (UnitIndex unit = 0; unit < request_.units.size(); ++unit) {
+      sequence_.push_back(unit);
+    }
+  }
+  compute_ns_.assign(request_.forwards.size(), 0);
+  for (const UnitIndex unit : sequence_) {
+    raw_ns_[unit] += static_cast<double>(raw_copy_ns(unit));
+    if (request_.packed_bytes_of(unit) > 0) {
+      packed_ns_[unit] += static_cast<double>(packed_copy_ns(unit));
+      decode_ns_[unit] += static_cast<double>(request_.units[unit].size_bytes) * 1e9 /
+                          request_.decode_bytes_per_second;
+    }
+    for (std::size_t i = 0; i < request_.forwards.size(); ++i) {
+      compute_ns_[i] += static_cast<double>(request_.forwards[i].compute_ns[unit]);
+    }
+  }
+}
+
+std::int64_t UnitCosts::raw_copy_ns(UnitIndex unit) const {
+  if (request_.copy_ns) {
+    return request_.copy_ns->at(unit);
+  }
+  return request_.copy_latency_ns +
+         static_cast<std::int64_t>(static_cast<double>(request_.units[unit].size_bytes) * 1e9 /
+                                   request_.link_bytes_per_second);
+}
+
+std::int64_t UnitCosts::packed_copy_ns(UnitIndex unit) const {
+  const auto packed = static_cast<double>(request_.packed_bytes_of(unit));
+  if (request_.copy_ns) {
+    const double part = packed / static_cast<double>(request_.units[unit].size_bytes);
+    return static_cast<std::int64_t>(static_cast<double>(request_.copy_ns->at(unit)) * part);
+  }
+  return request_.copy_latency_ns +
+         static_cast<std::int64_t>(packed * 1e9 / request_.link_bytes_per_second);
+}
+
+double UnitCosts::least_ns(const Homes& homes) const {
+  double copies_ns = 0;
+  double decodes_ns = 0;
+  for (UnitIndex unit = 0; unit < homes.resident.size(); ++unit) {
+    switch (homes.transport(unit)) {
+      case Transport::kRaw:
+        copies_ns += homes.resident[unit] ? 0.0 : raw_ns_[unit];
+        break;
+      case Transport::kPacked:
+        copies_ns += packed_ns_[unit];
+        decodes_ns += decode_ns_[unit];
+        break;
+      case Transport::kPackedResident:
+        decodes_ns += decode_ns_[unit];
+        break;
+    }
+  }
+  double sum_ns = 0;
+  for (std::size_t i = 0; i < compute_ns_.size(); ++i) {
+    sum_ns += request_.forwards[i].weight * std::max(copies_ns, compute_ns_[i] + decodes_ns);
+  }
+  return sum_ns;
+}
+
+std::optional<std::vector<std::int64_t>> UnitCosts::copy_ns(const Homes& homes) const {
+  if (!request_.copy_ns) {
+    return std::nullopt;
+  }
+  std::vector<std::int64_t> times_ns;
+  times_ns.reserve(homes.resident.size());
+  for (UnitIndex unit = 0; unit < homes.resident.size(); ++unit) {
+    times_ns.push_back(homes.transport(unit) == Transport::kPacked ? packed_copy_ns(unit)
+                                                                   : raw_copy_ns(unit));
+  }
+  return times_ns;
+}
+
+// --- candidates --------------------------------------------------------------------------------
+
+Search::Search(const PlannerRequest& request)
+    : request_(request),
+      costs_(request),
+      packer_(request.units, request.packed_bytes, request.packing),
+      families_(resident_families(request.units)) {}
+
+void Search::make_homes(const Candidate& candidate, Homes& homes) const {
+  if (candidate.is_packed) {
+    packer_.pack(*candidate.set, candidate.packing, homes);
+  } else {
+    homes.resident = candidate.set->resident;
+    homes.transports.clear();
+  }
+}
+
+/// Those of one family that may fit.
+void Search::add_candidates(const ResidentFamily& family, bool packed, std::size_t budget_bytes,
+                            std::vector<Candidate>& candidates) {
+  Homes homes;
+  for (const ResidentSet& set : family.sets) {
+    if (!packed) {
+      if (set.size_bytes <= budget_bytes) {
+        homes.resident = set.resident;
+        candidates.push_back({&family, &set, {}, false, costs_.least_ns(homes), candidates.size()});
+      }
+      continue;
+    }
+    for (const Packing& packing : packer_.packings_of(family, set)) {
+      packer_.pack(set, packing, homes);
+      const bool is_another = uses_packing(homes) || request_.packing == PackingPolicy::kAlways;
+      if (is_another && packer_.held_by(homes).least() <= budget_bytes) {
+        candidates.push_back(
+            {&family, &set, packing, true, costs_.least_ns(homes), candidates.size()});
+      }
+    }
+  }
+}
+
+std::vector<Layout> Search::layouts_of(const Homes& homes) const {
+  std::size_t largest = 0;
+  std::size_t total = 0;
+  std::map<std::uint32_t, std::size_t> layers;
+  for (UnitIndex unit = 0; unit < request_.units.size(); ++unit) {
+    if (homes.is_copied(unit)) {
+      const Unit& copied = request_.units[unit];
+      largest = std::max(largest, copied.size_bytes);
+      total += copied.size_bytes;
+      layers[copied.layer_index] += copied.size_bytes;
+    }
+  }
+  std::vector<std::size_t> layer_sizes;
+  layer_sizes.reserve(layers.size());
+  for (const auto& [layer, size_bytes] : layers) {
+    layer_sizes.push_back(size_bytes);
+  }
+  // The usual one: a head or a single unit that lost its layer says little about the others.
+  std::sort(layer_sizes.begin(), layer_sizes.end());
+  const std::size_t layer = layer_sizes.empty() ? 0 : layer_sizes[layer_sizes.size() / 2];
+  const auto part_of = [](std::size_t size_bytes, double part) {
+    return static_cast<std::size_t>(static_cast<double>(size_bytes) * part);
+  };
+  std::vector<std::size_t> depths;
+  if (request_.depth_bytes) {
+    depths.push_back(*request_.depth_bytes);
+  }
+  for (const double part : kUnitsAhead) {
+    depths.push_back(part_of(largest, part));
+  }
+  for (const double part : kLayersAhead) {
+    depths.push_back(part_of(layer, part));
+  }
+  std::sort(depths.begin(), depths.end());
+  depths.erase(std::unique(depths.begin(), depths.end()), depths.end());
+  std::vector<Layout> layouts{{true, 0}};
+  for (const std::size_t depth : depths) {
+    const bool is_asked_for = depth <= request_.depth_bytes.value_or(SIZE_MAX);
+    if (is_asked_for && (depth < total || depth == 0)) {
+      layouts.push_back({false, depth});
+    }
+  }
+  return layouts;
+}
+
+/// The plan, or nothing where it does not fit, or keeps a unit in the window for good: that plan is
+/// another set's.
+std::optional<Plan> Search::lay_out(const Homes& homes, const Layout& layout,
+                                    std::size_t budget_bytes) const {
+  const HeldBytes held = packer_.held_by(homes);
+  const std::size_t room = budget_bytes - std::min(budget_bytes, held.total());
+  std::size_t num_placed = 0;
+  std::size_t num_copied = 0;
+  for (UnitIndex unit = 0; unit < request_.units.size(); ++unit) {
+    num_placed += homes.resident[unit] ? 0U : 1U;
+    num_copied += homes.is_copied(unit) ? 1U : 0U;
+  }
+  const std::size_t ahead =
+      layout.is_single || num_copied < 2 ? 0 : std::min(layout.depth_bytes, held.largest_copied);
+  if (held.total() > budget_bytes || held.largest_copied + ahead + held.largest_decoded > room) {
+    return std::nullopt;
+  }
+  PlanRequest planned;
+  planned.units = request_.units;
+  planned.resident = homes.resident;
+  planned.transports = homes.transports;
+  planned.depth_bytes = layout.depth_bytes;
+  if (layout.is_single) {
+    planned.window_bytes = held.largest_copied + decoded_window_bytes(homes, held);
+    if (*planned.window_bytes > room) {
+      return std::nullopt;
+    }
+  }
+  std::optional<Plan> plan = try_make_plan(planned, room);
+  if (!plan) {
+    return std::nullopt;
+  }
+  if (num_placed > 1) {
+    for (UnitIndex unit = 0; unit < plan->units.size(); ++unit) {
+      if (!plan->is_resident(unit) && plan->overlaps[unit].empty() &&
+          (homes.is_copied(unit) ? num_copied : num_placed - num_copied) > 1) {
+        return std::nullopt;
+      }
+    }
+  }
+  return plan;
+}
+
+/// What the places of units that stay packed take, one unit at a time where nothing is copied.
+std::size_t Search::decoded_window_bytes(const Homes& homes, const HeldBytes& held) const {
+  if (held.largest_copied == 0 || held.largest_decoded == 0) {
+    return held.largest_decoded;
+  }
+  PlanRequest decoded;
+  decoded.units = request_.units;
+  decoded.transports = homes.transports;
+  decoded.resident.resize(homes.resident.size());
+  for (UnitIndex unit = 0; unit < homes.resident.size(); ++unit) {
+    const bool is_decoded = homes.transport(unit) == Transport::kPackedResident;
+    decoded.resident[unit] = !is_decoded;
+    decoded.transports[unit] = is_decoded ? Transport::kPackedResident : Transport::kRaw;
+  }
+  return make_plan(decoded).window_bytes;
+}
+
+// --- the search --------------------------------------------------------------------------------
+
+void Search::try_plan(Plan plan, const Homes& homes, const std::string& rule) {
+  double score_ns = 0;
+  std::vector<std::int64_t> forward_ns;
+  for (const ExpectedForward& forward : request_.forwards) {
+    SimRequest run;
+    run.plan = plan;
+    run.packed_bytes = request_.packed_bytes;
+    run.options = request_.options;
+    run.costs.compute_ns = forward.compute_ns;
+    run.costs.copy_ns = costs_.copy_ns(homes);
+    if (!run.costs.copy_ns) {
+      run.costs.copy_bytes_per_second = request_.link_bytes_per_second;
+      run.costs.copy_latency_ns = request_.copy_latency_ns;
+    }
+    if (request_.packing != PackingPolicy::kNever) {
+      run.costs.decode_bytes_per_second = request_.decode_bytes_per_second;
+    }
+    run.passes.assign(kPasses, costs_.sequence());
+    run.keep_log = false;
+    const SimResult result = simulate(run);
+    const std::int64_t steady_ns =
+        result.pass_end_ns[kPasses - 1] - result.pass_end_ns[kPasses - 2];
+    forward_ns.push_back(steady_ns);
+    score_ns += forward.weight * static_cast<double>(steady_ns);
+    num_calls_ += kPasses * costs_.sequence().size();
+  }
+  const bool is_first = choice_.num_simulated++ == 0;
+  const bool is_packed = uses_packing(homes);
+  const std::string full_rule = rule + packing_rule(homes);
+  const auto found = alternatives_.find(full_rule);
+  if (found == alternatives_.end() || score_ns < found->second.score_ns) {
+    alternatives_[full_rule] = {full_rule, plan.window_bytes, plan.resident_bytes, score_ns};
+  }
+  const bool is_same =
+      score_ns < choice_.score_ns * kSameTime && choice_.score_ns < score_ns * kSameTime;
+  bool is_better =
+      is_same ? plan.resident_bytes > choice_.plan.resident_bytes : score_ns < choice_.score_ns;
+  if (is_packed && !choice_is_packed_) {
+    is_better = score_ns * kGap < choice_.score_ns;  // packed copies cost host memory
+  }
+  if (is_first || is_better) {
+    const HeldBytes held = packer_.held_by(homes);
+    choice_.plan = std::move(plan);
+    choice_.rule = full_rule;
+    choice_.forward_ns = std::move(forward_ns);
+    choice_.score_ns = score_ns;
+    choice_.staging_bytes = held.staging;
+    choice_.packed_resident_bytes = held.packed_resident;
+    choice_is_packed_ = is_packed;
+  }
+}
+
+bool Search::may_win(double least_ns) const {
+  return choice_.num_simulated == 0 ||
+         (least_ns * kGap < choice_.score_ns && num_calls_ < kMostSimulatedCalls);
+}
+
+void Search::try_all(bool packed, std::size_t budget_bytes) {
+  std::vector<Candidate> candidates;
+  for (const ResidentFamily& family : families_) {
+    add_candidates(family, packed, budget_bytes, candidates);
+  }
+  // The most promising first; of equals, what leaves the least to stream.
+  std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
+    return std::tie(a.least_ns, b.set->size_bytes, a.position) <
+           std::tie(b.least_ns, a.set->size_bytes, b.position);
+  });
+  // First the best set of each rule and layout: that finds a good plan soon, and a good plan rules
+  // most of the others out unseen.
+  num_calls_ = 0;
+  Homes homes;
+  std::map<std::pair<const ResidentFamily*, std::size_t>, std::size_t> tried;
+  for (const bool is_first_round : {true, false}) {
+    for (const Candidate& candidate : candidates) {
+      if (!may_win(candidate.least_ns)) {
+        // Those behind it promise no more.
+        if (num_calls_ >= kMostSimulatedCalls) {
+          least_unseen_ns_ = std::min(least_unseen_ns_, candidate.least_ns);
+        }
+        break;
+      }
+      make_homes(candidate, homes);
+      const std::vector<Layout> layouts = layouts_of(homes);
+      for (std::size_t i = 0; i < layouts.size(); ++i) {
+        const auto key = std::make_pair(candidate.family, i);
+        const auto found = tried.find(key);
+        const bool skips = is_first_round
+                               ? found != tried.end()
+                               : found != tried.end() && found->second == candidate.position;
+        if (skips || !may_win(candidate.least_ns)) {
+          continue;
+        }
+        if (std::optional<Plan> plan = lay_out(homes, layouts[i], budget_bytes)) {
+          try_plan(*std::move(plan), homes, candidate.family->rule);
+          tried.emplace(key, candidate.position);
+        }
+      }
+    }
+  }
+}
+
+Choice Search::take_choice() {
+  for (auto& [rule, alternative] : alternatives_) {
+    choice_.alternatives.push_back(std::move(alternative));
+  }
+  std::sort(choice_.alternatives.begin(), choice_.alternatives.end(),
+            [](const Alternative& a, const Alternative& b) {
+              return std::tie(a.score_ns, a.rule) < std::tie(b.score_ns, b.rule);
+            });
+  choice_.gap = std::max(kGap, choice_.score_ns / least_unseen_ns_) - 1;
+  return std::move(choice_);
+}
+
+Choice Search::with_budget(std::size_t budget_bytes) {
+  if (request_.packing != PackingPolicy::kAlways) {
+    try_all(/*packed=*/false, budget_bytes);
+    choice_.raw_score_ns = choice_.score_ns;
+  }
+  if (request_.packing != PackingPolicy::kNever) {
+    try_all(/*packed=*/true, budget_bytes);
+  }
+  if (choice_.num_simulated == 0) {
+    throw ValueError(
+        "expected a budget of at least " + std::to_string(least_budget_bytes(request_)) +
+        " bytes, a window for the largest unit" +
+        (request_.packing == PackingPolicy::kAlways ? " and a ring for two packed ones" : "") +
+        ", got " + std::to_string(budget_bytes) +
+        "; raise gpu_budget, or use granularity='module', whose units are smaller");
+  }
+  return take_choice();
+}
+
+Choice Search::without_budget() {
+  const ResidentFamily& family = families_.front();
+  const ResidentSet& none = family.sets.front();
+  std::vector<std::pair<Homes, Layout>> ways;
+  for (const Homes& homes : ways_to_pack(family, none)) {
+    for (const Layout& layout : layouts_of(homes)) {
+      ways.emplace_back(homes, layout);
+    }
+  }
+  struct Tried {
+    Plan plan;
+    const Homes* homes;
+    double score_ns;
+    std::size_t device_bytes;
+  };
+  std::vector<Tried> tried;
+  double best_ns = 0;
+  std::size_t num_simulated = 0;
+  for (const auto& [homes, layout] : ways) {
+    std::optional<Plan> plan = lay_out(homes, layout, SIZE_MAX);
+    if (!plan) {
+      continue;
+    }
+    choice_ = Choice{};
+    try_plan(*plan, homes, kNothingStays);
+    ++num_simulated;
+    best_ns = tried.empty() ? choice_.score_ns : std::min(best_ns, choice_.score_ns);
+    const std::size_t device_bytes = plan->window_bytes + packer_.held_by(homes).staging;
+    tried.push_back({*std::move(plan), &homes, choice_.score_ns, device_bytes});
+  }
+  const Tried* smallest = nullptr;
+  for (const Tried& one : tried) {
+    if (one.score_ns <= best_ns * kCloseEnough &&
+        (smallest == nullptr || one.device_bytes < smallest->device_bytes)) {
+      smallest = &one;
+    }
+  }
+  choice_ = Choice{};
+  try_plan(smallest->plan, *smallest->homes, kNothingStays);
+  choice_.num_simulated = num_simulated;
+  return take_choice();
+}
+
+/// All of a set that may be made of it while what stays does so as it is; unpacked first.
+std::vector<Homes> Search::ways_to_pack(const ResidentFamily& family,
+                                        const ResidentSet& set) const {
+  std::vector<Homes> ways;
+  if (request_.packing != PackingPolicy::kAlways) {
+    ways.push_back({set.resident, {}});
+  }
+  if (request_.packing != PackingPolicy::kNever) {
+    for (const Packing& packing : packer_.packings_of(family, set)) {
+      if (packing.plain_layers == packing.kept_layers) {
+        packer_.pack(set, packing, ways.emplace_back());
+      }
+    }
+  }
+  return ways;
+}
+
+Choice Search::in_places(const Plan& plan) {
+  ResidentSet set;
+  for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
+    set.resident.push_back(plan.is_resident(unit));
+  }
+  for (const Homes& homes : ways_to_pack(families_.front(), set)) {
+    Plan packed = plan;
+    packed.transports = homes.transports;
+    try_plan(std::move(packed), homes, kNothingStays);
+    if (!uses_packing(homes)) {
+      choice_.raw_score_ns = choice_.score_ns;
+    }
+  }
+  return take_choice();
+}
+
+}  // namespace torch_offload

@@ -1,0 +1,93 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/plan.h"
+#include "planner/packing.h"
+#include "planner/planner.h"
+#include "planner/resident_sets.h"
+
+namespace torch_offload {
+
+/// What a plan's units cost, reckoned without running it.
+class UnitCosts {
+ public:
+  explicit UnitCosts(const PlannerRequest& request);
+
+  /// No plan with these homes is faster: neither the copies nor what the SMs do takes less.
+  double least_ns(const Homes& homes) const;
+  /// Copies of each unit, as it travels; nothing where the rate of the link says it.
+  std::optional<std::vector<std::int64_t>> copy_ns(const Homes& homes) const;
+  /// Units of one forward, as they are used.
+  const std::vector<UnitIndex>& sequence() const { return sequence_; }
+
+ private:
+  std::int64_t raw_copy_ns(UnitIndex unit) const;
+  std::int64_t packed_copy_ns(UnitIndex unit) const;
+
+  const PlannerRequest& request_;
+  std::vector<UnitIndex> sequence_;
+  // By UnitIndex, all uses in a forward together.
+  std::vector<double> raw_ns_;
+  std::vector<double> packed_ns_;
+  std::vector<double> decode_ns_;
+  std::vector<double> compute_ns_;  // by forward, of all units
+};
+
+/// One way to lay out the units that pass through the window: a depth, or room for one at a time.
+struct Layout {
+  bool is_single = false;  // nothing is copied or decoded while a kernel runs
+  std::size_t depth_bytes = 0;
+};
+
+/// Looks for the fastest plan; see choose_plan.
+class Search {
+ public:
+  explicit Search(const PlannerRequest& request);
+
+  Choice with_budget(std::size_t budget_bytes);
+  Choice without_budget();
+  /// Chooses only how units travel: they have their places.
+  Choice in_places(const Plan& plan);
+
+ private:
+  struct Candidate {
+    const ResidentFamily* family;
+    const ResidentSet* set;
+    Packing packing;
+    bool is_packed;        // whether anything is; else `packing` says nothing
+    double least_ns;       // no plan with these homes is faster
+    std::size_t position;  // in the order of the families
+  };
+
+  void add_candidates(const ResidentFamily& family, bool packed, std::size_t budget_bytes,
+                      std::vector<Candidate>& candidates);
+  void make_homes(const Candidate& candidate, Homes& homes) const;
+  void try_all(bool packed, std::size_t budget_bytes);
+  bool may_win(double least_ns) const;
+  std::vector<Layout> layouts_of(const Homes& homes) const;
+  std::optional<Plan> lay_out(const Homes& homes, const Layout& layout,
+                              std::size_t budget_bytes) const;
+  void try_plan(Plan plan, const Homes& homes, const std::string& rule);
+  std::size_t decoded_window_bytes(const Homes& homes, const HeldBytes& held) const;
+  std::vector<Homes> ways_to_pack(const ResidentFamily& family, const ResidentSet& set) const;
+  Choice take_choice();
+
+  const PlannerRequest& request_;
+  UnitCosts costs_;
+  Packer packer_;
+  std::vector<ResidentFamily> families_;
+  Choice choice_;
+  bool choice_is_packed_ = false;
+  std::map<std::string, Alternative> alternatives_;
+  std::size_t num_calls_ = 0;  // simulated, in the running search
+  double least_unseen_ns_ = std::numeric_limits<double>::infinity();
+};
+
+}  // namespace torch_offload
