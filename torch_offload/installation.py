@@ -452,9 +452,8 @@ class _Installation:
     def _lies_as(self, plan: _C.Plan) -> bool:
         """Whether the engine has this plan."""
         now = self._engine.plan
-        return (now.places, now.transports) == (plan.places, plan.transports) and [unit.name for unit in now.units] == [
-            unit.name for unit in plan.units
-        ]
+        names, former_names = ([unit.name for unit in one.units] for one in (now, plan))
+        return (now.places, now.transports, names) == (plan.places, plan.transports, former_names)
 
     def _pack_again(self, placed: Placed, *bearable: type[Exception]) -> None:
         """Packs the units of another plan. After an error that can be borne they travel raw."""
