@@ -29,6 +29,7 @@ from torch_offload.trace import Trace, trace_of
 
 if TYPE_CHECKING:
     from torch_offload.explanation import Explanation
+    from torch_offload.measured_times import MeasuredTimes
     from torch_offload.profile import Profile
 
 #: Of `Handle.replan`: leave an option as it is.
@@ -58,8 +59,9 @@ class Handle:
         bytes_resident: Callable[[], int],
         undo: Callable[[nn.Module], None],
         recorder: Recorder,
-        replan: Callable[[nn.Module, Config], None],
+        replan: Callable[[nn.Module, Config, MeasuredTimes | None], None],
         placed: Callable[[], Placed],
+        note_times: Callable[[MeasuredTimes], None],
     ) -> None:
         self._model = weakref.ref(model)
         self._engine = engine
@@ -68,6 +70,7 @@ class Handle:
         self._recorder = recorder
         self._replan = replan
         self._placed = placed
+        self._note_times = note_times
         self._last_profile: Profile | None = None
         self.device = device
         self.config = config
@@ -241,10 +244,15 @@ class Handle:
             self.device,
             self._bytes_resident(),
             self._keep_profile,
+            self._placed().packable,
         )
 
     def _keep_profile(self, profile: Profile) -> None:
+        from torch_offload.measured_times import measured_times
+
         self._last_profile = profile
+        if profile.sequence:
+            self._note_times(measured_times(profile))
 
     def _profiled(self) -> Profile | None:
         """The last profile, if it is of the units that there are now."""
@@ -282,6 +290,7 @@ class Handle:
         *,
         gpu_budget: int | float | str | None = KEEP,
         depth: int | str | None = KEEP,
+        profile: Profile | None = KEEP,
     ) -> None:
         """Plans anew between two forwards: what changes its home moves, the rest stays.
 
@@ -291,14 +300,21 @@ class Handle:
         Args:
             gpu_budget: As in `offload`; as it is if not given.
             depth: Likewise.
+            profile: Durations to plan by, from now on: of `profile()`, of these units. None goes by
+                what is expected of a token and of a prompt. Not given: by the last profile of these
+                units, if there is one.
 
         Raises:
-            ValueError: For a budget that cannot be; the message names the least.
+            ValueError: For a budget that cannot be, and the message names the least; for a profile
+                of other units.
             MemoryError: If host or device memory is missing. All is then as it was.
             StateError: During a forward, or after `remove`.
 
         Example:
             >>> handle.replan(gpu_budget="20GiB")  # doctest: +SKIP
+            >>> with handle.profile() as p:  # doctest: +SKIP
+            ...     model(**inputs)
+            >>> handle.replan(profile=p.result)  # doctest: +SKIP
         """
         config = self.config
         if gpu_budget is not KEEP:
@@ -311,7 +327,12 @@ class Handle:
                 "expected replan() of an offloaded model between two forwards, got it "
                 + ("after remove()" if self._engine.is_closed else "while one is running")
             )
-        self._replan(model, config)
+        from torch_offload.measured_times import measured_times
+
+        if profile is KEEP:
+            profile = self._profiled()
+        self._replan(model, config, None if profile is None else measured_times(profile))
+        self._last_profile = profile
         self.config = config
 
     def explain(self, *, link: str | None = None) -> Explanation:
@@ -334,7 +355,9 @@ class Handle:
 
         if self._engine.is_closed:
             raise StateError("expected a live handle, got one after remove(); call offload() again")
-        return explain(self, self._placed(), self._profiled(), link)
+        # As it is now: a unit that would not pack as well as was planned travels raw.
+        placed = replace(self._placed(), plan=self._engine.plan)
+        return explain(self, placed, self._profiled(), link)
 
     def refresh(self) -> None:
         """Reads all weights anew at their next use.

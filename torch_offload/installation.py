@@ -26,17 +26,17 @@ from torch_offload.handle import HANDLE_KEY, Handle
 from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes
 from torch_offload.idle import IdleUnits
 from torch_offload.leaves import LeafCut
+from torch_offload.measured_times import MeasuredTimes
 from torch_offload.memory import Memory, total_bytes_of
 from torch_offload.mismatch import MismatchExplainer
 from torch_offload.module_tree import modules_above, parameter_slots
-from torch_offload.packed_residency import pack_streamed, plan_packed
+from torch_offload.packing import Packing
 from torch_offload.placed import Placed
 from torch_offload.planning import Cut, Planned, least_budget, plan_cut, plan_in_window
 from torch_offload.progress import Progress
 from torch_offload.recording import Recorder
 from torch_offload.storage import ResidentMove
 from torch_offload.tables import wrap_table
-from torch_offload.transport import MAX_SHARE, staging_bytes
 from torch_offload.units import UnitSpec
 
 # transformers compiles the forward by itself for static caches; it asks this method before.
@@ -58,7 +58,7 @@ def install(
     memory: Memory | None,
     files: FileMasters,
     *,
-    packs: bool,
+    packing: Packing,
     wants_leaves: bool,
 ) -> Handle:
     """Moves the weights, wraps the calls and guards the model. Blocks while copying.
@@ -71,7 +71,7 @@ def install(
         planned: How its units are to lie.
         memory: Of the device; None where there is nothing to adapt to.
         files: Parameters that are streamed from checkpoint files.
-        packs: Whether units are to travel packed.
+        packing: How units may travel.
         wants_leaves: Whether the units are to be cut into leaves once a pass has proven them.
 
     Raises:
@@ -80,7 +80,7 @@ def install(
         FilesNotLockedError: A MemoryError as well, if it is the pages of checkpoint files.
     """
     installation = _Installation(
-        model, device, config, cut, planned, memory, files, packs, wants_leaves
+        model, device, config, cut, planned, memory, files, packing, wants_leaves
     )
     try:
         installation.move_weights(model, planned, files)
@@ -103,13 +103,14 @@ class _Installation:
         planned: Planned,
         memory: Memory | None,
         files: FileMasters,
-        packs: bool,
+        packing: Packing,
         wants_leaves: bool,
     ) -> None:
         self._device = device
         self._config = config
         self._memory = memory
-        self._packs = packs
+        self._packing = packing
+        self._times: MeasuredTimes | None = None  # of the last profile
         self._cut = CutNames.of(cut)
         self._placed = Placed.of(planned)
         self._residents = ResidentMove(device)
@@ -181,8 +182,8 @@ class _Installation:
         self._pack()
 
     def _pack(self) -> None:
-        if self._packs:
-            self._engine.pack(MAX_SHARE)
+        if any(way != "raw" for way in self._placed.plan.transports):
+            self._engine.pack(self._placed.packable.packed_bytes)
 
     def wrap(self, model: nn.Module, planned: Planned) -> None:
         """Wraps the call of each streamed unit, of each table, and of all that is above one."""
@@ -255,6 +256,7 @@ class _Installation:
             self._recorder,
             self.replan,
             lambda: self._placed,
+            self.note_times,
         )
         if self._config.debug:
             self._recorder.keep()
@@ -311,16 +313,24 @@ class _Installation:
 
     # --- other plans -------------------------------------------------------------------------
 
-    def replan(self, model: nn.Module, config: Config) -> None:
+    def replan(self, model: nn.Module, config: Config, times: MeasuredTimes | None) -> None:
         """Goes on with other options for budget and depth; see `Handle.replan`."""
         cut = self._cut.find(model)
-        planned = self._plan(cut, config, self._budget(config))
+        planned = plan_cut(cut, config, self._budget(config), self._packing, times)
         self._apply(model, planned)
         self._config = config
+        self._times = times
         self._adaptation.configure(config)
 
-    def _plan(self, cut: Cut, config: Config, budget: int | None) -> Planned:
-        return (plan_packed if self._packs else plan_cut)(cut, config, budget)
+    def note_times(self, times: MeasuredTimes) -> None:
+        """Lets later plans go by what forwards were measured to take."""
+        self._times = times
+
+    def _plan(self, cut: Cut, budget: int | None, packing: Packing | None = None) -> Planned:
+        """By the options that there are."""
+        knows = self._times is not None and self._times.knows(cut.units)
+        times = self._times if knows else None
+        return plan_cut(cut, self._config, budget, packing or self._packing, times)
 
     def _budget(self, config: Config) -> int | None:
         """What weights may take by these options; None where every unit is to stream."""
@@ -340,8 +350,8 @@ class _Installation:
         """
         cut = self._cut.find(model)
         try:
-            least = least_budget(cut) + staging_bytes(cut.specs, self._packs)
-            self._apply(model, self._plan(cut, self._config, max(budget, least)))
+            budget = max(budget, least_budget(cut, self._packing))
+            self._apply(model, self._plan(cut, budget))
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
             LOGGER.info("kept the plan: %s", error)
 
@@ -349,14 +359,11 @@ class _Installation:
         """Gives back all resident units. Returns how many bytes that are."""
         before = self._weights_bytes()
         cut = self._cut.find(model)
-        config = replace(self._config, gpu_budget=None)
-        if self._packs:
-            config = replace(config, transport="packed")
-        planned = self._plan(cut, config, None)
-        staging = staging_bytes(cut.specs, self._packs)
-        if planned.device_bytes + staging >= before:
-            planned = self._plan(cut, config, least_budget(cut) + staging)
-        if planned.device_bytes + staging < before:
+        packing = self._packing.streaming()
+        planned = self._plan(cut, None, packing)
+        if planned.device_bytes >= before:
+            planned = self._plan(cut, least_budget(cut, packing), packing)
+        if planned.device_bytes < before:
             self._apply(model, planned)
         return before - self._weights_bytes()
 
@@ -435,11 +442,11 @@ class _Installation:
         cut = replace(self._cut.find(model), specs=tuple(specs), granularity="module")
         budget = self._budget(self._config)
         try:
-            if budget is None and self._config.transport != "packed_resident":
-                planned = plan_in_window(cut, self._config, self._engine.window_bytes)
-                planned = pack_streamed(planned) if self._packs else planned
+            if budget is None and self._packing.transport != "packed_resident":
+                window_bytes = self._engine.window_bytes
+                planned = plan_in_window(cut, self._config, window_bytes, self._packing)
             else:
-                planned = self._plan(cut, self._config, budget)
+                planned = self._plan(cut, budget)
             self._apply(model, planned)
         except torch.OutOfMemoryError:
             warnings.warn(

@@ -20,9 +20,9 @@ from torch_offload.handle import Handle
 from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes
 from torch_offload.installation import FilesNotLockedError, install
 from torch_offload.memory import Memory, memory_of, total_bytes_of
-from torch_offload.packed_residency import plan_packed
+from torch_offload.packing import Packing, packed_host_bytes
 from torch_offload.planning import Cut, cut_model, plan_best, plan_cut
-from torch_offload.transport import decides_to_pack, packed_bytes_at_most, staging_bytes
+from torch_offload.transport import packing_for
 
 
 def offload(
@@ -136,24 +136,19 @@ def offload_with(
         has_budget=config.gpu_budget is not None
         and not (config.gpu_budget == AUTO and memory is None),
     )
-    packs = decides_to_pack(config, target)
-    budget = _first_budget(cuts[0], config, memory)
-    beside = None if budget is None else max(0, budget - staging_bytes(cuts[0].specs, packs))
-    if config.transport == "packed_resident":
-        beside = None  # nothing is to be chosen
-    wants_leaves = plan_best(cuts, config, beside).granularity == "module"
+    packing = packing_for(config, target)
+    budget = _first_budget(cuts[0], config, memory, packing)
+    wants_leaves = plan_best(cuts, config, budget, packing).granularity == "module"
     cut = cuts[0]  # of leaves only sublayers are known so far
     if files.views and not wants_leaves:  # leaves are cut from them in module order
         cut = replace(cut, specs=tuple(files.in_file_order(cut.specs)))
-    planned = (plan_packed if packs else plan_cut)(cut, config, budget)
-    plan = planned.plan
+    planned = plan_cut(cut, config, budget, packing)
     streamed = [
-        spec for spec, place in zip(planned.specs, plan.places, strict=True) if place is not None
+        spec
+        for spec, place in zip(planned.specs, planned.plan.places, strict=True)
+        if place is not None
     ]
-    travelling = [
-        spec for spec, way in zip(planned.specs, plan.transports, strict=True) if way == "packed"
-    ]
-    needed = packed_bytes_at_most(travelling, packs) + added_bytes(
+    needed = packed_host_bytes(planned.plan, planned.packable.packed_bytes) + added_bytes(
         [parameter for _, parameter in spec.parameters if files.view_of(parameter) is None]
         for spec in streamed
     )
@@ -170,7 +165,7 @@ def offload_with(
             planned,
             memory,
             files,
-            packs=packs,
+            packing=packing,
             wants_leaves=wants_leaves,
         )
     except FilesNotLockedError as error:
@@ -186,7 +181,7 @@ def offload_with(
     return handle
 
 
-def _first_budget(cut: Cut, config: Config, memory: Memory | None) -> int | None:
+def _first_budget(cut: Cut, config: Config, memory: Memory | None, packing: Packing) -> int | None:
     """What weights may take before a forward has shown what it needs; None streams every unit.
 
     Raises:
@@ -196,6 +191,6 @@ def _first_budget(cut: Cut, config: Config, memory: Memory | None) -> int | None
     if config.gpu_budget != AUTO or memory is None:
         return budget
     room = memory.available_bytes() - config.headroom_bytes
-    if plan_cut(cut, config, None).device_bytes <= room:
+    if plan_cut(cut, config, None, packing).device_bytes <= room:
         return None
     return max(0, room)

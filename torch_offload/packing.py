@@ -75,12 +75,20 @@ class Packing:
         """Where choices come from, or why there are none; "" where raw was asked for."""
         return self.remark or ("" if self.transport == "raw" else self.rates.sentence)
 
+    def streaming(self) -> Packing:
+        """The same, for plans in which units must be free to travel."""
+        if self.transport != "packed_resident":
+            return self
+        streaming = Packing("packed", self.rates)
+        streaming._known = self._known
+        return streaming
+
     def packable(self, specs: Sequence[UnitSpec]) -> Packable:
         """What the planner has to know of these units. Blocks while weights are read."""
         if self.transport == "raw":
             return RAW
         return Packable(
-            self.transport,
+            "auto" if self.transport == "auto" else "packed",
             [self._packed_bytes(spec) for spec in specs],
             self.rates.decode_bytes_per_second,
             self.rates.link_bytes_per_second,
@@ -103,7 +111,7 @@ def packed_bytes_of(parameters: Sequence[torch.Tensor]) -> int:
         return estimated_bytes(parameters)
     # As they lie in memory: that is how they are packed.
     flat = [p.detach().as_strided((p.numel(),), (1,)).cpu() for p in parameters]
-    return _where_it_pays(with_slack(_C.pack(flat).blob.numel()), parameters)
+    return _where_it_pays(_C.packed_room(flat), parameters)
 
 
 def estimated_bytes(parameters: Sequence[torch.Tensor]) -> int:

@@ -146,6 +146,8 @@ def plan_cut(
             times.
     """
     packing = packing or Packing()
+    if packing.transport == "packed_resident":
+        return _all_packed(cut, config, budget, packing)
     if budget is None:
         return _without_budget(cut, config, packing, times)
     found: list[tuple[float, Planned]] = []
@@ -203,7 +205,10 @@ def plan_best(
 
 def least_budget(cut: Cut, packing: Packing | None = None) -> int:
     """The least budget for everything that `plan_cut` accepts."""
-    packable = (packing or Packing()).packable((*cut.specs, *cut.outsiders.heads))
+    packing = packing or Packing()
+    if packing.transport == "packed_resident":
+        return _all_packed(cut, Config(), None, packing).device_bytes
+    packable = packing.packable((*cut.specs, *cut.outsiders.heads))
     leasts = []
     for gathers in (False, True):
         free, outside = _freedom(cut, gathers=gathers)
@@ -302,6 +307,36 @@ def _without_budget(
         depth = _C.make_plan(units[: len(cut.specs)]).depth_bytes
     plan = _C.make_plan(units, depth, window_bytes=window, resident=resident)
     return _in_places(cut, config, plan, packing, times)
+
+
+def _all_packed(cut: Cut, config: Config, budget: int | None, packing: Packing) -> Planned:
+    """Every unit of the layers that can be packed stays so; the others stream, heads stay.
+
+    Raises:
+        ValueError: If that is more than the budget.
+    """
+    planned = _without_budget(cut, config, Packing(), None)
+    packable = packing.packable(planned.specs)
+    num_units = len(cut.specs)
+    ways = [
+        "packed_resident" if size > 0 and index < num_units else "raw"
+        for index, size in enumerate(packable.packed_bytes)
+    ]
+    plan = _C.make_plan(
+        cut.units,
+        planned.plan.depth_bytes,
+        resident=[place is None for place in planned.plan.places],
+        transports=ways,
+    )
+    planned = replace(planned, plan=plan, packable=packable, packing_basis=packing.basis)
+    least = planned.device_bytes
+    if budget is not None and least > budget:
+        raise ValueError(
+            f"expected gpu_budget of at least {least} bytes ({format_size(least)}: what always "
+            f"stays, all units packed, and a window to decode into), got {budget} bytes "
+            f"({format_size(budget)}); raise it, or use transport='packed'"
+        )
+    return planned
 
 
 def _in_places(

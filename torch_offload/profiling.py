@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torch_offload import _C
+from torch_offload.choice import RAW, Packable
 from torch_offload.profile import Measured, Profile, profile_of
 from torch_offload.recording import Recorder
 from torch_offload.trace import Trace, trace_of
@@ -37,6 +38,7 @@ class Profiler:
         device: torch.device,
         outside_bytes: int,
         tell: Callable[[Profile], None] = lambda profile: None,
+        packable: Packable = RAW,
     ) -> None:
         self._engine = engine
         self._recorder = recorder
@@ -44,6 +46,7 @@ class Profiler:
         self._device = device
         self._outside_bytes = outside_bytes
         self._tell = tell
+        self._packable = packable
         self._block = ExitStack()
         self._profile: Profile | None = None
         self._trace: Trace | None = None
@@ -97,7 +100,7 @@ class Profiler:
             outside_bytes=max(0, self._outside_bytes - plan.resident_bytes),
             free_bytes=free_bytes(self._device),
         )
-        return profile_of(self._trace, plan, measured)
+        return profile_of(self._trace, plan, measured, self._packable)
 
     @property
     def result(self) -> Profile:

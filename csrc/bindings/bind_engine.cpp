@@ -87,7 +87,7 @@ void bind_engine(py::module_& module) {
       .def("copy_resident", &Engine::copy_resident, py::arg("view"), py::arg("destination"))
       .def("lock_files", &Engine::lock_files, py::arg("unit"))
       .def("move_out", &Engine::move_out)
-      .def("pack", &Engine::pack, py::arg("max_share"))
+      .def("pack", &Engine::pack, py::arg("most_bytes"))
       .def_property_readonly("transport_bytes", &Engine::transport_bytes)
       .def_property_readonly("staging_bytes", &Engine::staging_bytes)
       .def_property_readonly("packed_resident_bytes", &Engine::packed_resident_bytes)

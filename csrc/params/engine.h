@@ -65,14 +65,16 @@ class Engine : private Loader {
   void lock_files(UnitIndex unit);
   /// Packs without loss, as they are now, the units that are to travel or to stay packed by the
   /// plan: from here on they are decoded on the device, behind a copy or from where they stay. A
-  /// unit that packing would not shrink below `max_share` of its bytes is raw, and the plan says so
-  /// afterwards. Masters stay what they are; a unit whose weights are edited is packed anew.
+  /// unit that takes more than `most_bytes` says of it is raw, and the plan says so afterwards: so
+  /// no more is taken than was planned. Masters stay what they are; a unit whose weights are edited
+  /// is packed anew.
   ///
   /// Blocking:  reads and writes all bytes, on all cores; page-locks the packed ones that are
   ///            copied; waits for those that stay to be on the device.
-  /// Throws:    StateError during a forward or after an earlier call; NotImplementedError if the
-  ///            device cannot decode; MemoryError. All units are then raw.
-  void pack(double max_share);
+  /// Throws:    ValueError unless `most_bytes` has an answer for each unit; StateError during a
+  ///            forward or after an earlier call; NotImplementedError if the device cannot decode;
+  ///            MemoryError. All units are then raw.
+  void pack(const std::vector<std::size_t>& most_bytes);
   /// Bytes of each unit as it is copied: packed, all of it, or none where it stays packed.
   std::vector<std::size_t> transport_bytes() const;
   /// The staging ring on the device.
@@ -203,7 +205,8 @@ class Engine : private Loader {
   std::vector<StreamId> own_streams() const override;
   bool is_packed(UnitIndex unit) const { return packed_ != nullptr && packed_->has_source(unit); }
   UnitEncoder encoder_of(const UnitParameters& entry, std::size_t unit_bytes) const;
-  std::vector<std::optional<UnitEncoder>> encoders_within(double max_share);
+  std::vector<std::optional<UnitEncoder>> encoders_within(
+      const std::vector<std::size_t>& most_bytes);
   void make_room_for(const std::vector<std::optional<UnitEncoder>>& encoders);
   void write_packed(UnitIndex unit, const UnitEncoder& encoder);
   void pack_anew(UnitIndex unit);
@@ -242,9 +245,9 @@ class Engine : private Loader {
   // that stay packed on the device.
   std::shared_ptr<PinnedArena> blobs_;
   std::unique_ptr<PackedLoader> packed_;
-  PackedStreams packed_streams_;  // of the device: they outlive the loader
-  double max_share_ = 1.0;        // of the last pack()
-  std::shared_ptr<OpLog> log_;    // attached to the device; or none
+  PackedStreams packed_streams_;                // of the device: they outlive the loader
+  std::vector<std::size_t> most_packed_bytes_;  // of the last pack()
+  std::shared_ptr<OpLog> log_;                  // attached to the device; or none
   std::uint64_t cpu_ns_ = 0;
   bool has_warned_of_backward_ = false;
 };

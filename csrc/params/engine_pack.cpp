@@ -35,9 +35,14 @@ UnitEncoder Engine::encoder_of(const UnitParameters& entry, std::size_t unit_byt
   return {tensors, unit_bytes, options};
 }
 
-void Engine::pack(double max_share) {
+void Engine::pack(const std::vector<std::size_t>& most_bytes) {
   check_at_rest("pack()");
   pipeline();
+  if (most_bytes.size() != units_.size()) {
+    throw ValueError("expected what each of the " + std::to_string(units_.size()) +
+                     " units may take packed, got " + std::to_string(most_bytes.size()) +
+                     " answers");
+  }
   if (packed_ != nullptr) {
     throw StateError("expected units that are not packed yet, got a second call of pack()");
   }
@@ -47,10 +52,10 @@ void Engine::pack(double max_share) {
         "decoder; use transport='raw', or build torch_offload where there is a CUDA compiler of "
         "torch's own major version");
   }
-  max_share_ = max_share;
+  most_packed_bytes_ = most_bytes;
   try {
     const py::gil_scoped_release no_gil;
-    std::vector<std::optional<UnitEncoder>> encoders = encoders_within(max_share);
+    std::vector<std::optional<UnitEncoder>> encoders = encoders_within(most_bytes);
     make_room_for(encoders);
     for (UnitIndex unit = 0; unit < encoders.size() && packed_ != nullptr; ++unit) {
       if (encoders[unit]) {
@@ -72,7 +77,8 @@ void Engine::pack(double max_share) {
 }
 
 /// Of the units that the plan wants packed and that packing shrinks; the others are raw now.
-std::vector<std::optional<UnitEncoder>> Engine::encoders_within(double max_share) {
+std::vector<std::optional<UnitEncoder>> Engine::encoders_within(
+    const std::vector<std::size_t>& most_bytes) {
   std::vector<std::optional<UnitEncoder>> encoders(units_.size());
   for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
     const Plan& plan = pipeline_->plan();
@@ -81,8 +87,7 @@ std::vector<std::optional<UnitEncoder>> Engine::encoders_within(double max_share
     }
     const std::size_t unit_bytes = plan.units[unit].size_bytes;
     UnitEncoder encoder = encoder_of(units_[unit], unit_bytes);
-    const auto room_bytes = static_cast<double>(packed_room_bytes(encoder.blob_bytes()));
-    if (room_bytes <= max_share * static_cast<double>(unit_bytes)) {
+    if (packed_room_bytes(encoder.blob_bytes()) <= most_bytes[unit]) {
       encoders[unit].emplace(std::move(encoder));
     } else {
       pipeline_->set_transport(unit, Transport::kRaw);
@@ -189,7 +194,7 @@ void Engine::pack_as_before(const std::vector<Transport>& transports) noexcept {
     for (UnitIndex unit = 0; unit < transports.size(); ++unit) {
       pipeline_->set_transport(unit, transports[unit]);
     }
-    pack(max_share_);
+    pack(std::vector<std::size_t>(most_packed_bytes_));
   } catch (const std::exception& error) {
     std::fprintf(stderr, "torch_offload: units travel raw, they could not be packed again: %s\n",
                  error.what());
