@@ -41,6 +41,7 @@ from torch_offload.units import UnitSpec
 
 # transformers compiles the forward by itself for static caches; it asks this method before.
 _AUTO_COMPILE = "_valid_auto_compile_criteria"
+_MEMORY_ERRORS = (MemoryError, torch.OutOfMemoryError)
 # Smaller weights that stay on the device are not worth locking pages of a file for.
 _LEAST_BYTES_FROM_FILE = 2**20
 
@@ -342,7 +343,7 @@ class _Installation:
         try:
             least = least_budget(cut) + staging_bytes(cut.specs, self._packs)
             self._apply(model, self._plan(cut, self._config, max(budget, least)))
-        except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+        except (ValueError, *_MEMORY_ERRORS) as error:
             LOGGER.info("kept the plan: %s", error)
 
     def _shrink(self, model: nn.Module) -> int:
@@ -357,11 +358,17 @@ class _Installation:
         if planned.device_bytes + staging >= before:
             planned = self._plan(cut, config, least_budget(cut) + staging)
         if planned.device_bytes + staging < before:
-            self._apply(model, planned)
+            self._apply(model, planned, may_be_raw=True)
         return before - self._weights_bytes()
 
-    def _apply(self, model: nn.Module, planned: Planned) -> None:
+    def _apply(self, model: nn.Module, planned: Planned, *, may_be_raw: bool = False) -> None:
         """Moves what changes its home, and nothing else. Blocks until that is done.
+
+        Args:
+            model: The model.
+            planned: How it is to lie.
+            may_be_raw: Whether units may travel raw, with a warning, where the memory to pack them
+                is missing.
 
         Raises:
             MemoryError: If host or device memory is missing; all is then as it was.
@@ -385,7 +392,7 @@ class _Installation:
             moved = self._engine.recut(planned.plan, self._ranges(planned.specs))
             try:
                 moves[1].move(table.weight for table in to_device)
-                self._pack_again(MemoryError, torch.OutOfMemoryError)
+                self._pack_again(*_MEMORY_ERRORS if may_be_raw else ())
             except BaseException:
                 former = self._placed
                 self._engine.recut(former.plan, self._ranges_of(former.parameters))
@@ -440,7 +447,7 @@ class _Installation:
                 planned = pack_streamed(planned) if self._packs else planned
             else:
                 planned = self._plan(cut, self._config, budget)
-            self._apply(model, planned)
+            self._apply(model, planned, may_be_raw=True)
         except torch.OutOfMemoryError:
             warnings.warn(
                 "torch_offload: the units stay sublayers, as the device has no room for the small "
