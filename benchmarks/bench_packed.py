@@ -3,19 +3,76 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
-from clocks import alternate, spread
+from clocks import Alternation, alternate, spread
 from conftest import Reference
 from observe import Counting
 from records import Part
-from yardstick import YARDSTICK, Stage, Workload, bound, require_equal, shape_id
+from yardstick import YARDSTICK, Shape, Stage, Streamed, Workload, bound, require_equal, shape_id
 
+from torch_offload.timeline import write_timeline
 
-@pytest.mark.parametrize(
+_SHAPES = pytest.mark.parametrize(
     "shape_index", range(len(YARDSTICK.shapes)), ids=[shape_id(s) for s in YARDSTICK.shapes]
 )
+# What a budget leaves for the weights, of all their bytes.
+_BUDGET_SHARE = 0.6
+_FORWARDS = 2
+
+
+def _against_plain(
+    benchmark: Any,
+    part: Part,
+    stage: Stage,
+    reference: Reference,
+    workload: Workload,
+    shape: Shape,
+    streamed: Streamed,
+    **wire: Any,
+) -> Alternation:
+    """Both models take turns, after they were seen to be equal; nothing may allocate or wait."""
+    plain, tokens = stage.plain(workload), workload.tokens(shape)
+    require_equal(plain, streamed.model, tokens, attempts=2)
+    plain_ms = reference.plain_ms(workload, shape)
+    copied_ms = reference.floor_ms(streamed.streamed_bytes)
+    round_s = (_FORWARDS + 1) * (2 * plain_ms + copied_ms) * 1e-3
+    round_s += len(wire) * copied_ms * 1e-3
+    before = streamed.device.counters
+    times = alternate(
+        benchmark,
+        bound(plain, tokens),
+        bound(streamed.model, tokens),
+        forwards=_FORWARDS,
+        rounds=part.rounds(4, round_s),
+        **wire,
+    )
+    after = streamed.device.counters
+    assert after.allocations == before.allocations, "a forward allocated"
+    assert after.host_synchronizes == before.host_synchronizes, "a forward made the host wait"
+    return times
+
+
+def _packed_on_device(streamed: Streamed) -> dict[str, Any]:
+    stats = streamed.handle.stats
+    return {
+        "staging_bytes": stats.staging_bytes,
+        "packed_bytes": stats.packed_bytes,
+        "device_bytes": stats.bytes_resident
+        + stats.window_bytes
+        + stats.staging_bytes
+        + stats.packed_bytes,
+        "transports": {
+            way: sum(unit.transport == way for unit in streamed.handle.units if unit.place)
+            for way in ("raw", "packed", "packed_resident")
+        },
+        "num_resident": sum(unit.place is None for unit in streamed.handle.units),
+    }
+
+
+@_SHAPES
 def bench_packed_forward(
     benchmark: Any,
     part: Part,
@@ -24,24 +81,19 @@ def bench_packed_forward(
     yardstick: Workload,
     shape_index: int,
 ) -> None:
-    """The packed model, the plain one, and the wire with the raw masters take turns."""
+    """Everything travels: the packed model, the plain one, and the wire with the raw masters."""
     shape = yardstick.shapes[shape_index]
-    plain = stage.plain(yardstick)
     streamed = stage.streamed(yardstick, transport="packed")
-    tokens = yardstick.tokens(shape)
-    require_equal(plain, streamed.model, tokens, attempts=2)
-    plain_ms = reference.plain_ms(yardstick, shape)
-    floor_ms = reference.floor_ms(streamed.streamed_bytes)
-    forwards = 2
-    round_s = (forwards + 1) * (2 * plain_ms + floor_ms) * 1e-3 + 2 * floor_ms * 1e-3
     before = streamed.handle.stats
     with Counting(streamed):
-        times = alternate(
+        times = _against_plain(
             benchmark,
-            bound(plain, tokens),
-            bound(streamed.model, tokens),
-            forwards=forwards,
-            rounds=part.rounds(4, round_s),
+            part,
+            stage,
+            reference,
+            yardstick,
+            shape,
+            streamed,
             masters=functools.partial(reference.link.copy_from, streamed.masters),
             link=lambda: reference.link.copy(streamed.streamed_bytes),
         )
@@ -55,7 +107,7 @@ def bench_packed_forward(
         shape=shape_id(shape),
         shape_index=shape_index,
         **streamed.describe(),
-        staging_bytes=after.staging_bytes,
+        **_packed_on_device(streamed),
         plain_ms=resident,
         raw_floor_ms=raw_floor,
         link_ms=spread(times.link_ms),
@@ -64,4 +116,103 @@ def bench_packed_forward(
         of_roofline=packed["median"] / max(raw_floor["median"], resident["median"]),
         copied_share=copied / onloaded if onloaded else None,
         bit_equal=True,
+    )
+
+
+@_SHAPES
+def bench_packed_resident(
+    benchmark: Any,
+    part: Part,
+    stage: Stage,
+    reference: Reference,
+    yardstick: Workload,
+    shape_index: int,
+) -> None:
+    """Everything stays packed on the device and nothing travels; the plain model beside."""
+    shape = yardstick.shapes[shape_index]
+    streamed = stage.streamed(yardstick, transport="packed_resident")
+    before = streamed.handle.stats
+    with Counting(streamed):
+        times = _against_plain(benchmark, part, stage, reference, yardstick, shape, streamed)
+    travelling = [u.name for u in streamed.handle.units if u.transport != "packed_resident"]
+    copied_bytes = streamed.handle.stats.bytes_copied - before.bytes_copied
+    # Tiny units may be too small to be worth packing.
+    assert part.tiny or not travelling, f"units that travel: {travelling}"
+    assert travelling or copied_bytes == 0, f"{copied_bytes} bytes have travelled"
+    resident, packed = spread(times.plain_ms), spread(times.streamed_ms)
+    part.figures.update(
+        what="packed_resident",
+        shape=shape_id(shape),
+        shape_index=shape_index,
+        **streamed.describe(),
+        **_packed_on_device(streamed),
+        plain_ms=resident,
+        packed_ms=packed,
+        of_resident=packed["median"] / resident["median"],
+        bit_equal=True,
+    )
+
+
+@pytest.mark.parametrize("transport", ["raw", "packed"])
+def bench_packed_budget(
+    benchmark: Any,
+    part: Part,
+    stage: Stage,
+    reference: Reference,
+    yardstick: Workload,
+    transport: str,
+) -> None:
+    """One token within 60 % of the weights: the best raw plan, and the packed one."""
+    shape = yardstick.shapes[0]
+    weights_bytes = sum(p.nbytes for p in stage.plain(yardstick).parameters())
+    budget = int(_BUDGET_SHARE * weights_bytes)
+    streamed = stage.streamed(yardstick, transport=transport, gpu_budget=budget)
+    on_device = _packed_on_device(streamed)
+    assert on_device["device_bytes"] <= budget, f"more than {budget} bytes: {on_device}"
+    before = streamed.handle.stats
+    times = _against_plain(benchmark, part, stage, reference, yardstick, shape, streamed)
+    after = streamed.handle.stats
+    part.figures.update(
+        what="packed_budget",
+        shape=shape_id(shape),
+        transport=transport,
+        budget_bytes=budget,
+        budget_share=_BUDGET_SHARE,
+        **streamed.describe(),
+        **on_device,
+        plain_ms=spread(times.plain_ms),
+        streamed_ms=spread(times.streamed_ms),
+        copied_bytes_per_forward=(after.bytes_copied - before.bytes_copied)
+        / (after.forwards - before.forwards),
+        bit_equal=True,
+    )
+
+
+def bench_packed_timelines(
+    part: Part, stage: Stage, yardstick: Workload, results_folder: Path
+) -> None:
+    """Two forwards each of units that travel packed and of units that stay packed, recorded.
+
+    `make figures` draws the picture of docs/packing.md from this file.
+    """
+    shape = yardstick.shapes[1]
+    tokens = yardstick.tokens(shape)
+    traces = []
+    for transport, title in (("packed", "units travel packed"), ("packed_resident", "they stay")):
+        streamed = stage.streamed(yardstick, transport=transport)
+        require_equal(stage.plain(yardstick), streamed.model, tokens)
+        run: Any = bound(streamed.model, tokens)
+        run()
+        with streamed.handle.record(times=True):
+            run()
+            run()
+        traces.append(streamed.handle.trace(title))
+    results_folder.mkdir(parents=True, exist_ok=True)
+    write_timeline(traces, results_folder / "packed.trace.json")
+    part.figures.update(
+        what="packed_timeline",
+        shape=shape_id(shape),
+        shape_index=1,
+        bars=[len(trace.bars) for trace in traces],
+        ms=[trace.end_ns * 1e-6 for trace in traces],
     )

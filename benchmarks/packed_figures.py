@@ -90,10 +90,38 @@ def _packing(results: Results) -> Row:
     )
 
 
+def _within_budget(results: Results) -> Row:
+    by = {part["transport"]: part["streamed_ms"]["median"] for part in results.all("packed_budget")}
+    ratio = by["packed"] / by["raw"] if {"packed", "raw"} <= set(by) else None
+    return row_of(
+        "60 % of the weights, (1,1): packed plan / best raw plan",
+        "<= 0.45",
+        "0.30",
+        "" if ratio is None else f"{ratio:.3f} ({by['packed']:.1f} / {by['raw']:.1f} ms)",
+        ratio,
+        (0.45, 0.30),
+    )
+
+
+def _all_resident(results: Results) -> Row:
+    part = results.one("packed_resident", shape_index=0)
+    measured_ms = part["packed_ms"]["median"] if part else None
+    return row_of(
+        "all packed and resident, (1,1)",
+        "<= 35 ms",
+        "25 ms",
+        f"{measured_ms:.1f} ms (resident {part['plain_ms']['median']:.1f} ms)" if part else "",
+        measured_ms,
+        (35.0, 25.0),
+    )
+
+
 PACKED_ROWS: tuple[Callable[[Results], Row], ...] = (
     _bits,
     _link_bound,
     _compute_bound,
+    _within_budget,
+    _all_resident,
     _decoder,
     _beside,
     _packing,

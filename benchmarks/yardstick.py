@@ -232,6 +232,7 @@ class Stage:
             if ON_GPU:
                 stats = handle.stats
                 kept = stats.bytes_resident + stats.window_bytes + stats.staging_bytes
+                kept += stats.packed_bytes
                 extra = torch.cuda.memory_allocated(DEVICE) - before - kept
             self._streamed = Streamed(model, handle, device, options, seconds, extra)
             tokens = workload.tokens(workload.shapes[0])

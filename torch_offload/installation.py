@@ -41,6 +41,7 @@ from torch_offload.units import UnitSpec
 
 # transformers compiles the forward by itself for static caches; it asks this method before.
 _AUTO_COMPILE = "_valid_auto_compile_criteria"
+_MEMORY_ERRORS = (MemoryError, torch.OutOfMemoryError)
 # Smaller weights that stay on the device are not worth locking pages of a file for.
 _LEAST_BYTES_FROM_FILE = 2**20
 
@@ -352,7 +353,7 @@ class _Installation:
         try:
             budget = max(budget, least_budget(cut, self._packing))
             self._apply(model, self._plan(cut, budget))
-        except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+        except (ValueError, *_MEMORY_ERRORS) as error:
             LOGGER.info("kept the plan: %s", error)
 
     def _shrink(self, model: nn.Module) -> int:
@@ -364,11 +365,17 @@ class _Installation:
         if planned.device_bytes >= before:
             planned = self._plan(cut, least_budget(cut, packing), packing)
         if planned.device_bytes < before:
-            self._apply(model, planned)
+            self._apply(model, planned, may_be_raw=True)
         return before - self._weights_bytes()
 
-    def _apply(self, model: nn.Module, planned: Planned) -> None:
+    def _apply(self, model: nn.Module, planned: Planned, *, may_be_raw: bool = False) -> None:
         """Moves what changes its home, and nothing else. Blocks until that is done.
+
+        Args:
+            model: The model.
+            planned: How it is to lie.
+            may_be_raw: Whether units may travel raw, with a warning, where the memory to pack them
+                is missing.
 
         Raises:
             MemoryError: If host or device memory is missing; all is then as it was.
@@ -392,7 +399,7 @@ class _Installation:
             moved = self._engine.recut(planned.plan, self._ranges(planned.specs))
             try:
                 moves[1].move(table.weight for table in to_device)
-                self._pack_again(MemoryError, torch.OutOfMemoryError)
+                self._pack_again(*_MEMORY_ERRORS if may_be_raw else ())
             except BaseException:
                 former = self._placed
                 self._engine.recut(former.plan, self._ranges_of(former.parameters))
@@ -447,7 +454,7 @@ class _Installation:
                 planned = plan_in_window(cut, self._config, window_bytes, self._packing)
             else:
                 planned = self._plan(cut, budget)
-            self._apply(model, planned)
+            self._apply(model, planned, may_be_raw=True)
         except torch.OutOfMemoryError:
             warnings.warn(
                 "torch_offload: the units stay sublayers, as the device has no room for the small "

@@ -55,6 +55,24 @@ class Case:
     granularity: Any = "sublayer"
     debug: bool = False
     times: bool = False
+    transport: Any = "raw"
+
+    @property
+    def width(self) -> int:
+        """Of the model: enough that packing pays, where it is packed."""
+        return 8 if self.transport == "raw" else 128
+
+    def model(self) -> nn.Module:
+        """Not aligned yet."""
+        model = Stack(2, self.width).eval()
+        return model if self.transport == "raw" else model.bfloat16()
+
+    @property
+    def replanned_bytes(self) -> int:
+        """A budget that lets one of the units stay on the device; with packing, all of them."""
+        if self.transport == "raw":
+            return _REPLANNED_BYTES
+        return int(1.3 * sum(parameter.nbytes for parameter in self.model().parameters()))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -63,6 +81,7 @@ class Case:
             "mode": self.mode,
             "streams": self.streams,
             "granularity": self.granularity,
+            "transport": self.transport,
             "debug": self.debug,
             "depth": 0,
             "gpu_budget": None,
@@ -81,6 +100,9 @@ CASES = (
     Case(granularity="module"),
     Case(debug=True),
     Case(times=True),
+    Case(transport="packed"),
+    Case(transport="packed_resident"),
+    Case(transport="packed_resident", mode="events", streams="split"),
 )
 
 
@@ -207,15 +229,17 @@ class Trial:
         armed = failure.failure if isinstance(failure, DeviceCall) else _C.DeviceFailure("runtime")
         self.devices = Devices(lambda device: _C.failing_device(device, armed))
         self.model = self.build()
-        self._x = torch.randn(3, 8, generator=torch.Generator().manual_seed(4))
+        generator = torch.Generator().manual_seed(4)
+        dtype = next(self.model.parameters()).dtype
+        self._x = torch.randn(3, case.width, generator=generator).to(dtype)
         self.got_through = False
 
     def build(self) -> nn.Module:
         """A model with the same weights each time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(12)
-            model = Stack(2, 8)
-        return torch_offload.align(model.eval())  # type: ignore[return-value]
+            model = self._case.model()
+        return torch_offload.align(model)  # type: ignore[return-value]
 
     def run(self) -> None:
         """Tries it. Raises AssertionError with what does not hold."""
@@ -284,7 +308,8 @@ class Trial:
             assert torch.equal(self.model(self._x), must)
         if self._phase == "edited forward":
             for module in (self.model, plain):
-                module.blocks[0].attn.weight = nn.Parameter(torch.full((8, 8), 0.25))
+                weight = torch.full_like(module.blocks[0].attn.weight, 0.25)
+                module.blocks[0].attn.weight = nn.Parameter(weight.detach())
                 module.blocks[1].mlp.up.weight.mul_(0.5)
             torch_offload.align(plain)
             must = plain(self._x)
@@ -310,13 +335,14 @@ class Trial:
     def _replan(self, handle: torch_offload.Handle, plain: nn.Module) -> None:
         if self._phase != "replan":
             return
-        failed, _ = self._attempt("replan", lambda: handle.replan(gpu_budget=_REPLANNED_BYTES))
+        budget = self._case.replanned_bytes
+        failed, _ = self._attempt("replan", lambda: handle.replan(gpu_budget=budget))
         must = plain(self._x)
         for _ in range(2):
             assert torch.equal(self.model(self._x), must), "wrong behind replan()"
         expect.assert_at_rest(handle)
         if failed:
-            handle.replan(gpu_budget=_REPLANNED_BYTES)
+            handle.replan(gpu_budget=budget)
             assert torch.equal(self.model(self._x), must), "wrong behind a second replan()"
 
     @torch.no_grad()

@@ -1,0 +1,135 @@
+"""Units that travel packed and units that stay packed on the device: the resident model's bits."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torch_offload
+from tests.gpu.harness import assert_all_equal, offloaded, requested_bytes
+from tests.python.dropin import tiny_llama
+from torch_offload import Handle
+from torch_offload.selfcheck.delays import RandomDelays
+from torch_offload.selfcheck.schedules import MODES
+
+WAYS = ["packed", "packed_resident"]
+VOCAB = 512
+
+
+def bf16_llama() -> Any:
+    """Units of 2 and 5 MB."""
+    return torch_offload.align(
+        tiny_llama(
+            hidden_size=512, intermediate_size=1536, num_hidden_layers=6, vocab_size=VOCAB
+        ).bfloat16()
+    )
+
+
+def token_ids(device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(3, VOCAB, (2, 12), generator=generator).to(device)
+
+
+def plain_on(model: nn.Module, device: torch.device) -> Any:
+    return torch_offload.align(copy.deepcopy(model).to(device))
+
+
+@torch.no_grad()
+def logits(model: Any, device: torch.device) -> torch.Tensor:
+    return model(token_ids(device)).logits  # type: ignore[no-any-return]
+
+
+def on_device(handle: Handle) -> int:
+    stats = handle.stats
+    return stats.bytes_resident + stats.window_bytes + stats.staging_bytes + stats.packed_bytes
+
+
+@pytest.mark.parametrize("transport", WAYS)
+@pytest.mark.parametrize(("mode", "streams"), MODES)
+def test_outputs_equal_resident_with_exact_copies_and_decoders(
+    device: torch.device, mode: str, streams: str, transport: str
+) -> None:
+    model = bf16_llama()
+    must = logits(plain_on(model, device), device)
+    with offloaded(
+        model, device, mode=mode, streams=streams, transport=transport, depth=0
+    ) as handle:
+        logits(model, device)
+        before = handle.stats
+        with handle.record() as log:
+            outputs = [logits(model, device) for _ in range(3)]
+        assert_all_equal(outputs, must)
+        assert handle.check() == []
+        onloads = handle.stats.onloads - before.onloads
+        kinds = [op.kind for op in log.ops]
+        assert kinds.count("decode") == onloads >= 3 * len(handle.units) - 2
+        assert kinds.count("copy") == (onloads if transport == "packed" else 0)
+        copied = handle.stats.bytes_copied - before.bytes_copied
+        assert (copied == 0) == (transport == "packed_resident")
+        assert {unit.transport for unit in handle.units} == {transport}
+    assert_all_equal([logits(model.to(device), device)], must)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("transport", WAYS)
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("mode", "streams"), MODES)
+def test_delayed_streams_change_nothing(
+    device: torch.device, mode: str, streams: str, seed: int, transport: str
+) -> None:
+    model = bf16_llama()
+    must = logits(plain_on(model, device), device)
+    options: dict[str, Any] = {"poison": seed == 1, "depth": 0 if seed == 1 else None}
+    with offloaded(
+        model, device, mode=mode, streams=streams, transport=transport, **options
+    ) as handle:
+        delays = RandomDelays(handle, seed)
+        outputs = []
+        with delays.inside(model):
+            for _ in range(4):
+                delays.before_forward()
+                outputs.append(logits(model, device))
+        assert delays.count > 0, "nothing was delayed"
+        assert_all_equal(outputs, must)
+
+
+@pytest.mark.parametrize("transport", WAYS)
+def test_edits_are_seen(device: torch.device, transport: str) -> None:
+    model = bf16_llama()
+    with offloaded(model, device, transport=transport) as handle:
+        logits(model, device)
+        for layer in (2, 0):
+            with torch.no_grad():
+                model.model.layers[layer].mlp.up_proj.weight.mul_(1.5)
+                model.model.layers[layer].self_attn.o_proj.weight.data += 0.25
+            with handle.record():
+                got = [logits(model, device) for _ in range(2)]
+            assert handle.check() == []
+            twin = bf16_llama()
+            twin.load_state_dict(model.state_dict())
+            assert_all_equal(got, logits(plain_on(twin, device), device))
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.knows_memory
+def test_device_memory_is_what_the_handle_says_within_every_budget(device: torch.device) -> None:
+    model = bf16_llama()
+    must = logits(plain_on(model, device), device)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    before = requested_bytes(device)
+    with torch_offload.offload(model, device, transport="packed", gpu_budget=weights) as handle:
+        seen = set()
+        for percent in (100, 85, 75, 65, 85, 100):
+            budget = weights * percent // 100
+            handle.replan(gpu_budget=budget)
+            assert_all_equal([logits(model, device) for _ in range(2)], must)
+            used = requested_bytes(device) - before
+            assert used <= on_device(handle) * 1.001 + 2**16, f"{used} used at {percent} %"
+            assert on_device(handle) <= budget
+            seen |= {unit.transport for unit in handle.units if unit.place}
+        assert seen >= {"packed", "packed_resident"}
+    assert requested_bytes(device) == before
