@@ -180,11 +180,12 @@ class _Installation:
                 self._engine.lock_files(index)
             except MemoryError as error:
                 raise FilesNotLockedError(str(error)) from error
-        self._pack()
+        self._pack(planned)
 
-    def _pack(self) -> None:
-        if any(way != "raw" for way in self._placed.plan.transports):
-            self._engine.pack(self._placed.packable.packed_bytes)
+    def _pack(self, planned: Planned | Placed) -> None:
+        """Packs what this plan, which the engine has, wants packed."""
+        if any(way != "raw" for way in planned.plan.transports):
+            self._engine.pack(planned.packable.packed_bytes)
 
     def wrap(self, model: nn.Module, planned: Planned) -> None:
         """Wraps the call of each streamed unit, of each table, and of all that is above one."""
@@ -399,11 +400,11 @@ class _Installation:
             moved = self._engine.recut(planned.plan, self._ranges(planned.specs))
             try:
                 moves[1].move(table.weight for table in to_device)
-                self._pack_again(*_MEMORY_ERRORS if may_be_raw else ())
+                self._pack_again(planned, *_MEMORY_ERRORS if may_be_raw else ())
             except BaseException:
                 former = self._placed
                 self._engine.recut(former.plan, self._ranges_of(former.parameters))
-                self._pack_again(Exception)
+                self._pack_again(former, Exception)
                 raise
         except BaseException:
             for move in moves:
@@ -423,10 +424,10 @@ class _Installation:
         if self._config.debug:
             self._recorder.keep()  # the former log tells of another plan
 
-    def _pack_again(self, *bearable: type[Exception]) -> None:
+    def _pack_again(self, planned: Planned | Placed, *bearable: type[Exception]) -> None:
         """Packs the units of another plan. After an error that can be borne they travel raw."""
         try:
-            self._pack()
+            self._pack(planned)
         except bearable as error:
             warnings.warn(
                 f"torch_offload: the units travel raw, as they could not be packed anew: {error}",
