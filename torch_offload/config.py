@@ -36,11 +36,12 @@ class Config:
             predicted to be faster, and sublayers otherwise; `Handle.explain` says which.
         streams: ``"shared"`` (one copy stream, kernels stay on the caller's stream) or ``"split"``
             (a copy and a compute stream for each half of a layer).
-        transport: How units travel: ``"raw"``, as they are; ``"packed"``, bf16 weights without
-            loss in about 0.7 of their bytes, decoded on the device, where within a budget as many
-            as fit stay packed; ``"packed_resident"``, all of them stay packed there and none
-            travels; ``"auto"``, packed where link and decoder are measured to be faster so. Bits
-            are the same. Packed copies of what travels take that much more page-locked memory.
+        transport: How units travel: ``"raw"``, as they are; ``"auto"``, each unit in the fastest of
+            four ways by what is predicted: on the device as it is, packed on the device, streamed
+            raw or streamed packed, which is bf16 without loss in about 0.7 of its bytes, decoded
+            on the device; ``"packed"``, the same, but all that streams travels packed;
+            ``"packed_resident"``, all units stay packed on the device and none travels. Bits are
+            the same. Packed copies of what travels take that much more page-locked memory.
         depth: How many bytes copies may run ahead: ``2**30``, ``"2GiB"``, or None for the
             largest layer, or 2.5 times the largest unit where that is less.
             The next unit is always copied ahead, so ``0`` is allowed.

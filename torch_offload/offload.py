@@ -59,9 +59,9 @@ def offload(
         mode: ``"pipeline"`` (default), ``"events"``, ``"streams"`` or ``"sync"``; see `Config`.
         granularity: ``"sublayer"`` (default), ``"layer"``, ``"module"`` or ``"auto"``.
         streams: ``"shared"`` (default) or ``"split"``.
-        transport: ``"raw"`` (default), ``"packed"`` (bf16 weights without loss in about 0.7 of
-            their bytes, decoded on the device; takes that much more host memory),
-            ``"packed_resident"`` (all of them stay there packed) or ``"auto"``; see `Config`.
+        transport: ``"raw"`` (default), ``"auto"`` (each unit raw or packed, on the device or
+            streamed, as is predicted to be fastest; packed copies take more host memory),
+            ``"packed"`` or ``"packed_resident"``; see `Config`.
         depth: Bytes that copies may run ahead: a number, ``"2GiB"``, or None for the largest
             layer, or 2.5 times the largest unit where that is less.
         gpu_budget: What weights may take on the device, resident ones and window together:
