@@ -83,16 +83,22 @@ class AllSmallSchedules(Lane):
         stride = effort.pick(self._QUICK_STRIDE, self._FULL_STRIDE)
         wholes = [
             (
-                f"{mode}, {streams}: ",
+                f"{mode}, {streams}, {' and '.join(transports)}: ",
                 _C.ExhaustiveLane(
                     mode=mode,
                     streams=streams,
-                    max_units=most,
-                    max_calls=most,
+                    max_units=units,
+                    max_calls=units,
                     num_threads=effort.num_threads,
+                    transports=transports,
                 ),
             )
             for mode, streams in MODES
+            for transports, units in (
+                (["raw"], most),
+                (["packed_resident", "packed"], most - 1),
+                (["packed_resident", "raw"], most - 1),
+            )
         ]
         slices = [
             (
@@ -116,7 +122,7 @@ class AllSmallSchedules(Lane):
             _add(tally, report, where)
         whole = sum(lane.count() for _, lane in wholes)
         tally.note = (
-            f"all {whole:,} of up to {most} units and calls in 3 places; "
+            f"all {whole:,} of up to {most} units and calls in 3 places, packed {most - 1}; "
             f"each {stride:,}-th of up to 5"
         )
         return tally
