@@ -84,7 +84,8 @@ class AllSmallSchedules(Lane):
 
     def run(self, effort: Effort) -> Tally:
         """All of them; where schedules of raw units meet in a state they go on as one."""
-        size, packed_size = effort.pick((self._QUICK, self._PACKED), (self._FULL, self._EACH))
+        size = effort.pick(self._QUICK, self._FULL)
+        packed_size = effort.pick(self._PACKED, self._EACH)
         lanes = [
             (
                 f"{mode}, {streams}, {' and '.join(ways)}: ",
