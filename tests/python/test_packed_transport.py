@@ -199,8 +199,9 @@ def test_staging_ring_counts_in_the_budget() -> None:
     with offload(model, HOST, transport="packed", gpu_budget=size) as handle:
         assert_equal(run(model), expected)
         stats = handle.stats
-        assert stats.bytes_resident + stats.window_bytes + stats.staging_bytes <= size
-        assert any(unit.place is None for unit in handle.units)
+        packed = stats.staging_bytes + stats.packed_bytes
+        assert stats.bytes_resident + stats.window_bytes + packed <= size
+        assert any(unit.transport == "packed_resident" for unit in handle.units)
         handle.replan(gpu_budget=None)
         assert_equal(run(model), expected)
         assert all(unit.copied_bytes < unit.size_bytes for unit in handle.units)
