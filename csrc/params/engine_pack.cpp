@@ -55,12 +55,11 @@ void Engine::pack(const std::vector<std::size_t>& most_bytes) {
   most_packed_bytes_ = most_bytes;
   try {
     const py::gil_scoped_release no_gil;
-    std::vector<std::optional<UnitEncoder>> encoders = encoders_within(most_bytes);
+    const std::vector<std::optional<UnitEncoder>> encoders = encoders_within(most_bytes);
     make_room_for(encoders);
     for (UnitIndex unit = 0; unit < encoders.size() && packed_ != nullptr; ++unit) {
-      if (encoders[unit]) {
-        write_packed(unit, *encoders[unit]);
-        encoders[unit].reset();
+      if (const std::optional<UnitEncoder>& encoder = encoders[unit]) {
+        write_packed(unit, *encoder);
       }
     }
   } catch (...) {
@@ -106,10 +105,11 @@ void Engine::make_room_for(const std::vector<std::optional<UnitEncoder>>& encode
   options.resident_bytes.assign(units_.size(), 0);
   std::vector<std::size_t> pieces(units_.size() + 1, 0);
   for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
-    if (!encoders[unit]) {
+    const std::optional<UnitEncoder>& encoder = encoders[unit];
+    if (!encoder) {
       continue;
     }
-    const std::size_t room_bytes = packed_room_bytes(encoders[unit]->blob_bytes());
+    const std::size_t room_bytes = packed_room_bytes(encoder->blob_bytes());
     if (plan.stays_packed(unit)) {
       options.resident_bytes[unit] = room_bytes;
       pieces.back() = std::max(pieces.back(), room_bytes);
