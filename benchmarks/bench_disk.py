@@ -99,7 +99,7 @@ def workload(pytestconfig: pytest.Config, peer: Workload) -> Workload:
     if size is None:
         return peer
     layers = parse_size(size, "--checkpoint") // DEEP.layer_bytes
-    return replace(DEEP, name=f"{layers} layers of Llama-8B", num_layers=layers)
+    return replace(DEEP, name=f"{layers} layers of Llama-8B", num_layers=layers, vocab_size=4096)
 
 
 @pytest.fixture

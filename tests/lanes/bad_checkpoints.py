@@ -44,6 +44,14 @@ def _file(header: object, data: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
+def _changed(choice: random.Random, document: Any) -> Any:
+    while True:
+        try:
+            return mutated_document(choice, document)
+        except OverflowError:  # a number made huge, and then drawn once more
+            continue
+
+
 def _changed_file(choice: random.Random, content: bytes) -> bytes:
     """A safetensors file with another header, whose length fits mostly, or with other bytes."""
     (length,) = struct.unpack("<Q", content[:8])
@@ -52,7 +60,7 @@ def _changed_file(choice: random.Random, content: bytes) -> bytes:
     if kind < 0.3:
         return mutated_bytes(choice, content)
     if kind < 0.7:
-        return _file(mutated_document(choice, json.loads(text)), data)
+        return _file(_changed(choice, json.loads(text)), data)
     return _file(mutated_bytes(choice, text), data)
 
 
@@ -93,7 +101,7 @@ def fuzz_indexes(tally: Tally, count: int, seed: int) -> None:
     }
     for _ in range(count):
         if fuzz.choice.random() < 0.5:
-            text = json.dumps(mutated_document(fuzz.choice, index)).encode()
+            text = json.dumps(_changed(fuzz.choice, index)).encode()
         else:
             text = mutated_bytes(fuzz.choice, json.dumps(index).encode())
         fuzz.attempt("index", text, lambda text=text: _stays_inside(text))  # type: ignore[misc]
@@ -101,11 +109,16 @@ def fuzz_indexes(tally: Tally, count: int, seed: int) -> None:
 
 def fuzz_configs(tally: Tally, count: int, seed: int, folder: Path) -> None:
     """Configs that a plan is to be made from."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it says much of what is odd
     fuzz = Fuzz(tally, seed)
     file = folder / "fuzzed_config.json"
+    file.write_text(json.dumps(_CONFIG))
+    read_config(file)  # imports as well, which takes longer than an input may
     for _ in range(count):
         if fuzz.choice.random() < 0.7:
-            text = json.dumps(mutated_document(fuzz.choice, _CONFIG)).encode()
+            text = json.dumps(_changed(fuzz.choice, _CONFIG)).encode()
         else:
             text = mutated_bytes(fuzz.choice, json.dumps(_CONFIG).encode())
         file.write_bytes(text)
@@ -135,7 +148,7 @@ def fuzz_folders(tally: Tally, count: int, seed: int, folder: Path) -> None:
         for name, content in good.items():
             data = content
             if name == changed and name == INDEX_NAME:
-                data = json.dumps(mutated_document(fuzz.choice, json.loads(content))).encode()
+                data = json.dumps(_changed(fuzz.choice, json.loads(content))).encode()
             elif name == changed:
                 data = _changed_file(fuzz.choice, content)
             (where / name).write_bytes(data)
