@@ -76,6 +76,8 @@ def parse_header(head: bytes, file_bytes: int, file: str) -> dict[str, StoredTen
         header = json.loads(
             text.decode("utf-8"), object_pairs_hook=_without_repeats, parse_int=_count
         )
+        if b"\\ud" in text.lower():  # half a character, which is no text, passes as an escape
+            json.dumps(header, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"expected a header of JSON in {file}, got {_first(error)}") from None
     if not isinstance(header, dict):

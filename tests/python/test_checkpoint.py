@@ -67,6 +67,7 @@ def test_header_says_where_tensors_lie() -> None:
         (_file(b"\xff\xfe{}"), "expected a header of JSON"),
         (_file(b"[" * 100000), "expected a header of JSON"),
         (_file(b'{"a": 1, "a": 2}'), "a name that is there twice"),
+        (_file(b'{"__metadata__": {"a": "\\udc80"}}'), "surrogates not allowed"),
         (_file([]), "named tensors in x.safetensors, got list"),
         (_file({"__metadata__": {"a": 1}}), "expected metadata of text"),
         (_file({"a": 3}), "expected dtype, shape and data_offsets for tensor 'a'"),
