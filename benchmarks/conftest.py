@@ -47,6 +47,7 @@ FILE_LIMITS_S = {
     "planner": 240,
     "codec": 60,
     "packed": 120,
+    "packed_cache": 90,
     "layer": 60,
 }
 _RECORDS = pytest.StashKey[Records]()

@@ -29,6 +29,7 @@ from torch_offload.leaves import LeafCut
 from torch_offload.memory import Memory, total_bytes_of
 from torch_offload.mismatch import MismatchExplainer
 from torch_offload.module_tree import modules_above, parameter_slots
+from torch_offload.packed_parameter import packed_class_of
 from torch_offload.placed import Placed
 from torch_offload.planning import Cut, Planned, least_budget, plan_cut, plan_in_window
 from torch_offload.progress import Progress
@@ -131,6 +132,7 @@ class _Installation:
             wait_for_each=config.debug,
             lock_limit_bytes=files.lock_limit_bytes() if files.views else None,
             residents=list(files.views.values()),
+            packed_class_of=packed_class_of if config.masters == "packed" else None,
         )
         self._recorder = Recorder(self._engine)
         self._has_files = bool(files.views)
@@ -180,8 +182,15 @@ class _Installation:
         self._pack()
 
     def _pack(self) -> None:
-        if self._packs:
+        if not self._packs:
+            return
+        if self._config.packed_cache is None:
             self._engine.pack(MAX_SHARE)
+        else:
+            # Imported here, as only the cache needs safetensors.
+            from torch_offload.packed_cache import PackedCache
+
+            PackedCache(self._config.packed_cache).pack(self._engine, MAX_SHARE)
 
     def wrap(self, model: nn.Module, planned: Planned) -> None:
         """Wraps the call of each streamed unit, of each table, and of all that is above one."""
@@ -407,12 +416,17 @@ class _Installation:
             self._recorder.keep()  # the former log tells of another plan
 
     def _pack_again(self) -> None:
-        """Packs the units of another plan. Where there is no room for that, they travel raw."""
+        """Packs the units of another plan. Where there is no room for that, a warning says so."""
         try:
             self._pack()
         except (MemoryError, torch.OutOfMemoryError) as error:
+            what_follows = (
+                "the units travel raw"
+                if self._config.masters == "plain"
+                else "the next forward tries again"
+            )
             warnings.warn(
-                f"torch_offload: the units travel raw, as there is no room to pack them anew: "
+                f"torch_offload: there is no room to pack the units anew, so {what_follows}: "
                 f"{error}",
                 stacklevel=2,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from torch_offload import _C
 from torch_offload.budget import AUTO, budget_in_bytes
 from torch_offload.checks import check_model
-from torch_offload.config import Config, Granularity, Mode, OnOom, Streams, Transport
+from torch_offload.config import Config, Granularity, Masters, Mode, OnOom, Streams, Transport
 from torch_offload.debugging import LOGGER, debug_is_asked_for, report_environment
 from torch_offload.devices import resolve_device
 from torch_offload.file_masters import FileMasters
@@ -32,6 +33,8 @@ def offload(
     granularity: Granularity = "sublayer",
     streams: Streams = "shared",
     transport: Transport = "raw",
+    packed_cache: str | Path | None = None,
+    masters: Masters = "plain",
     depth: int | str | None = None,
     gpu_budget: int | float | str | None = AUTO,
     headroom: int | str = "1GiB",
@@ -60,6 +63,9 @@ def offload(
         streams: ``"shared"`` (default) or ``"split"``.
         transport: ``"raw"`` (default), ``"packed"`` (bf16 weights without loss in about 0.7 of
             their bytes, decoded on the device; takes that much more host memory) or ``"auto"``.
+        packed_cache: A folder that keeps the packed weights for the next run; see docs/packing.md.
+        masters: ``"plain"`` (default) or ``"packed"``: host memory holds nothing but the packed
+            weights, about 0.7 of their bytes; with ``transport="packed"``.
         depth: Bytes that copies may run ahead: a number, ``"2GiB"``, or None for the largest
             layer, or 2.5 times the largest unit where that is less.
         gpu_budget: What weights may take on the device, resident ones and window together:
@@ -94,6 +100,8 @@ def offload(
         granularity=granularity,
         streams=streams,
         transport=transport,
+        packed_cache=packed_cache,
+        masters=masters,
         depth=depth,
         gpu_budget=gpu_budget,
         headroom=headroom,
@@ -148,7 +156,8 @@ def offload_with(
         for spec, place in zip(planned.specs, planned.plan.places, strict=True)
         if place is not None
     ]
-    needed = packed_bytes_at_most(streamed, packs) + added_bytes(
+    beside_masters = packs and config.masters == "plain"
+    needed = packed_bytes_at_most(streamed, beside_masters) + added_bytes(
         [parameter for _, parameter in spec.parameters if files.view_of(parameter) is None]
         for spec in streamed
     )

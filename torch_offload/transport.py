@@ -43,11 +43,12 @@ def decides_to_pack(config: Config, device: torch.device) -> bool:
     if config.transport == "raw":
         return False
     can_decode = device.type == "cpu" or _C.has_kernels
-    if config.transport == "packed":
+    if config.transport == "packed" or config.masters == "packed":
         if not can_decode:
             raise NotImplementedError(
-                "expected transport='raw' or 'auto', got 'packed': this build has no decoder for "
-                "GPUs, as there was no CUDA compiler of torch's own major version; install one "
+                "expected transport='raw' and masters='plain', got 'packed': this build has no "
+                "decoder for GPUs, as there was no CUDA compiler of torch's own major version; "
+                "install one "
                 "and build torch_offload again"
             )
         return True

@@ -57,6 +57,7 @@ class PackedLoader : public Loader {
                 std::uint64_t generation) override;
   std::vector<StreamId> own_streams() const override;
 
+  std::size_t slot_bytes() const { return slot_bytes_; }
   std::size_t ring_bytes() const { return ring_.size_bytes(); }
 
  private:

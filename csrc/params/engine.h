@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "codec/encoder.h"
+#include "codec/unit_packer.h"
 #include "core/device.h"
 #include "core/loader.h"
 #include "core/masters.h"
@@ -47,13 +47,17 @@ class Engine : private Loader {
  public:
   /// Allocates the window, reserves the arena and prepares streams; moves no parameter.
   ///
+  /// With `packed_class_of`, the Python function that gives the class of a parameter at rest,
+  /// masters are packed: see Note [Packed masters].
+  ///
   /// Throws: ValueError for a parameter that cannot be streamed, or if `ranges` and `plan` do not
   ///         fit together; MemoryError.
   Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
          const PipelineOptions& options, std::vector<ParameterSpec> parameters, Plan plan,
          const std::vector<ParameterRange>& ranges,
          std::size_t lock_limit_bytes = LockedFiles::kNoLimit,
-         const std::vector<std::shared_ptr<FileView>>& residents = {});
+         const std::vector<std::shared_ptr<FileView>>& residents = {},
+         pybind11::object packed_class_of = {});
   ~Engine() override;
 
   /// Moves a streamed unit's parameters into their masters; units in order, each once. Those of a
@@ -71,6 +75,23 @@ class Engine : private Loader {
   /// Throws:    StateError during a forward or after an earlier call; NotImplementedError if the
   ///            device cannot decode; MemoryError. Units are then copied as before.
   void pack(double max_share);
+  /// What a unit's blob is made from: where each parameter lies in the place, and its bytes.
+  struct ParameterContent {
+    std::string name;
+    std::size_t place_offset = 0;
+    std::size_t size_bytes = 0;
+    std::uint64_t checksum = 0;  ///< Of the bytes that its master holds now.
+  };
+  /// Blocking: reads all of the unit, on all cores. Throws: StateError during a forward.
+  std::vector<ParameterContent> content(UnitIndex unit);
+  /// Blobs for the next `pack`, by unit, of what the units' masters hold; undefined: none. A
+  /// damaged one is not taken.
+  void offer_blobs(std::vector<at::Tensor> blobs);
+  /// The units for which the last `pack` has taken the blob that was offered.
+  const std::vector<UnitIndex>& blobs_taken() const { return blobs_taken_; }
+  /// The blob of a packed unit, as bytes that keep it alive; undefined for a raw one.
+  /// Throws: StateError during a forward.
+  at::Tensor packed_blob(UnitIndex unit) const;
   /// Bytes of each unit as it is copied: packed, or all of it.
   std::vector<std::size_t> transport_bytes() const;
   /// The staging ring on the device.
@@ -163,14 +184,15 @@ class Engine : private Loader {
 
   struct UnitParameters {
     ParameterRange range;
-    std::vector<std::size_t> offsets;   // of each parameter in master and place
-    std::vector<CopySegment> segments;  // of the master, as copies
-    std::uint32_t uses = 0;             // under way; the parameters show the place while > 0
-    bool is_sampled = false;            // since the last copy
-    bool is_compared = false;           // with the sample, in this pass
-    bool is_checked = false;            // against the files, in this pass
-    bool is_locked = false;             // all its pages of files, for good
-    bool is_to_be_packed = false;       // whatever a comparison would say
+    std::vector<std::size_t> offsets;        // of each parameter in master and place
+    std::vector<CopySegment> segments;       // of the master, as copies
+    std::uint32_t uses = 0;                  // under way; the parameters show the place while > 0
+    bool is_sampled = false;                 // since the last copy
+    bool is_compared = false;                // with the sample, in this pass
+    bool is_checked = false;                 // against the files, in this pass
+    bool is_locked = false;                  // all its pages of files, for good
+    bool is_to_be_packed = false;            // whatever a comparison would say
+    std::shared_ptr<const PackedBlob> blob;  // its master, where that is packed
   };
 
   /// The parameters of one unit, to iterate over.
@@ -195,8 +217,20 @@ class Engine : private Loader {
                 std::uint64_t generation) override;
   std::vector<StreamId> own_streams() const override;
   bool is_packed(UnitIndex unit) const { return packed_ != nullptr && packed_->has_source(unit); }
-  UnitEncoder encoder_of(const UnitParameters& entry, std::size_t unit_bytes) const;
-  void write_packed(UnitIndex unit, const UnitEncoder& encoder);
+  bool packs_masters() const { return static_cast<bool>(packed_class_of_); }
+  bool is_plain(const UnitParameters& entry) const;
+  std::vector<TensorSource> sources_of(const UnitParameters& entry,
+                                       std::vector<at::Tensor>& unpacked) const;
+  void take_found(const UnitParameters& entry);
+  void pack_masters(double max_share);
+  void set_packed_source(UnitIndex unit);
+  bool hold(UnitIndex unit, bool keeps_shared);
+  bool adopt_blob(UnitIndex unit);
+  void make_plain(UnitIndex unit);
+  void adopt_packed_edits(UnitIndex unit);
+  UnitPacker packer_of(UnitIndex unit) const;
+  KeptBlob offered_blob(UnitIndex unit) const;
+  void write_packed(UnitIndex unit, UnitPacker& packer);
   void pack_anew(UnitIndex unit);
   void note_content(UnitParameters& entry);
   void drop_packed();
@@ -230,6 +264,11 @@ class Engine : private Loader {
   std::unique_ptr<Pipeline> pipeline_;
   std::shared_ptr<PinnedArena> blobs_;  // one piece per unit, empty for one that is raw
   std::unique_ptr<PackedLoader> packed_;
+  pybind11::object packed_class_of_;       // none: masters are plain
+  double max_share_ = 0;                   // of its bytes that a packed unit may take
+  bool are_masters_ready_ = false;         // packed, or plain, as copies need them
+  std::vector<at::Tensor> offered_blobs_;  // by unit, while they are packed
+  std::vector<UnitIndex> blobs_taken_;
   std::shared_ptr<OpLog> log_;  // attached to the device; or none
   std::uint64_t cpu_ns_ = 0;
   bool has_warned_of_backward_ = false;

@@ -27,18 +27,13 @@ constexpr std::size_t with_slack(std::size_t packed_bytes) {
 
 }  // namespace
 
-UnitEncoder Engine::encoder_of(const UnitParameters& entry, std::size_t unit_bytes) const {
-  std::vector<TensorSource> tensors;
-  auto offset = entry.offsets.begin();
-  for (std::size_t i = entry.range.begin; i < entry.range.end; ++i) {
-    const StreamedParameter& parameter = parameters_[i];
-    tensors.push_back({masters_->memory(i), parameter.size_bytes(), *offset++,
-                       parameter.parameter().scalar_type() == at::kBFloat16 ? ElementType::kBf16
-                                                                            : ElementType::kOther});
-  }
+UnitPacker Engine::packer_of(UnitIndex unit) const {
+  std::vector<at::Tensor> unpacked;  // none: masters are plain here
+  std::vector<TensorSource> tensors = sources_of(units_[unit], unpacked);
   EncodeOptions options;
   options.num_threads = default_num_threads();
-  return {tensors, unit_bytes, options};
+  return {std::move(tensors), pipeline_->plan().units[unit].size_bytes, options,
+          offered_blob(unit)};
 }
 
 void Engine::pack(double max_share) {
@@ -53,20 +48,24 @@ void Engine::pack(double max_share) {
         "decoder; use transport='raw', or build torch_offload where there is a CUDA compiler of "
         "torch's own major version");
   }
+  if (packs_masters()) {
+    pack_masters(max_share);
+    return;
+  }
   try {
     const py::gil_scoped_release no_gil;
-    std::vector<std::optional<UnitEncoder>> encoders(units_.size());
+    std::vector<std::optional<UnitPacker>> packers(units_.size());
     std::vector<std::size_t> sizes(units_.size(), 0);
     for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
       if (plan.is_resident(unit)) {
         continue;
       }
       const std::size_t unit_bytes = plan.units[unit].size_bytes;
-      UnitEncoder encoder = encoder_of(units_[unit], unit_bytes);
-      const std::size_t room = with_slack(encoder.blob_bytes());
+      UnitPacker packer = packer_of(unit);
+      const std::size_t room = with_slack(packer.blob_bytes());
       if (static_cast<double>(room) <= max_share * static_cast<double>(unit_bytes)) {
         sizes[unit] = room;
-        encoders[unit].emplace(std::move(encoder));
+        packers[unit].emplace(std::move(packer));
       }
     }
     const std::size_t largest = *std::max_element(sizes.begin(), sizes.end());
@@ -79,9 +78,9 @@ void Engine::pack(double max_share) {
     blobs_ = std::make_shared<PinnedArena>(device_, sizes);
     packed_ = std::make_unique<PackedLoader>(*device_, units_.size(), options);
     for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
-      if (const std::optional<UnitEncoder>& encoder = encoders[unit]) {
+      if (std::optional<UnitPacker>& packer = packers[unit]) {
         blobs_->prepare(unit);
-        write_packed(unit, *encoder);
+        write_packed(unit, *packer);
       }
       blobs_->seal_up_to(unit);
     }
@@ -98,12 +97,19 @@ void Engine::pack(double max_share) {
   }
 }
 
-void Engine::write_packed(UnitIndex unit, const UnitEncoder& encoder) {
+/// Leaves the unit raw where its blob needs more room than there is.
+void Engine::write_packed(UnitIndex unit, UnitPacker& packer) {
   std::byte* const memory = blobs_->piece_memory(unit);
-  device_->host_write(memory, encoder.blob_bytes(), unit);
-  encoder.encode(memory);
-  packed_->set_source(unit, {memory, encoder.blob_bytes(), pipeline_->plan().units[unit].size_bytes,
-                             encoder.num_tiles()});
+  const std::size_t room = blobs_->piece_bytes(unit);
+  device_->host_write(memory, room, unit);
+  if (!packer.write(memory, room)) {
+    return;
+  }
+  if (packer.took_kept()) {
+    blobs_taken_.push_back(unit);
+  }
+  packed_->set_source(unit, {memory, packer.blob_bytes(), pipeline_->plan().units[unit].size_bytes,
+                             packer.num_tiles()});
 }
 
 /// Takes what the masters hold now as what is packed.
@@ -121,10 +127,8 @@ void Engine::pack_anew(UnitIndex unit) {
     const py::gil_scoped_release no_gil;
     pipeline_->synchronize_onload(unit);  // a copy may still read what is packed
     packed_->drop_source(unit);           // raw, unless all goes well
-    const UnitEncoder encoder = encoder_of(units_[unit], pipeline_->plan().units[unit].size_bytes);
-    if (encoder.blob_bytes() <= blobs_->piece_bytes(unit)) {
-      write_packed(unit, encoder);
-    }
+    UnitPacker packer = packer_of(unit);
+    write_packed(unit, packer);
   }
   note_content(units_[unit]);
 }
@@ -133,6 +137,7 @@ void Engine::pack_anew(UnitIndex unit) {
 void Engine::drop_packed() {
   packed_.reset();
   blobs_.reset();
+  are_masters_ready_ = false;
 }
 
 std::vector<StreamId> Engine::own_streams() const {

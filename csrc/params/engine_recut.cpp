@@ -27,7 +27,7 @@ std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges)
     }
   }
   std::vector<std::size_t> missing(parameters_.size(), 0);
-  for (const std::size_t i : leaving) {
+  for (const std::size_t i : packs_masters() ? std::vector<std::size_t>{} : leaving) {
     missing[i] = aligned_size(parameters_[i].size_bytes());
   }
   {
