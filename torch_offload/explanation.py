@@ -283,7 +283,7 @@ def _other_transport(handle: Handle, scenario: Scenario, placed: Placed) -> Othe
         transport, basis = "auto", Rates().sentence
         packable = replace(RAW, transport="auto", packed_bytes=placed.packed_estimates)
     try:
-        other = predict(scenario.with_(packable=packable, budget_bytes=budget))
+        other = predict(scenario.with_(packable=packable, budget_bytes=budget, masters="plain"))
     except ValueError:  # below the least
         return None
     return OtherTransport(transport, other.forward_ms, other.host_bytes, basis)
@@ -297,9 +297,8 @@ def _scenario_of(
         measured = scenario_of(profile, units_of(profile))
         if rate is not None:
             measured = measured.with_(link_bytes_per_second=rate, copy_ns=None)
-        return measured.with_(
-            packable=placed.packable
-        ), "durations from the last profile of these units"
+        measured = measured.with_(packable=placed.packable, masters=handle.config.masters)
+        return measured, "durations from the last profile of these units"
     rate = rate or NOMINAL_LINK_BYTES_PER_SECOND
     units = placed.plan.units
     share = KERNEL_SHARES[0]
@@ -312,6 +311,7 @@ def _scenario_of(
         depth_bytes=handle.config.depth_bytes,
         outside_bytes=placed.outside_bytes,
         packable=placed.packable,
+        masters=handle.config.masters,
     )
     return scenario, (
         f"assumed: copies at {format_byte_rate(rate)}, and a token, whose kernels take {share:g} "

@@ -27,7 +27,7 @@ from tests.python.test_packed_transport import (
 )
 from torch_offload import Config, Handle, offload
 from torch_offload.offload import offload_with
-from torch_offload.transport import MAX_SHARE
+from torch_offload.packing import MAX_SHARE
 
 
 def deep_llama() -> Any:

@@ -14,7 +14,8 @@ from tests.python import expect
 from tests.python.dropin import assert_equal, plain_on, tiny_llama, tokens
 from torch_offload import _C, Config, offload
 from torch_offload.offload import offload_with
-from torch_offload.transport import MAX_SHARE, decides_to_pack
+from torch_offload.packing import MAX_SHARE
+from torch_offload.transport import packing_for
 
 HOST = torch.device("cpu")
 # Large enough that packing pays for every unit, small enough for a second.
@@ -205,19 +206,15 @@ def test_staging_ring_counts_in_the_budget() -> None:
         assert all(unit.copied_bytes < unit.size_bytes for unit in handle.units)
 
 
-def test_auto_is_raw_on_the_host_device() -> None:
-    assert not decides_to_pack(Config(transport="auto"), HOST)
-    with offload(llama(), HOST, transport="auto") as handle:
-        assert handle.stats.staging_bytes == 0
-
-
 def test_packed_without_kernels_fails_before_anything_is_touched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_C, "has_kernels", False)
-    assert not decides_to_pack(Config(transport="auto"), torch.device("cuda", 0))
+    auto = packing_for(Config(transport="auto"), torch.device("cuda", 0))
+    assert auto.transport == "raw"
+    assert "no decoder for GPUs" in auto.basis
     with pytest.raises(NotImplementedError, match="transport='raw'"):
-        decides_to_pack(Config(transport="packed"), torch.device("cuda", 0))
+        packing_for(Config(transport="packed"), torch.device("cuda", 0))
 
 
 def test_unknown_transport_fails() -> None:

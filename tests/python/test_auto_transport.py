@@ -1,0 +1,215 @@
+"""`transport="auto"` from end to end: what is planned is what is done, to the byte and bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.python.dropin import assert_equal, tiny_llama
+from tests.python.test_packed_transport import (
+    HOST,
+    SIZES,
+    _many_exponents,
+    expected_now,
+    expected_of,
+    run,
+)
+from torch_offload import Handle, offload
+from torch_offload.measured_times import measured_times
+
+
+def deep_llama() -> Any:
+    return tiny_llama(**SIZES, num_hidden_layers=12).bfloat16()
+
+
+def weights_bytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def used_bytes(handle: Handle) -> int:
+    stats = handle.stats
+    return stats.bytes_resident + stats.window_bytes + stats.staging_bytes + stats.packed_bytes
+
+
+def ways_of(handle: Handle) -> list[str]:
+    return ["resident" if unit.place is None else unit.transport for unit in handle.units]
+
+
+@pytest.mark.parametrize("granularity", ["sublayer", "layer", "module", "auto"])
+@pytest.mark.parametrize("share", [0.35, 0.6, 0.75, 0.9, 1.2])
+def test_auto_is_equal_and_uses_just_the_bytes_that_were_predicted(
+    share: float, granularity: Any
+) -> None:
+    model = deep_llama()
+    expected = expected_of(model)
+    budget = int(share * weights_bytes(model))
+    with offload(
+        model, HOST, transport="auto", gpu_budget=budget, granularity=granularity
+    ) as handle:
+        for _ in range(4):
+            assert_equal(run(model), expected)
+        found = handle.explain()
+        assert found.device_bytes == used_bytes(handle) <= budget
+        before = handle.stats
+        with handle.record():
+            assert_equal(run(model), expected)
+        assert handle.check() == []
+        after = handle.stats
+        # What a copy carries is the blob, what is planned its room.
+        copied = after.bytes_copied - before.bytes_copied
+        assert copied <= found.prediction.streamed_bytes <= 1.05 * copied + 2**12
+        assert ways_of(handle).count("packed") == len(found.packed)
+        assert ways_of(handle).count("packed_resident") == len(found.packed_resident)
+    assert_equal(run(model), expected)
+
+
+def test_auto_packs_where_that_is_faster_and_explains_it() -> None:
+    model = deep_llama()
+    budget = int(0.75 * weights_bytes(model))
+    with offload(model, HOST, transport="auto", gpu_budget=budget) as handle:
+        found = handle.explain()
+        assert found.packed_resident
+        assert "codec.json" in found.packing_basis
+        raw = found.other_transport
+        assert raw is not None
+        assert raw.transport == "raw"
+        assert raw.forward_ms > found.prediction.forward_ms
+        assert "resident, packed" in str(found)
+        assert all(change.device_bytes > 0 for change in found.changes)
+    with offload(model, HOST, gpu_budget=budget) as handle:
+        assert set(ways_of(handle)) <= {"resident", "raw"}
+        found = handle.explain()
+        auto = found.other_transport
+        assert auto is not None
+        assert auto.transport == "auto"
+        assert auto.forward_ms < found.prediction.forward_ms
+        assert "with 'auto'" in str(found)
+
+
+def test_auto_without_a_budget_streams_packed() -> None:
+    model = deep_llama()
+    expected = expected_of(model)
+    with offload(model, HOST, transport="auto", gpu_budget=None) as handle:
+        assert_equal(run(model), expected)
+        assert set(ways_of(handle)) == {"packed"}
+        assert handle.explain().device_bytes == used_bytes(handle)
+
+
+def test_auto_of_weights_that_do_not_pack_is_the_raw_plan() -> None:
+    model = tiny_llama(**SIZES, num_hidden_layers=6)  # float32
+    expected = expected_of(model)
+    budget = weights_bytes(model) // 2
+    with offload(model, HOST, gpu_budget=budget) as handle:
+        places = [unit.place for unit in handle.units]
+    with offload(model, HOST, transport="auto", gpu_budget=budget) as handle:
+        assert_equal(run(model), expected)
+        assert [unit.place for unit in handle.units] == places
+        assert handle.stats.staging_bytes + handle.stats.packed_bytes == 0
+
+
+def test_replanning_keeps_bits_and_budgets() -> None:
+    model = deep_llama()
+    expected = expected_of(model)
+    whole = weights_bytes(model)
+    with offload(model, HOST, transport="auto", gpu_budget=whole) as handle:
+        seen = set()
+        for percent in (120, 80, 60, 40, 75, 90):
+            handle.replan(gpu_budget=whole * percent // 100)
+            assert_equal(run(model), expected)
+            assert handle.explain().device_bytes == used_bytes(handle) <= whole * percent // 100
+            seen.update(ways_of(handle))
+        assert {"packed_resident", "resident"} <= seen
+
+
+def test_weights_that_pack_worse_once_they_are_edited_keep_the_budget() -> None:
+    model = deep_llama()
+    budget = int(0.75 * weights_bytes(model))
+    with offload(model, HOST, transport="auto", gpu_budget=budget) as handle:
+        run(model)
+        edited = next(i for i, unit in enumerate(handle.units) if unit.transport != "raw")
+        names = handle.units[edited].parameters
+        with torch.no_grad():
+            for name in names:
+                _many_exponents(model.get_parameter(name))
+        # Another plan packs anew, by what the unit was measured to take before.
+        for share in (0.8, 0.75):
+            handle.replan(gpu_budget=int(share * weights_bytes(model)))
+            assert_equal(run(model), expected_now(model))
+            assert used_bytes(handle) <= int(share * weights_bytes(model))
+        unit = handle.units[edited]
+        assert unit.transport == "raw"
+        assert unit.name not in (*handle.explain().packed, *handle.explain().packed_resident)
+
+
+# --- measured times ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def profiled() -> Iterator[tuple[Any, Handle, Any]]:
+    model = deep_llama()
+    budget = int(0.5 * weights_bytes(model))
+    with offload(model, HOST, transport="auto", gpu_budget=budget) as handle:
+        run(model)
+        with handle.profile() as profiler:
+            run(model)
+            run(model)
+        yield model, handle, profiler.result
+
+
+def test_profile_knows_every_unit_resident_ones_too(profiled: tuple[Any, Handle, Any]) -> None:
+    _, handle, profile = profiled
+    times = measured_times(profile)
+    names = [unit.name for unit in handle.units]
+    assert set(times.compute_ns) == set(names)
+    assert all(ns > 0 for ns in times.compute_ns.values())
+    assert all(ns > 0 for ns in times.copy_ns.values())
+
+
+def test_replan_by_a_profile_keeps_bits_and_the_budget(
+    profiled: tuple[Any, Handle, Any],
+) -> None:
+    model, handle, profile = profiled
+    expected = expected_of(model)
+    budget = int(0.5 * weights_bytes(model))
+    for given in (profile, None):
+        handle.replan(profile=given)
+        assert_equal(run(model), expected)
+        assert used_bytes(handle) <= budget
+
+
+def test_replan_goes_by_measured_times_until_told_otherwise(
+    profiled: tuple[Any, Handle, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch_offload import planning
+
+    _, handle, profile = profiled
+    asked: list[Any] = []
+    choose = planning.choose
+    monkeypatch.setattr(
+        planning, "choose", lambda *a, **k: asked.append(k["times"]) or choose(*a, **k)
+    )
+    handle.replan()
+    assert asked[-1] is not None
+    assert list(asked[-1].compute_ns) == list(measured_times(profile).compute_ns.values())
+    handle.replan(profile=None)
+    assert asked[-1] is None
+    handle.replan()
+    assert asked[-1] is None, "it stays forgotten"
+    handle.replan(profile=profile)
+    assert asked[-1] is not None
+
+
+def test_profile_of_another_model_is_refused_and_changes_nothing(
+    profiled: tuple[Any, Handle, Any],
+) -> None:
+    _, _, profile = profiled
+    model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(64, 64)) for _ in range(4)))
+    with offload(model, HOST, gpu_budget=None) as handle:
+        plan = handle.units
+        with pytest.raises(ValueError, match="profile of the units that there are"):
+            handle.replan(profile=profile, gpu_budget=2**20)
+        assert [unit.place for unit in handle.units] == [unit.place for unit in plan]
