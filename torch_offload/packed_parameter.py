@@ -25,7 +25,7 @@ _ALIASING = frozenset({torch.ops.aten._unsafe_view.default, torch.ops.aten.set_.
 
 
 class PackedParameter:
-    """Mixed into the class of a parameter at rest. ``isinstance`` asks whether one is packed."""
+    """Mixed into the class of a parameter at rest."""
 
     __slots__ = ()
 
@@ -74,6 +74,11 @@ for _name in (
     "untyped_storage",
 ):
     setattr(PackedParameter, _name, _unpacking(_name))
+
+
+def is_packed(tensor: torch.Tensor) -> bool:
+    """Whether it is a parameter at rest that has no memory."""
+    return isinstance(tensor, PackedParameter)
 
 
 def unpack(parameter: Any) -> torch.Tensor:

@@ -52,7 +52,7 @@ KeptBlob Engine::offered_blob(UnitIndex unit) const {
 at::Tensor Engine::packed_blob(UnitIndex unit) const {
   check_at_rest("packed_blob()");
   pipeline();
-  units_.at(unit);
+  const UnitParameters& entry = units_.at(unit);
   if (!is_packed(unit)) {
     return {};
   }
@@ -60,7 +60,7 @@ at::Tensor Engine::packed_blob(UnitIndex unit) const {
   // The blob is read, never written, through this tensor.
   return at::from_blob(
       const_cast<std::byte*>(source.bytes), {static_cast<std::int64_t>(source.packed_bytes)},
-      [owner = blobs_, blob = units_[unit].blob](void*) {}, at::TensorOptions().dtype(at::kByte));
+      [owner = blobs_, blob = entry.blob](void*) {}, at::TensorOptions().dtype(at::kByte));
 }
 
 }  // namespace torch_offload
