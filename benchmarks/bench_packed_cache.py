@@ -62,5 +62,5 @@ def bench_packed_cache_offload(part: Part, tiny: bool, tmp_path: Path, masters: 
         masters=masters,
         weights_bytes=weights_bytes,
         file_bytes=file_bytes,
-        seconds={how: spread(values) for how, values in seconds.items()},
+        offload_s={how: spread(values) for how, values in seconds.items()},
     )

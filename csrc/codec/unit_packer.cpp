@@ -14,6 +14,18 @@ namespace {
 
 constexpr std::uint64_t kCopyBytes = std::uint64_t{4} << 20U;
 
+/// What `check` returns of a blob; nothing where that is damaged, or of another release.
+template <typename Check>
+auto if_sound(Check check) -> std::optional<decltype(check())> {
+  try {
+    return check();
+  } catch (const ValueError&) {
+    return std::nullopt;
+  } catch (const NotImplementedError&) {
+    return std::nullopt;
+  }
+}
+
 /// Whether a decoder writes just the bytes of these tensors, all of them.
 bool covers(const std::vector<TensorEntry>& entries, const std::vector<TensorSource>& tensors) {
   auto entry = entries.begin();
@@ -39,13 +51,12 @@ UnitPacker::UnitPacker(std::vector<TensorSource> tensors, std::uint64_t unpacked
       options_(options),
       kept_(kept) {
   if (kept_.bytes != nullptr) {
-    try {
-      const BlobHeader header = BlobView::header_of(kept_.bytes, kept_.size_bytes, unpacked_bytes_);
-      blob_bytes_ = header.blob_bytes;
-      num_tiles_ = header.num_tiles;
+    const std::optional<BlobHeader> header = if_sound(
+        [&] { return BlobView::header_of(kept_.bytes, kept_.size_bytes, unpacked_bytes_); });
+    if (header) {
+      blob_bytes_ = header->blob_bytes;
+      num_tiles_ = header->num_tiles;
       return;
-    } catch (const ValueError&) {
-    } catch (const NotImplementedError&) {
     }
   }
   count();
@@ -66,7 +77,7 @@ bool UnitPacker::write(std::byte* blob, std::uint64_t room_bytes) {
     }
     count();
   }
-  if (blob_bytes_ > room_bytes) {
+  if (!encoder_ || blob_bytes_ > room_bytes) {
     return false;
   }
   encoder_->encode(blob);
@@ -80,14 +91,9 @@ bool UnitPacker::write_kept(std::byte* blob) {
     const std::uint64_t begin = part * kCopyBytes;
     std::memcpy(blob + begin, kept_.bytes + begin, std::min(kCopyBytes, blob_bytes_ - begin));
   });
-  try {
-    const BlobView view =
-        BlobView::checked(blob, blob_bytes_, unpacked_bytes_, options_.num_threads);
-    return covers(view.entries(), tensors_) && view.header().num_tiles == num_tiles_;
-  } catch (const ValueError&) {
-  } catch (const NotImplementedError&) {
-  }
-  return false;
+  const std::optional<BlobView> view = if_sound(
+      [&] { return BlobView::checked(blob, blob_bytes_, unpacked_bytes_, options_.num_threads); });
+  return view && covers(view->entries(), tensors_) && view->header().num_tiles == num_tiles_;
 }
 
 }  // namespace torch_offload

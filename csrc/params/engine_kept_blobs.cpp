@@ -52,12 +52,12 @@ KeptBlob Engine::offered_blob(UnitIndex unit) const {
 at::Tensor Engine::packed_blob(UnitIndex unit) const {
   check_at_rest("packed_blob()");
   pipeline();
-  units_.at(unit);
+  const UnitParameters& entry = units_.at(unit);
   if (!is_packed(unit)) {
     return {};
   }
   const PackedSource& source = packed_->source(unit);
-  const std::shared_ptr<const PackedBlob>& master = units_[unit].blob;
+  const std::shared_ptr<const PackedBlob>& master = entry.blob;
   const bool is_on_device = packed_->has_room(unit) && master == nullptr;
   // The blob is read, never written, through this tensor.
   const at::Tensor blob = at::from_blob(

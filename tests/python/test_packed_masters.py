@@ -113,6 +113,29 @@ def test_forward_is_equal_and_leaves_packed_parameters(
     assert_equal(run(model), expected)
 
 
+@pytest.mark.parametrize("granularity", ["sublayer", "layer", "module"])
+def test_forwards_plans_and_reports_unpack_nothing(
+    granularity: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    expected = run(model)
+    with packed(model, granularity=granularity) as handle:
+        unpacked = []
+        monkeypatch.setattr("torch_offload.packed_parameter.unpack", unpacked.append)
+        for _ in range(3):
+            assert_equal(run(model), expected)
+        handle.refresh()
+        handle.report()
+        assert handle.explain()
+        handle.describe(0)
+        assert model.to(HOST) is model
+        model.requires_grad_(False).eval()
+        handle.replan(gpu_budget="1GiB")
+        handle.replan(gpu_budget=None)
+        assert_equal(run(model), expected)
+        assert unpacked == []
+
+
 def test_depths_and_auto_transport_are_equal_and_without_hazard() -> None:
     model = llama()
     expected = run(model)
