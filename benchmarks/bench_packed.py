@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from conftest import Reference
 from observe import Counting
 from records import Part
 from yardstick import YARDSTICK, Shape, Stage, Streamed, Workload, bound, require_equal, shape_id
+
+from torch_offload.timeline import write_timeline
 
 _SHAPES = pytest.mark.parametrize(
     "shape_index", range(len(YARDSTICK.shapes)), ids=[shape_id(s) for s in YARDSTICK.shapes]
@@ -182,4 +185,34 @@ def bench_packed_budget(
         copied_bytes_per_forward=(after.bytes_copied - before.bytes_copied)
         / (after.forwards - before.forwards),
         bit_equal=True,
+    )
+
+
+def bench_packed_timelines(
+    part: Part, stage: Stage, yardstick: Workload, results_folder: Path
+) -> None:
+    """Two forwards each of units that travel packed and of units that stay packed, recorded.
+
+    `make figures` draws the picture of docs/packing.md from this file.
+    """
+    shape = yardstick.shapes[1]
+    tokens = yardstick.tokens(shape)
+    traces = []
+    for transport, title in (("packed", "units travel packed"), ("packed_resident", "they stay")):
+        streamed = stage.streamed(yardstick, transport=transport)
+        require_equal(stage.plain(yardstick), streamed.model, tokens)
+        run: Any = bound(streamed.model, tokens)
+        run()
+        with streamed.handle.record(times=True):
+            run()
+            run()
+        traces.append(streamed.handle.trace(title))
+    results_folder.mkdir(parents=True, exist_ok=True)
+    write_timeline(traces, results_folder / "packed.trace.json")
+    part.figures.update(
+        what="packed_timeline",
+        shape=shape_id(shape),
+        shape_index=1,
+        bars=[len(trace.bars) for trace in traces],
+        ms=[trace.end_ns * 1e-6 for trace in traces],
     )

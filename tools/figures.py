@@ -3,8 +3,9 @@
 
     tools/figures.py [RESULTS]        RESULTS: a folder of benchmark results (benchmarks/results)
 
-The pictures of the reference come from the simulator. Those of a real GPU come from the timeline
-that `benchmarks/bench_layer.py` has recorded, where there is one; otherwise they are left alone.
+The pictures of the reference come from the simulator. Those of a real GPU come from the timelines
+that `benchmarks/bench_layer.py` and `bench_packed.py` have recorded, where there are any; otherwise
+they are left alone. `--host` records that of packed units on the host device instead.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from torch_offload.trace import Trace  # noqa: E402
 
 FIGURES = _ROOT / "docs" / "figures"
 RECORDED = "timeline.trace.json"
+PACKED = "packed.trace.json"
+_HOST_RUNS = 8
 
 _REFERENCE = LayerTimes()
 # Copies of a layer take twice as long as computing it.
@@ -107,15 +110,68 @@ def recorded_figures(results: Path) -> bool:
     return True
 
 
+def host_traces() -> list[Trace]:
+    """Packed units on the host device, where copies are faster than decoders; the quietest run."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import torch_offload
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 256, (2, 128))
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=256,
+    )
+    model = LlamaForCausalLM(config).bfloat16().eval()
+    traces = []
+    for transport, title in (
+        ("packed", "host device, units travel packed"),
+        ("packed_resident", "host device, they stay packed"),
+    ):
+        with (
+            torch_offload.offload(model, "cpu", transport=transport) as handle,
+            torch.inference_mode(),
+        ):
+            runs = []
+            for _ in range(_HOST_RUNS):
+                with handle.record(times=True):
+                    model(tokens)
+                    model(tokens)
+                runs.append(handle.trace(title))
+        traces.append(min(runs, key=lambda run: _steady(run, 2).end_ns))
+    return traces
+
+
+def packed_figure(traces: Sequence[Trace]) -> None:
+    """Copy, decoder and kernels of packed units, two layers of each run."""
+    write_timeline([_steady(trace, 2) for trace in traces], FIGURES / "packed-timeline.png")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draws the pictures of README and docs.")
     parser.add_argument("results", nargs="?", type=Path, default=_ROOT / "benchmarks" / "results")
-    results = parser.parse_args(arguments).results
+    parser.add_argument("--host", action="store_true", help="packed units on the host device only")
+    options = parser.parse_args(arguments)
+    results = options.results
     FIGURES.mkdir(parents=True, exist_ok=True)
+    if options.host:
+        packed_figure(host_traces())
+        print("drew packed units on the host device")
+        return
     reference_figures()
     print(f"drew the reference figures into {FIGURES.relative_to(_ROOT)}")
-    if recorded_figures(results):
-        print("drew the recorded GPU run")
+    drawn = recorded_figures(results)
+    if (results / PACKED).is_file():
+        packed_figure(read_traces(results / PACKED))
+        drawn = True
+    if drawn:
+        print("drew the recorded GPU runs")
     else:
         print(f"no recorded GPU run: {RECORDED} is not in the results folder, pictures kept as is")
 

@@ -74,7 +74,7 @@ def parse_header(head: bytes, file_bytes: int, file: str) -> dict[str, StoredTen
     text = head[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes]
     try:
         header = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_without_repeats, parse_int=_count
+            text.decode("utf-8"), object_pairs_hook=_checked_fields, parse_int=_count
         )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"expected a header of JSON in {file}, got {_first(error)}") from None
@@ -216,10 +216,13 @@ def _nothing_found(folder: Path) -> str:
     return f"expected {SINGLE_NAME} or {INDEX_NAME} in {folder}, got neither"
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _checked_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
         raise ValueError("a name that is there twice")
+    for text in (*fields, *fields.values()):
+        if isinstance(text, str):
+            text.encode()  # half a character, written as an escape, is a ValueError
     return fields
 
 

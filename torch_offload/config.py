@@ -38,11 +38,12 @@ class Config:
             predicted to be faster, and sublayers otherwise; `Handle.explain` says which.
         streams: ``"shared"`` (one copy stream, kernels stay on the caller's stream) or ``"split"``
             (a copy and a compute stream for each half of a layer).
-        transport: How units travel: ``"raw"``, as they are; ``"packed"``, bf16 weights without
-            loss in about 0.7 of their bytes, decoded on the device, where within a budget as many
-            as fit stay packed; ``"packed_resident"``, all of them stay packed there and none
-            travels; ``"auto"``, packed where link and decoder are measured to be faster so. Bits
-            are the same. Packed copies of what travels take that much more page-locked memory.
+        transport: How units travel: ``"raw"``, as they are; ``"auto"``, each unit in the fastest of
+            four ways by what is predicted: on the device as it is, packed on the device, streamed
+            raw or streamed packed, which is bf16 without loss in about 0.7 of its bytes, decoded
+            on the device; ``"packed"``, the same, but all that streams travels packed;
+            ``"packed_resident"``, all units stay packed on the device and none travels. Bits are
+            the same. Packed copies of what travels take that much more page-locked memory.
         packed_cache: A folder that keeps the packed weights for the next run, which takes them
             from there instead of packing them, if the weights are the same. None keeps nothing.
         masters: What waits in host memory: ``"plain"``, the weights as they are; ``"packed"``,

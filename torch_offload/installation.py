@@ -43,6 +43,7 @@ from torch_offload.units import UnitSpec
 
 # transformers compiles the forward by itself for static caches; it asks this method before.
 _AUTO_COMPILE = "_valid_auto_compile_criteria"
+_MEMORY_ERRORS = (MemoryError, torch.OutOfMemoryError)
 # Smaller weights that stay on the device are not worth locking pages of a file for.
 _LEAST_BYTES_FROM_FILE = 2**20
 # Of a table that comes back from the device: so much of it is compared with its file at a time.
@@ -187,7 +188,7 @@ class _Installation:
             except MemoryError as error:
                 raise FilesNotLockedError(str(error)) from error
         self._engine.unlock_residents()
-        self._pack(self._placed)
+        self._pack(planned)
 
     def _move_streamed(self, planned: Planned, progress: Progress) -> None:
         """Tables to the host, streamed weights into their masters."""
@@ -201,10 +202,12 @@ class _Installation:
             self._engine.move_in(index)
             progress.advance(spec.num_bytes)
 
-    def _pack(self, placed: Placed) -> None:
-        if all(way == "raw" for way in placed.plan.transports) and self._config.masters == "plain":
+    def _pack(self, planned: Planned | Placed) -> None:
+        """Packs what this plan, which the engine has, wants packed."""
+        is_raw = all(way == "raw" for way in planned.plan.transports)
+        if is_raw and self._config.masters == "plain":
             return
-        most_bytes = placed.packable.packed_bytes
+        most_bytes = planned.packable.packed_bytes
         if self._config.packed_cache is None:
             self._engine.pack(most_bytes)
         else:
@@ -384,7 +387,7 @@ class _Installation:
         try:
             budget = max(budget, least_budget(cut, self._packing))
             self._apply(model, self._plan(cut, budget))
-        except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+        except (ValueError, *_MEMORY_ERRORS) as error:
             LOGGER.info("kept the plan: %s", error)
 
     def _shrink(self, model: nn.Module) -> int:
@@ -396,11 +399,17 @@ class _Installation:
         if planned.device_bytes >= before:
             planned = self._plan(cut, least_budget(cut, packing), packing)
         if planned.device_bytes < before:
-            self._apply(model, planned)
+            self._apply(model, planned, may_be_raw=True)
         return before - self._weights_bytes()
 
-    def _apply(self, model: nn.Module, planned: Planned) -> None:
+    def _apply(self, model: nn.Module, planned: Planned, *, may_be_raw: bool = False) -> None:
         """Moves what changes its home, and nothing else. Blocks until that is done.
+
+        Args:
+            model: The model.
+            planned: How it is to lie.
+            may_be_raw: Whether units may travel raw, with a warning, where the memory to pack them
+                is missing.
 
         Raises:
             MemoryError: If host or device memory is missing; all is then as it was.
@@ -427,7 +436,7 @@ class _Installation:
                 )
             moved = self._engine.recut(planned.plan, self._ranges(planned.specs))
             moves[1].move(table.weight for table in to_device)
-            self._pack_again(placed, MemoryError, torch.OutOfMemoryError)
+            self._pack_again(planned, *_MEMORY_ERRORS if may_be_raw else ())
             bytes_resident = self._bytes_resident + moved
             bytes_resident -= sum(table.size_bytes for table in to_host)
             bytes_resident += sum(table.size_bytes for table in to_device)
@@ -465,10 +474,10 @@ class _Installation:
         names, former_names = ([unit.name for unit in one.units] for one in (now, plan))
         return (now.places, now.transports, names) == (plan.places, plan.transports, former_names)
 
-    def _pack_again(self, placed: Placed, *bearable: type[Exception]) -> None:
+    def _pack_again(self, planned: Planned | Placed, *bearable: type[Exception]) -> None:
         """Packs the units of another plan. After an error that can be borne a warning says so."""
         try:
-            self._pack(placed)
+            self._pack(planned)
         except bearable as error:
             what_follows = (
                 "the units travel raw"
@@ -501,7 +510,7 @@ class _Installation:
                 planned = plan_in_window(cut, self._config, window_bytes, self._packing)
             else:
                 planned = self._plan(cut, budget)
-            self._apply(model, planned)
+            self._apply(model, planned, may_be_raw=True)
         except torch.OutOfMemoryError:
             warnings.warn(
                 "torch_offload: the units stay sublayers, as the device has no room for the small "

@@ -62,9 +62,9 @@ def offload(
         mode: ``"pipeline"`` (default), ``"events"``, ``"streams"`` or ``"sync"``; see `Config`.
         granularity: ``"sublayer"`` (default), ``"layer"``, ``"module"`` or ``"auto"``.
         streams: ``"shared"`` (default) or ``"split"``.
-        transport: ``"raw"`` (default), ``"packed"`` (bf16 weights without loss in about 0.7 of
-            their bytes, decoded on the device; takes that much more host memory),
-            ``"packed_resident"`` (all of them stay there packed) or ``"auto"``; see `Config`.
+        transport: ``"raw"`` (default), ``"auto"`` (each unit raw or packed, on the device or
+            streamed, as is predicted to be fastest; packed copies take more host memory),
+            ``"packed"`` or ``"packed_resident"``; see `Config`.
         packed_cache: A folder that keeps the packed weights for the next run; see docs/packing.md.
         masters: ``"plain"`` (default) or ``"packed"``: host memory holds nothing but the packed
             weights, about 0.7 of their bytes; with any `transport` but ``"raw"``.

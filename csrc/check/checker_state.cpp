@@ -130,6 +130,9 @@ void HazardChecker::append_state(const StateScope& scope, StateWords& words) con
     }
   }
   words.push_back(kNone);  // no event
+  for (const std::uint64_t generation : scope.generations) {
+    words.push_back(generation == 0 ? 0 : 1);  // reads of bytes that were never copied go unjudged
+  }
   memory_.visit_cells([&](const ShadowMemory::Cell& cell) {
     check_internal(cell.given_up_by == ShadowMemory::kNone, "a state behind the end of memory");
     words.insert(words.end(), {cell.begin, cell.end});

@@ -20,6 +20,12 @@ class FailingDevice : public Base {
   template <typename... Arguments>
   explicit FailingDevice(std::shared_ptr<DeviceFailure> failure, Arguments... arguments)
       : Base(arguments...), failure_(std::move(failure)) {}
+  /// Gives back what a failure has kept it from giving back: nobody else can.
+  ~FailingDevice() override {
+    for (void* memory : kept_) {
+      Base::do_free(memory);
+    }
+  }
 
  protected:
   StreamId do_create_stream(const StreamOptions& options) override {
@@ -67,7 +73,9 @@ class FailingDevice : public Base {
     return Base::do_allocate(size_bytes);
   }
   void do_free(void* memory) override {
+    kept_.push_back(memory);
     failure_->count("free");
+    kept_.pop_back();
     Base::do_free(memory);
   }
   void do_register_host(void* memory, std::size_t size_bytes) override {
@@ -94,6 +102,7 @@ class FailingDevice : public Base {
 
  private:
   const std::shared_ptr<DeviceFailure> failure_;
+  std::vector<void*> kept_;
 };
 
 }  // namespace torch_offload

@@ -215,5 +215,20 @@ TEST(ExhaustiveLaneCountTest, CountsWhatCanBeCountedByHand) {
                                             14U * 2730U * 1024U + 41U * 7812U * 3125U);
 }
 
+TEST(ExhaustiveLaneCountTest, ThreadsGiveTheSameReport) {
+  ExhaustiveOptions options;
+  options.max_units = options.max_calls = 3;
+  ExhaustiveLane alone(options);
+  options.num_threads = 3;
+  ExhaustiveLane together(options);
+  EXPECT_FALSE(alone.advance(alone.count()));
+  while (together.advance(2000)) {
+  }
+  EXPECT_EQ(together.report().num_runs, alone.report().num_runs);
+  EXPECT_EQ(together.report().num_states, alone.report().num_states);
+  EXPECT_EQ(together.report().num_ops, alone.report().num_ops);
+  EXPECT_EQ(together.report().digest, alone.report().digest);
+}
+
 }  // namespace
 }  // namespace torch_offload

@@ -86,7 +86,7 @@ def _stays_inside(text: bytes) -> None:
         path = Path("/folder", part)
         assert path.is_relative_to("/folder"), part
         assert ".." not in path.parts, part
-        assert path.suffix == ".safetensors", part
+        assert path.name.endswith(".safetensors"), part
 
 
 def fuzz_indexes(tally: Tally, count: int, seed: int) -> None:

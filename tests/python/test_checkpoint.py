@@ -56,6 +56,8 @@ def test_header_says_where_tensors_lie() -> None:
         (file_of(b'{"a": 1, "a": 2}'), "a name that is there twice"),
         (file_of([]), "named tensors in x.safetensors, got list"),
         (file_of({"__metadata__": {"a": 1}}), "expected metadata of text"),
+        (file_of({"__metadata__": {"a": "\udc80"}}), "surrogates not allowed"),
+        (file_of({"a\udc80": _entry()}, b"\0" * 8), "surrogates not allowed"),
         (file_of({"a": 3}), "expected dtype, shape and data_offsets for tensor 'a'"),
         (file_of({"a": _entry("F31")}, b"\0" * 8), "expected a dtype of BOOL"),
         (file_of({"a": _entry(shape=[-2])}, b"\0" * 8), "got -2, where only counts can be"),

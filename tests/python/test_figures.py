@@ -47,7 +47,20 @@ def test_script_draws_every_picture_that_needs_no_gpu(
     figures.reference_figures()
     drawn = {path.name for path in tmp_path.iterdir()}
     kept = {path.name for path in (ROOT / "docs/figures").glob("*.png")}
-    assert drawn == kept - {"gpu-sync-pipeline.png"}
+    assert drawn == kept - {"gpu-sync-pipeline.png", "packed-timeline.png"}
+
+
+def test_packed_units_are_drawn_from_the_host_device_and_from_what_was_recorded(
+    figures: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "_HOST_RUNS", 1)
+    traces = figures.host_traces()
+    names = [{row.name for row in trace.rows if row.kind == "decode"} for trace in traces]
+    assert names == [{"weight_decode"}, {"weight_decode_resident"}]
+    assert [bool(trace.of_kind("copy")) for trace in traces] == [True, False]
+    write_timeline(traces, tmp_path / figures.PACKED)
+    figures.packed_figure(figures.read_traces(tmp_path / figures.PACKED))
+    assert (tmp_path / "packed-timeline.png").is_file()
 
 
 def test_recorded_run_becomes_a_picture_and_a_missing_one_changes_nothing(

@@ -919,7 +919,7 @@ def test_pack_that_fails_at_an_edit_is_tried_again(
 
 
 @pytest.mark.parametrize("transport", ["packed", "packed_resident"])
-def test_replan_that_cannot_pack_warns_and_the_next_forward_packs(
+def test_replan_that_cannot_pack_fails_and_a_later_forward_packs(
     monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
     model = llama()
@@ -937,7 +937,7 @@ def test_replan_that_cannot_pack_warns_and_the_next_forward_packs(
         model.model.layers[1].mlp.up_proj.weight.data += 0.5
         expected = expected_now(model)
         fails[0] = True
-        with pytest.warns(UserWarning, match="the next forward packs the units.*no room"):
+        with pytest.raises(MemoryError, match="no room"):
             handle.replan(gpu_budget=None)
         with pytest.raises(MemoryError, match="no room"):
             run(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch_offload import _C
 from torch_offload.selfcheck.lane import Effort, Lane, Tally
 
@@ -65,8 +67,10 @@ class AllSmallSchedules(Lane):
 
     #: Up to so many units and calls, in up to three places.
     _QUICK, _FULL = 4, 5
-    #: Up to so many, each schedule is run by itself as well.
+    #: Up to so many, each schedule is run by itself as well; packed ones only so.
     _EACH = 3
+    #: Of packed units, quickly.
+    _PACKED = 2
 
     def control(self) -> Tally:
         """The same schedules, with the waits left out of their logs from one of them on."""
@@ -79,17 +83,28 @@ class AllSmallSchedules(Lane):
         return tally
 
     def run(self, effort: Effort) -> Tally:
-        """All of them; where schedules meet in a state they go on as one."""
+        """All of them; where schedules of raw units meet in a state they go on as one."""
         size = effort.pick(self._QUICK, self._FULL)
-        tally = Tally()
+        packed_size = effort.pick(self._PACKED, self._EACH)
         lanes = [
-            self._lane(mode, streams, size, num_threads=effort.num_threads)
+            (
+                f"{mode}, {streams}, {' and '.join(ways)}: ",
+                self._lane(
+                    mode, streams, units, num_threads=effort.num_threads, merges=merges, ways=ways
+                ),
+            )
             for mode, streams in MODES
+            for ways, units, merges in (
+                (["raw"], size, True),
+                (["packed_resident", "packed"], packed_size, False),
+                (["packed_resident", "raw"], packed_size, False),
+            )
         ]
-        total = sum(lane.count() for lane in lanes)
-        for (mode, streams), lane in zip(MODES, lanes, strict=True):
-            where = f"{mode}, {streams}: "
-            self._compare(tally, where, mode, streams)
+        total = sum(lane.count() for _, lane in lanes)
+        tally = Tally()
+        for mode, streams in MODES:
+            self._compare(tally, f"{mode}, {streams}: ", mode, streams)
+        for where, lane in lanes:
             goes_on = True
             while goes_on:
                 goes_on = lane.advance(1)
@@ -102,14 +117,20 @@ class AllSmallSchedules(Lane):
         if tally.count != total:
             tally.add_fault(f"{tally.count:,} schedules of {total:,}")
         tally.note = (
-            f"all of up to {size} units and calls in 3 places; {tally.figures['runs']:,} runs, "
-            "as equal states have equal futures"
+            f"all of up to {size} units and calls in 3 places, packed {packed_size}; "
+            f"{tally.figures['runs']:,} runs, as equal states have equal futures"
         )
         return tally
 
     @staticmethod
     def _lane(
-        mode: str, streams: str, size: int, *, merges: bool = True, num_threads: int = 1
+        mode: str,
+        streams: str,
+        size: int,
+        *,
+        merges: bool = True,
+        num_threads: int = 1,
+        ways: Sequence[str] = ("raw",),
     ) -> _C.ExhaustiveLane:
         return _C.ExhaustiveLane(
             mode=mode,
@@ -118,6 +139,7 @@ class AllSmallSchedules(Lane):
             max_calls=size,
             merges=merges,
             num_threads=num_threads,
+            transports=ways,
         )
 
     def _compare(self, tally: Tally, where: str, mode: str, streams: str) -> None:

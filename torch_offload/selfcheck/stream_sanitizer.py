@@ -25,7 +25,7 @@ _HANDLERS = (
     "_handle_memory_allocation",
     "_handle_memory_deallocation",
 )
-_DEVICE_ACCESSES = frozenset({"copy", "fill", "read", "read_end", "allocate", "free"})
+_DEVICE_ACCESSES = frozenset({"copy", "decode", "fill", "read", "read_end", "allocate", "free"})
 
 
 def load_sanitizer() -> ModuleType:
@@ -67,13 +67,12 @@ def first_race_seen(sanitizer: ModuleType, ops: list[_C.Op], *, deaf: bool = Fal
     recorded: set[int | None] = set()
     for index, op in enumerate(ops):
         kind = op.kind
-        if kind in ("copy", "fill", "read", "read_end"):
+        if kind in ("copy", "decode", "fill", "read", "read_end"):
             memory = pieces.of(op.memory)
-            writes = kind in ("copy", "fill")
-            errors = handler._handle_kernel_launch(
-                op.stream, set() if writes else memory, memory if writes else set(), set(), kind,
-                aliases,
-            )  # fmt: skip
+            is_read = kind in ("read", "read_end")
+            read = memory if is_read else pieces.of(op.source) if kind == "decode" else set()
+            written = set() if is_read else memory
+            errors = handler._handle_kernel_launch(op.stream, read, written, set(), kind, aliases)
             if errors:
                 return index
         elif kind == "record":
@@ -99,6 +98,7 @@ class _Pieces:
 
     def __init__(self, ops: list[_C.Op]) -> None:
         ranges = {op.memory for op in ops if op.kind in _DEVICE_ACCESSES}
+        ranges |= {op.source for op in ops if op.kind == "decode"}
         self._bounds = sorted({bound for memory in ranges for bound in memory})
         self._known: dict[tuple[int, int], set[int]] = {}
 
