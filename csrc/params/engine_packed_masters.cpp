@@ -79,6 +79,8 @@ void Engine::take_found(const UnitParameters& entry) {
 }
 
 void Engine::pack_masters(double max_share) {
+  // The first time masters are made of what the parameters are: copies, as any masters.
+  const bool keeps_shared = max_share_ > 0;
   max_share_ = max_share;
   const Plan& plan = pipeline_->plan();
   std::size_t largest = 0;
@@ -87,7 +89,7 @@ void Engine::pack_masters(double max_share) {
       continue;
     }
     take_found(units_[unit]);
-    if (!hold(unit, /*keeps_shared=*/false)) {
+    if (!hold(unit, keeps_shared)) {
       make_plain(unit);
     } else {
       largest = std::max(largest, units_[unit].blob->size_bytes());
