@@ -251,7 +251,7 @@ void Engine::refresh() {
   check_at_rest("refresh()");
   find_edits();
   if (packs_masters() && !are_masters_ready_) {
-    pack_masters();  // memory was missing when it was tried
+    pack_masters(/*keeps_shared=*/true);  // memory was missing when it was tried
   }
   for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
     if (!pipeline().plan().is_resident(unit)) {

@@ -251,7 +251,7 @@ class Engine : private Loader {
   bool packs_masters() const { return static_cast<bool>(packed_class_of_); }
   bool is_plain(const UnitParameters& entry) const;
   void take_found(const UnitParameters& entry);
-  void pack_masters();
+  void pack_masters(bool keeps_shared);
   bool hold(UnitIndex unit, bool keeps_shared);
   bool adopt_blob(UnitIndex unit);
   void load_from_blob(UnitIndex unit);

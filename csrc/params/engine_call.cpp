@@ -76,7 +76,7 @@ void Engine::acquire(CallToken& token, UnitIndex unit) {
     masters_->files().check_unchanged();
   }
   if (packs_masters() && begins_pass && !are_masters_ready_) {
-    pack_masters();  // memory was missing when it was tried
+    pack_masters(/*keeps_shared=*/true);  // memory was missing when it was tried
   }
   if (unit == kNoUnit) {
     return;

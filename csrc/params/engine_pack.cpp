@@ -47,9 +47,11 @@ void Engine::pack(const std::vector<std::size_t>& most_bytes) {
         "decoder; use transport='raw', or build torch_offload where there is a CUDA compiler of "
         "torch's own major version");
   }
+  const bool is_first = most_packed_bytes_.empty();
   most_packed_bytes_ = most_bytes;
   if (packs_masters()) {
-    pack_masters();
+    // At first they are made of what the parameters are: copies, as plain masters are.
+    pack_masters(/*keeps_shared=*/!is_first);
   } else {
     pack_beside_masters();
   }

@@ -3,7 +3,8 @@
 // Note [Packed masters]
 // A unit's blob in page-locked memory is the only place on the host where its weights are, and what
 // copies read; of one that stays packed on the device it is what is brought there, once and after
-// each edit. Each of its parameters shows at rest that it is packed (PackedMaster). The states of one:
+// each edit. Each of its parameters shows at rest that it is packed (PackedMaster). The states of
+// one:
 //
 //   packed      it shows its part of the blob. Nobody can have written to it.
 //   unpacked    somebody has read or written it in a way that needs memory: an alias (a view,
@@ -70,7 +71,7 @@ void Engine::take_found(const UnitParameters& entry) {
   }
 }
 
-void Engine::pack_masters() {
+void Engine::pack_masters(bool keeps_shared) {
   std::vector<std::size_t> rooms(units_.size(), 0);
   for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
     UnitParameters& entry = units_[unit];
@@ -78,8 +79,7 @@ void Engine::pack_masters() {
       continue;
     }
     take_found(entry);
-    if (pipeline_->plan().transport(unit) == Transport::kRaw ||
-        !hold(unit, /*keeps_shared=*/false)) {
+    if (pipeline_->plan().transport(unit) == Transport::kRaw || !hold(unit, keeps_shared)) {
       make_plain(unit);
     } else {
       rooms[unit] = std::min(packed_room_bytes(entry.blob->size_bytes()), most_packed_bytes_[unit]);

@@ -546,6 +546,15 @@ def test_edit_through_an_alias_that_outlives_a_forward_is_seen() -> None:
         assert_equal(run(model), got)
 
 
+def test_edit_through_an_alias_that_outlives_a_plan_is_seen() -> None:
+    model = llama()
+    with packed(model) as handle, torch.no_grad():
+        alias = model.model.layers[1].mlp.up_proj.weight.detach()
+        handle.replan(gpu_budget=None)
+        alias.mul_(2)
+        assert_equal(run(model), expected_now(model))
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_load_state_dict_is_seen(assign: bool) -> None:
     model = llama()

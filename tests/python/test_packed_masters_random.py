@@ -106,6 +106,12 @@ def _noise(weight: nn.Parameter) -> None:
     weight.copy_(bits.view(torch.bfloat16))
 
 
+def _make_plain(twins: _Twins, name: str) -> None:
+    twins.aliases.clear()  # of a unit that becomes plain they would be copies
+    _each(_noise)(twins, name)
+    twins.compare(name)
+
+
 def _set_data(weight: nn.Parameter) -> None:
     weight.data = weight.data.flip(0).contiguous()
 
@@ -126,7 +132,7 @@ ACTIONS: dict[str, Callable[[_Twins, str], None]] = {
     "run again": _Twins.compare,
     "interrupt": _Twins.interrupt,
     "scale": _each(lambda w: w.mul_(1.5)),
-    "noise": _each(_noise),
+    "noise": _make_plain,
     "normal": _each(lambda w: w.copy_(torch.full_like(w, 0.125))),
     "data": _each(_set_data),
     "strides": _each(_set_strides),
