@@ -55,6 +55,7 @@ FILE_LIMITS_S = {
     "disk": 60,
     "codec": 60,
     "packed": 120,
+    "packed_cache": 90,
     "layer": 60,
 }
 _RECORDS = pytest.StashKey[Records]()

@@ -284,7 +284,7 @@ def _other_transport(handle: Handle, scenario: Scenario, placed: Placed) -> Othe
         transport, basis = "auto", Rates().sentence
         packable = replace(RAW, transport="auto", packed_bytes=placed.packed_estimates)
     try:
-        other = predict(scenario.with_(packable=packable, budget_bytes=budget))
+        other = predict(scenario.with_(packable=packable, budget_bytes=budget, masters="plain"))
     except ValueError:  # below the least
         return None
     return OtherTransport(transport, other.forward_ms, other.host_bytes, basis)
@@ -301,6 +301,7 @@ def _scenario_of(
         "depth_bytes": handle.config.depth_bytes,
         "outside_bytes": placed.outside_bytes,
         "packable": placed.packable,
+        "masters": handle.config.masters,
     }
     if profile is not None:
         times = measured_times(profile).of(units)

@@ -15,7 +15,7 @@ from torch_offload.file_tensors import FileTensor
 from torch_offload.sizes import format_size, parse_size
 from torch_offload.units import UnitSpec
 
-Masters = Literal["auto", "mmap", "arena"]
+Masters = Literal["auto", "mmap", "arena", "packed"]
 
 # A parameter of which more than half had to be copied is no parameter of a file any more.
 _MOST_COPIED_SHARE = 0.5
@@ -51,7 +51,7 @@ class FileMasters:
         """
         if masters not in get_args(Masters):
             raise ValueError(
-                f"expected masters to be one of 'auto', 'mmap', 'arena', got {masters!r}"
+                f"expected masters to be one of 'auto', 'mmap', 'arena', 'packed', got {masters!r}"
             )
         budget = None if host_budget is None else parse_size(host_budget, "host_budget")
         return cls(masters=masters, host_budget=budget)

@@ -369,7 +369,8 @@ class Handle:
         may touch none of the 64 words that are compared: call `refresh` after such an edit.
 
         Of weights that are streamed from checkpoint files it finds every edit, exactly; they go on
-        from page-locked memory of their own. For them it blocks, about 2 ms for each GiB.
+        from page-locked memory of their own. For them it blocks, about 2 ms for each GiB. With
+        ``masters="packed"`` it finds every edit as well, and packs again what was unpacked.
 
         Raises:
             StateError: During a forward, or after `remove`.

@@ -31,6 +31,7 @@ from torch_offload.measured_times import MeasuredTimes
 from torch_offload.memory import Memory, total_bytes_of
 from torch_offload.mismatch import MismatchExplainer
 from torch_offload.module_tree import modules_above, parameter_slots
+from torch_offload.packed_parameter import packed_class_of
 from torch_offload.packing import Packing
 from torch_offload.placed import Placed
 from torch_offload.planning import Cut, Planned, least_budget, plan_cut, plan_in_window
@@ -141,6 +142,7 @@ class _Installation:
             wait_for_each=config.debug,
             lock_limit_bytes=lock_limit_bytes,
             residents=list(files.views.values()),
+            packed_class_of=packed_class_of if config.masters == "packed" else None,
         )
         self._recorder = Recorder(self._engine)
         self._has_files = bool(files.views)
@@ -206,8 +208,17 @@ class _Installation:
 
     def _pack(self, planned: Planned | Placed) -> None:
         """Packs what this plan, which the engine has, wants packed."""
-        if any(way != "raw" for way in planned.plan.transports):
-            self._engine.pack(planned.packable.packed_bytes)
+        is_raw = all(way == "raw" for way in planned.plan.transports)
+        if is_raw and self._config.masters == "plain":
+            return
+        most_bytes = planned.packable.packed_bytes
+        if self._config.packed_cache is None:
+            self._engine.pack(most_bytes)
+        else:
+            # Imported here, as only the cache needs safetensors.
+            from torch_offload.packed_cache import PackedCache
+
+            PackedCache(self._config.packed_cache).pack(self._engine, most_bytes)
 
     def wrap(self, model: nn.Module, planned: Planned) -> None:
         """Wraps the call of each streamed unit, of each table, and of all that is above one."""
@@ -468,12 +479,17 @@ class _Installation:
         return (now.places, now.transports, names) == (plan.places, plan.transports, former_names)
 
     def _pack_again(self, planned: Planned | Placed, *bearable: type[Exception]) -> None:
-        """Packs the units of another plan. After an error that can be borne they travel raw."""
+        """Packs the units of another plan. After an error that can be borne a warning says so."""
         try:
             self._pack(planned)
         except bearable as error:
+            what_follows = (
+                "the units travel raw"
+                if self._config.masters == "plain"
+                else "the next forward packs the units"
+            )
             warnings.warn(
-                f"torch_offload: the units travel raw, as they could not be packed anew: {error}",
+                f"torch_offload: {what_follows}, as they could not be packed anew: {error}",
                 stacklevel=2,
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from torch_offload import _C
 from torch_offload.budget import AUTO, budget_in_bytes
 from torch_offload.checks import check_model
-from torch_offload.config import Config, Granularity, Mode, OnOom, Streams, Transport
+from torch_offload.config import Config, Granularity, Masters, Mode, OnOom, Streams, Transport
 from torch_offload.debugging import debug_is_asked_for, report_environment
 from torch_offload.devices import resolve_device
 from torch_offload.file_masters import FileMasters
@@ -21,7 +22,7 @@ from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes, taken_on_
 from torch_offload.installation import FilesNotLockedError, install
 from torch_offload.memory import Memory, memory_of, total_bytes_of
 from torch_offload.packing import Packing, packed_host_bytes
-from torch_offload.planning import Cut, cut_model, plan_best, plan_cut
+from torch_offload.planning import Cut, Planned, cut_model, plan_best, plan_cut
 from torch_offload.transport import packing_for
 
 
@@ -33,6 +34,8 @@ def offload(
     granularity: Granularity = "sublayer",
     streams: Streams = "shared",
     transport: Transport = "raw",
+    packed_cache: str | Path | None = None,
+    masters: Masters = "plain",
     depth: int | str | None = None,
     gpu_budget: int | float | str | None = AUTO,
     headroom: int | str = "1GiB",
@@ -62,6 +65,9 @@ def offload(
         transport: ``"raw"`` (default), ``"auto"`` (each unit raw or packed, on the device or
             streamed, as is predicted to be fastest; packed copies take more host memory),
             ``"packed"`` or ``"packed_resident"``; see `Config`.
+        packed_cache: A folder that keeps the packed weights for the next run; see docs/packing.md.
+        masters: ``"plain"`` (default) or ``"packed"``: host memory holds nothing but the packed
+            weights, about 0.7 of their bytes; with any `transport` but ``"raw"``.
         depth: Bytes that copies may run ahead: a number, ``"2GiB"``, or None for the largest
             layer, or 2.5 times the largest unit where that is less.
         gpu_budget: What weights may take on the device, resident ones and window together:
@@ -96,6 +102,8 @@ def offload(
         granularity=granularity,
         streams=streams,
         transport=transport,
+        packed_cache=packed_cache,
+        masters=masters,
         depth=depth,
         gpu_budget=gpu_budget,
         headroom=headroom,
@@ -148,7 +156,7 @@ def offload_with(
         for spec, place in zip(planned.specs, planned.plan.places, strict=True)
         if place is not None
     ]
-    needed = packed_host_bytes(planned.plan, planned.packable.packed_bytes) + added_bytes(
+    needed = _beside_masters(planned, config) + added_bytes(
         [parameter for _, parameter in spec.parameters if files.view_of(parameter) is None]
         for spec in streamed
     )
@@ -182,6 +190,16 @@ def offload_with(
             stacklevel=3,
         )
         return offload_with(model, target, config, memory, FileMasters(masters="arena"))
+
+
+def _beside_masters(planned: Planned, config: Config) -> int:
+    """Host memory that packed units take beside the masters, at the most."""
+    if config.masters == "packed":
+        return 0
+    beside = packed_host_bytes(planned.plan, planned.packable.packed_bytes)
+    if config.packed_cache is not None:  # what stays on the device is read back to be written
+        beside += planned.packed_resident_bytes
+    return beside
 
 
 def _first_budget(cut: Cut, config: Config, memory: Memory | None, packing: Packing) -> int | None:

@@ -14,6 +14,7 @@ from torch_offload.choice import (
     RAW,
     Packable,
 )
+from torch_offload.packed_parameter import is_packed, unpacked
 from torch_offload.rates import format_byte_rate
 from torch_offload.units import UnitSpec
 
@@ -110,7 +111,8 @@ def packed_bytes_of(parameters: Sequence[torch.Tensor]) -> int:
     if not is_packable or any(parameter.is_meta for parameter in parameters):
         return estimated_bytes(parameters)
     # As they lie in memory: that is how they are packed.
-    flat = [p.detach().as_strided((p.numel(),), (1,)).cpu() for p in parameters]
+    plain = (unpacked(p) if is_packed(p) else p.detach() for p in parameters)
+    flat = [tensor.as_strided((tensor.numel(),), (1,)).cpu() for tensor in plain]
     return _where_it_pays(_C.packed_room(flat), parameters)
 
 
@@ -141,9 +143,20 @@ def packed_resident_bytes(plan: _C.Plan, packed_bytes: Sequence[int]) -> int:
 
 
 def packed_host_bytes(plan: _C.Plan, packed_bytes: Sequence[int]) -> int:
-    """Page-locked memory of packed units, beside the masters: those that stay share one piece."""
+    """Page-locked memory of packed units beside plain masters: those that stay share one piece."""
     travel = _sizes_of("packed", plan, packed_bytes)
     return sum(travel) + max(_sizes_of("packed_resident", plan, packed_bytes), default=0)
+
+
+def packed_masters_bytes(plan: _C.Plan, packed_bytes: Sequence[int]) -> int:
+    """Page-locked memory of packed masters, at the most: those of raw units are plain."""
+    return sum(
+        unit.size_bytes if way == "raw" else _C.aligned_size(packed_bytes[index])
+        for index, (unit, place, way) in enumerate(
+            zip(plan.units, plan.places, plan.transports, strict=True)
+        )
+        if place is not None
+    )
 
 
 def copied_bytes(plan: _C.Plan, packed_bytes: Sequence[int]) -> list[int]:

@@ -12,6 +12,7 @@ from torch_offload import _C
 from torch_offload.choice import RAW, Packable, Times, choose, choose_transports
 from torch_offload.config import Config
 from torch_offload.measured_times import MeasuredTimes
+from torch_offload.packed_parameter import is_packed
 from torch_offload.packing import Packing, packed_resident_bytes, staging_bytes
 from torch_offload.sizes import format_size
 from torch_offload.tables import Outsiders, Table, find_outsiders
@@ -377,7 +378,8 @@ def bytes_outside(model: nn.Module, specs: Sequence[UnitSpec], gone: set[int]) -
     """Bytes of weights and buffers that no unit holds: they stay on the device whatever happens.
 
     Args:
-        model: With weights or on ``meta``, where tied weights are one object, not one storage.
+        model: With weights, or without memory (on ``meta``, packed): then tied weights are one
+            object, not one storage.
         specs: The units.
         gone: ``id``s of parameters that are elsewhere.
     """
@@ -386,7 +388,7 @@ def bytes_outside(model: nn.Module, specs: Sequence[UnitSpec], gone: set[int]) -
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) in in_units:
             continue
-        if tensor.is_meta or tensor.layout is not torch.strided:
+        if tensor.is_meta or is_packed(tensor) or tensor.layout is not torch.strided:
             sizes["object", id(tensor)] = tensor.nbytes
         else:
             storage = tensor.untyped_storage()

@@ -12,6 +12,7 @@ from torch_offload.choice import RAW, Packable, choose, choose_transports
 from torch_offload.packing import (
     copied_bytes,
     packed_host_bytes,
+    packed_masters_bytes,
     packed_resident_bytes,
     staging_bytes,
 )
@@ -37,6 +38,7 @@ class Scenario:
         outside_bytes: Weights that no unit holds; they are on the device in any case.
         sequence: Units of one forward as they are used; None for each once, in order.
         packable: How units may travel, and what they take packed.
+        masters: As in `offload`.
     """
 
     units: Sequence[_C.Unit]
@@ -50,6 +52,7 @@ class Scenario:
     outside_bytes: int = 0
     sequence: Sequence[int] | None = None
     packable: Packable = RAW
+    masters: str = "plain"
 
     def with_(self, **changes: Any) -> Scenario:
         """The same with something else."""
@@ -124,12 +127,15 @@ class Prediction:
     @property
     def host_bytes(self) -> int:
         """Page-locked memory of the masters, and of what is packed beside them."""
+        packed_bytes = self.scenario.packable.packed_bytes
+        if self.scenario.masters == "packed":
+            return packed_masters_bytes(self.plan, packed_bytes)
         masters = sum(
             unit.size_bytes
             for unit, place in zip(self.plan.units, self.plan.places, strict=True)
             if place is not None
         )
-        return masters + packed_host_bytes(self.plan, self.scenario.packable.packed_bytes)
+        return masters + packed_host_bytes(self.plan, packed_bytes)
 
 
 def plan_for(scenario: Scenario) -> _C.Plan:

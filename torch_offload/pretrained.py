@@ -30,6 +30,9 @@ from torch_offload.handle import Handle
 from torch_offload.offload import offload, offload_with
 
 _OFFLOAD_OPTIONS = frozenset(inspect.signature(offload).parameters) - {"model", "device"}
+#: Where ``packed_cache=True`` keeps the file, within the checkpoint's folder: others read every
+#: safetensors file that lies beside a checkpoint.
+CACHE_FOLDER = ".torch_offload"
 _patching = threading.Lock()  # guards what _files_stay_on_disk puts into transformers
 
 
@@ -58,10 +61,11 @@ def from_pretrained(
         device: As for `offload`.
         masters: ``"auto"`` streams from the files where the system can lock their pages, else
             from page-locked memory, which a warning says. ``"mmap"`` raises there, ``"arena"``
-            copies all weights that stream.
+            copies all weights that stream, ``"packed"`` packs them (``masters`` of `offload`).
         host_budget: Bytes of files that may be page-locked at a time: ``"32GiB"``. None: all, or
             what fits the host's memory.
-        kwargs: Options of `offload`; all others go to ``auto_class.from_pretrained``.
+        kwargs: Options of `offload`, where ``packed_cache=True`` means a folder in the
+            checkpoint's own; all others go to ``auto_class.from_pretrained``.
 
     Returns:
         What ``auto_class.from_pretrained`` returns; the model is offloaded (see `handle_of`).
@@ -81,7 +85,8 @@ def from_pretrained(
             "expected a class with from_pretrained, such as AutoModelForCausalLM, got "
             f"{auto_class!r}"
         )
-    config = Config(**{key: kwargs.pop(key) for key in _OFFLOAD_OPTIONS & kwargs.keys()})
+    options = {key: kwargs.pop(key) for key in _OFFLOAD_OPTIONS & kwargs.keys()}
+    config = _config_of(options, folder, masters)
     _refuse_placement(kwargs)
     if Path(folder).is_dir() and not kwargs.get("subfolder") and not kwargs.get("variant"):
         if not kwargs.get("gguf_file"):
@@ -93,6 +98,7 @@ def from_pretrained(
         with _files_stay_on_disk(files):
             loaded = auto_class.from_pretrained(folder, *model_args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
+    _keep_views(files)
     offload_with(model, device, config, files=files)
     return loaded
 
@@ -118,7 +124,7 @@ def offload_from_checkpoint(
         device: As for `offload`.
         masters: As for `from_pretrained`.
         host_budget: As for `from_pretrained`.
-        options: As for `offload`.
+        options: As for `offload`; ``packed_cache=True`` as for `from_pretrained`.
 
     Raises:
         CheckpointError: If a file is broken, or its tensors are not those of the model.
@@ -130,17 +136,34 @@ def offload_from_checkpoint(
         >>> handle = torch_offload.offload_from_checkpoint(model, "folder")  # doctest: +SKIP
     """
     files = FileMasters.asked_for(masters, host_budget)
-    config = Config(**options)
+    config = _config_of(options, folder, masters)
     slots = _Slots(model)
     try:
         slots.fill(Path(folder))
         files.views.update(read_file_tensors(model))
-        if masters == "arena":
-            files.views.clear()
+        _keep_views(files)
         return offload_with(model, device, config, files=files)
     except BaseException:
         slots.restore()
         raise
+
+
+def _config_of(options: dict[str, Any], folder: str | Path, masters: Masters) -> Config:
+    """The options of `offload`; ``packed_cache=True`` is a folder in the checkpoint's."""
+    if options.get("packed_cache") is True:
+        if not Path(folder).is_dir():
+            raise ValueError(
+                "expected packed_cache=True with a checkpoint in a local folder, got "
+                f"{str(folder)!r}; name a folder: packed_cache='...'"
+            )
+        options = {**options, "packed_cache": Path(folder) / CACHE_FOLDER}
+    return Config(**options, masters="packed" if masters == "packed" else "plain")
+
+
+def _keep_views(files: FileMasters) -> None:
+    """Only where the files themselves are to be the masters."""
+    if files.masters in ("arena", "packed"):
+        files.views.clear()
 
 
 def _refuse_placement(kwargs: dict[str, Any]) -> None:

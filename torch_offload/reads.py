@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
+from torch_offload.packed_parameter import is_packed
+
 Stack = tuple[int, ...]
 
 # Asked by every assignment of `.data`, our own included, and visible in inference mode: it compares
@@ -133,7 +135,7 @@ class _ReadMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         self._by_address: dict[int, str] = {}
         for name, parameter in model.named_parameters():
             self._aliases[parameter] = name
-            if not parameter.is_meta and parameter.numel():
+            if not parameter.is_meta and parameter.numel() and not is_packed(parameter):
                 self._by_address[parameter.data_ptr()] = name
 
     def __torch_dispatch__(
@@ -158,7 +160,8 @@ class _ReadMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
     def _name_of(self, tensor: torch.Tensor) -> str | None:
         known = self._aliases.get(tensor)
-        if known is None and not tensor.is_meta and tensor.layout is torch.strided:
+        has_memory = not tensor.is_meta and tensor.layout is torch.strided
+        if known is None and has_memory and not is_packed(tensor):
             known = self._by_address.get(tensor.data_ptr())
         return known
 

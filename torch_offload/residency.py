@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
+from torch_offload.packed_parameter import is_packed
 from torch_offload.structure import is_table
 
 
@@ -100,6 +101,8 @@ def _span(tensor: torch.Tensor) -> tuple[str, int, int, int] | None:
             " the model before offloading it"
         )
     if tensor.is_meta or tensor.numel() == 0 or tensor.layout is not torch.strided:
+        return None
+    if is_packed(tensor):
         return None
     try:
         begin = tensor.data_ptr()

@@ -29,15 +29,19 @@ def packing_for(config: Config, device: torch.device) -> Packing:
     """
     if config.transport == "raw":
         return Packing()
+    # Where masters are packed nothing can be copied raw: there is no choice.
+    is_free = config.transport == "auto" and config.masters == "plain"
+    transport = "packed" if config.transport == "auto" and not is_free else config.transport
     if device.type == "cpu":
-        return Packing(config.transport)
+        return Packing(transport)
     if _C.has_kernels:
-        return Packing(config.transport, _measured_rates(device))
-    if config.transport == "auto":
+        return Packing(transport, _measured_rates(device))
+    if is_free:
         return Packing(remark=f"nothing: {_NO_DECODER}")
     raise NotImplementedError(
-        f"expected transport='raw' or 'auto', got {config.transport!r}: {_NO_DECODER}; install one "
-        "and build torch_offload again"
+        "expected transport='raw' or 'auto' with masters='plain', got "
+        f"transport={config.transport!r} with masters={config.masters!r}: {_NO_DECODER}; install "
+        "one and build torch_offload again"
     )
 
 

@@ -3,6 +3,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <utility>
@@ -172,6 +173,20 @@ void bind_codec(py::module_& module) {
   module.def("unpack_on_gpu", &unpack_on_gpu, py::arg("blob"), py::arg("place"),
              py::arg("num_tiles"), py::arg("max_blocks") = 0,
              "Submits the decoding to the current stream. Never blocks.");
+  module.def(
+      "blob_checksum",
+      [](const at::Tensor& blob) {
+        check_bytes(blob, "the packed unit", at::kCPU);
+        BlobHeader header;
+        if (size_of(blob) < sizeof(header)) {
+          throw ValueError("expected a packed unit of at least " + std::to_string(sizeof(header)) +
+                           " bytes, got " + std::to_string(size_of(blob)));
+        }
+        std::memcpy(&header, bytes_of(blob), sizeof(header));
+        return header.checksum;
+      },
+      py::arg("blob"), "The checksum that a packed unit says it has. Does not check it.");
+  module.attr("blob_version") = kBlobVersion;
   module.attr("has_kernels") =
 #ifdef TORCH_OFFLOAD_WITH_KERNELS
       true;

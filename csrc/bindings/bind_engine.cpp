@@ -48,6 +48,11 @@ void bind_engine(py::module_& module) {
       .def_readonly("onloads", &UnitStats::onloads)
       .def_readonly("misses", &UnitStats::misses);
 
+  py::class_<PackedMaster, std::shared_ptr<PackedMaster>>(
+      module, "PackedMaster", "Where a parameter at rest has its weights, packed.")
+      .def("unpacked", &PackedMaster::unpacked)
+      .def("unpack", &PackedMaster::unpack, py::arg("parameter"));
+
   using ParameterTuple =
       std::tuple<std::string, at::Tensor, std::vector<std::pair<py::dict, py::str>>,
                  std::shared_ptr<FileView>>;
@@ -58,7 +63,8 @@ void bind_engine(py::module_& module) {
                        std::vector<ParameterTuple> parameters, Plan plan,
                        const std::vector<RangePair>& ranges, bool wait_for_each,
                        std::optional<std::size_t> lock_limit_bytes,
-                       const std::vector<std::shared_ptr<FileView>>& residents) {
+                       const std::vector<std::shared_ptr<FileView>>& residents,
+                       const std::optional<py::function>& packed_class_of) {
              std::vector<ParameterSpec> specs;
              for (auto& [name, parameter, slots, view] : parameters) {
                ParameterSpec& spec = specs.emplace_back();
@@ -77,17 +83,47 @@ void bind_engine(py::module_& module) {
              options.warn = warn_in_python;
              return std::make_shared<Engine>(
                  std::move(device), torch_device, options, std::move(specs), std::move(plan),
-                 ranges_from(ranges), lock_limit_bytes.value_or(LockedFiles::kNoLimit), residents);
+                 ranges_from(ranges), lock_limit_bytes.value_or(LockedFiles::kNoLimit), residents,
+                 packed_class_of ? py::object(*packed_class_of) : py::object());
            }),
            py::arg("device"), py::arg("torch_device"), py::arg("mode"), py::arg("streams"),
            py::arg("poison_on_release"), py::arg("parameters"), py::arg("plan"), py::arg("ranges"),
            py::arg("wait_for_each") = false, py::arg("lock_limit_bytes") = py::none(),
-           py::arg("residents") = std::vector<std::shared_ptr<FileView>>{})
+           py::arg("residents") = std::vector<std::shared_ptr<FileView>>{},
+           py::arg("packed_class_of") = py::none())
       .def("move_in", &Engine::move_in, py::arg("unit"))
       .def("copy_resident", &Engine::copy_resident, py::arg("view"), py::arg("destination"))
       .def("lock_files", &Engine::lock_files, py::arg("unit"))
       .def("move_out", &Engine::move_out)
       .def("pack", &Engine::pack, py::arg("most_bytes"))
+      .def(
+          "content",
+          [](Engine& engine, UnitIndex unit) {
+            std::vector<std::tuple<std::string, std::size_t, std::size_t, std::uint64_t>> contents;
+            for (const Engine::ParameterContent& one : engine.content(unit)) {
+              contents.emplace_back(one.name, one.place_offset, one.size_bytes, one.checksum);
+            }
+            return contents;
+          },
+          py::arg("unit"))
+      .def(
+          "offer_blobs",
+          [](Engine& engine, const std::vector<std::optional<at::Tensor>>& blobs) {
+            std::vector<at::Tensor> offered;
+            for (const std::optional<at::Tensor>& blob : blobs) {
+              offered.push_back(blob.value_or(at::Tensor()));
+            }
+            engine.offer_blobs(std::move(offered));
+          },
+          py::arg("blobs"))
+      .def_property_readonly("blobs_taken", &Engine::blobs_taken)
+      .def(
+          "packed_blob",
+          [](const Engine& engine, UnitIndex unit) -> std::optional<at::Tensor> {
+            const at::Tensor blob = engine.packed_blob(unit);
+            return blob.defined() ? std::optional<at::Tensor>(blob) : std::nullopt;
+          },
+          py::arg("unit"))
       .def_property_readonly("transport_bytes", &Engine::transport_bytes)
       .def_property_readonly("staging_bytes", &Engine::staging_bytes)
       .def_property_readonly("packed_resident_bytes", &Engine::packed_resident_bytes)

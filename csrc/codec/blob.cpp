@@ -119,6 +119,11 @@ void check_patches(const std::byte* data, const Sections& sections, std::uint64_
 
 }  // namespace
 
+BlobHeader BlobView::header_of(const std::byte* bytes, std::uint64_t size_bytes,
+                               std::uint64_t place_bytes) {
+  return checked_header(bytes, size_bytes, place_bytes);
+}
+
 BlobView BlobView::checked(const std::byte* bytes, std::uint64_t size_bytes,
                            std::uint64_t place_bytes, unsigned num_threads) {
   BlobView view;

@@ -21,6 +21,11 @@ class BlobView {
   static BlobView checked(const std::byte* bytes, std::uint64_t size_bytes,
                           std::uint64_t place_bytes, unsigned num_threads = 1);
 
+  /// Checks no more than the header: what must be known before a blob is read.
+  /// Throws: as `checked`.
+  static BlobHeader header_of(const std::byte* bytes, std::uint64_t size_bytes,
+                              std::uint64_t place_bytes);
+
   const std::byte* bytes() const { return bytes_; }
   const BlobHeader& header() const { return header_; }
   const std::vector<TensorEntry>& entries() const { return entries_; }

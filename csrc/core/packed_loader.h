@@ -87,6 +87,7 @@ class PackedLoader : public Loader {
   StreamId first_writer(UnitIndex unit, StreamId copy_stream) const override;
   std::vector<StreamId> own_streams() const override;
 
+  std::size_t slot_bytes() const { return slot_bytes_; }
   std::size_t ring_bytes() const { return ring_.size_bytes(); }
   std::size_t resident_bytes() const { return resident_.size_bytes(); }
   const PackedStreams& streams() const { return streams_; }

@@ -30,8 +30,10 @@ std::vector<PieceIndex> first_parameters(const std::vector<ParameterRange>& rang
 Engine::Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
                const PipelineOptions& options, std::vector<ParameterSpec> parameters, Plan plan,
                const std::vector<ParameterRange>& ranges, std::size_t lock_limit_bytes,
-               const std::vector<std::shared_ptr<FileView>>& residents)
-    : device_(std::move(device)), torch_device_(torch_device) {
+               const std::vector<std::shared_ptr<FileView>>& residents, py::object packed_class_of)
+    : device_(std::move(device)),
+      torch_device_(torch_device),
+      packed_class_of_(std::move(packed_class_of)) {
   std::vector<std::shared_ptr<FileView>> views;
   for (ParameterSpec& spec : parameters) {
     views.push_back(std::move(spec.view));
@@ -39,7 +41,10 @@ Engine::Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
                              std::move(spec.slots));
   }
   units_ = cut(plan, ranges);
-  const std::vector<std::size_t> sizes = master_sizes(plan, ranges);
+  // Packed masters have arenas of their own, one for each unit.
+  const std::vector<std::size_t> sizes = packs_masters()
+                                             ? std::vector<std::size_t>(parameters_.size(), 0)
+                                             : master_sizes(plan, ranges);
   const py::gil_scoped_release no_gil;
   masters_ = std::make_unique<Masters>(device_, sizes, first_parameters(ranges), std::move(views),
                                        lock_limit_bytes, residents);
@@ -106,6 +111,11 @@ void Engine::let_go() {
         blobs_->leak();
         packed_->leak();
       }
+      for (const UnitParameters& entry : units_) {
+        if (entry.blob != nullptr) {
+          entry.blob->memory()->leak();
+        }
+      }
     }
     pipeline_.reset();
     drop_packed();
@@ -145,6 +155,10 @@ void Engine::check_at_rest(const char* call) const {
 
 void Engine::move_parameter_in(std::size_t index) {
   StreamedParameter& parameter = parameters_[index];
+  if (packs_masters()) {
+    parameter.take_in_place();
+    return;
+  }
   const bool has_view = masters_->has_view(index);
   if (!has_view && !parameter.parameter().device().is_cpu()) {
     const py::gil_scoped_release no_gil;
@@ -227,6 +241,7 @@ std::vector<std::string> Engine::move_out() {
     for (const std::size_t i : moved_out) {
       move_parameter_in(i);
     }
+    are_masters_ready_ = false;
     throw;
   }
   return moved_elsewhere;
@@ -235,8 +250,15 @@ std::vector<std::string> Engine::move_out() {
 void Engine::refresh() {
   check_at_rest("refresh()");
   find_edits();
+  if (packs_masters() && !are_masters_ready_) {
+    pack_masters(/*keeps_shared=*/true);  // memory was missing when it was tried
+  }
   for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
     if (!pipeline().plan().is_resident(unit)) {
+      if (packs_masters() && !is_plain(units_[unit])) {
+        adopt_packed_edits(unit);  // finds every edit, and packs what was unpacked
+        continue;
+      }
       units_[unit].is_to_be_packed = is_packed(unit);
       pipeline_->invalidate(unit);
     }

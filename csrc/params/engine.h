@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "codec/encoder.h"
+#include "codec/unit_packer.h"
 #include "core/device.h"
 #include "core/loader.h"
 #include "core/masters.h"
@@ -47,13 +47,17 @@ class Engine : private Loader {
  public:
   /// Allocates the window, reserves the arena and prepares streams; moves no parameter.
   ///
+  /// With `packed_class_of`, the Python function that gives the class of a parameter at rest,
+  /// masters are packed: see Note [Packed masters].
+  ///
   /// Throws: ValueError for a parameter that cannot be streamed, or if `ranges` and `plan` do not
   ///         fit together; MemoryError.
   Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
          const PipelineOptions& options, std::vector<ParameterSpec> parameters, Plan plan,
          const std::vector<ParameterRange>& ranges,
          std::size_t lock_limit_bytes = LockedFiles::kNoLimit,
-         const std::vector<std::shared_ptr<FileView>>& residents = {});
+         const std::vector<std::shared_ptr<FileView>>& residents = {},
+         pybind11::object packed_class_of = {});
   ~Engine() override;
 
   /// Moves a streamed unit's parameters into their masters; units in order, each once. Those of a
@@ -69,12 +73,32 @@ class Engine : private Loader {
   /// no more is taken than was planned. Masters stay what they are; a unit whose weights are edited
   /// is packed anew.
   ///
-  /// Blocking:  reads and writes all bytes, on all cores; page-locks the packed ones that are
-  ///            copied; waits for those that stay to be on the device.
+  /// With packed masters the blobs are the masters, and what is raw is plain.
+  ///
+  /// Blocking:  reads and writes all bytes, on all cores; page-locks the packed ones, of those that
+  ///            stay only where they are masters; waits for those that stay to be on the device.
   /// Throws:    ValueError unless `most_bytes` has an answer for each unit; StateError during a
   ///            forward or after an earlier call; NotImplementedError if the device cannot decode;
-  ///            MemoryError. All units are then raw.
+  ///            MemoryError. Plain masters are then copied raw; packed ones are packed by the next
+  ///            forward.
   void pack(const std::vector<std::size_t>& most_bytes);
+  /// What a unit's blob is made from: where each parameter lies in the place, and its bytes.
+  struct ParameterContent {
+    std::string name;
+    std::size_t place_offset = 0;
+    std::size_t size_bytes = 0;
+    std::uint64_t checksum = 0;  ///< Of the bytes that its master holds now.
+  };
+  /// Blocking: reads all of the unit, on all cores. Throws: StateError during a forward.
+  std::vector<ParameterContent> content(UnitIndex unit);
+  /// Blobs for the next `pack`, by unit, of what the units' masters hold; undefined: none. A
+  /// damaged one is not taken.
+  void offer_blobs(std::vector<at::Tensor> blobs);
+  /// The units for which the last `pack` has taken the blob that was offered.
+  const std::vector<UnitIndex>& blobs_taken() const { return blobs_taken_; }
+  /// The blob of a packed unit, as bytes that live on with it; undefined for a raw one.
+  /// Blocking: copies one that is nowhere but on the device. Throws: StateError during a forward.
+  at::Tensor packed_blob(UnitIndex unit) const;
   /// Bytes of each unit as it is copied: packed, all of it, or none where it stays packed.
   std::vector<std::size_t> transport_bytes() const;
   /// The staging ring on the device.
@@ -178,15 +202,16 @@ class Engine : private Loader {
 
   struct UnitParameters {
     ParameterRange range;
-    std::vector<std::size_t> offsets;   // of each parameter in master and place
-    std::vector<CopySegment> segments;  // of the master, as copies
-    std::uint32_t uses = 0;             // under way; the parameters show the place while > 0
-    bool is_sampled = false;            // since the last copy
-    bool is_compared = false;           // with the sample, in this pass
-    bool is_checked = false;            // against the files, in this pass
-    bool is_locked = false;             // all its pages of files, as long as none takes turns
-    bool is_announced = false;          // since it was last loaded
-    bool is_to_be_packed = false;       // whatever a comparison would say
+    std::vector<std::size_t> offsets;        // of each parameter in master and place
+    std::vector<CopySegment> segments;       // of the master, as copies
+    std::uint32_t uses = 0;                  // under way; the parameters show the place while > 0
+    bool is_sampled = false;                 // since the last copy
+    bool is_compared = false;                // with the sample, in this pass
+    bool is_checked = false;                 // against the files, in this pass
+    bool is_locked = false;                  // all its pages of files, as long as none takes turns
+    bool is_announced = false;               // since it was last loaded
+    bool is_to_be_packed = false;            // whatever a comparison would say
+    std::shared_ptr<const PackedBlob> blob;  // its master, where that is packed
   };
 
   /// The parameters of one unit, to iterate over.
@@ -214,11 +239,26 @@ class Engine : private Loader {
   void announce(UnitIndex unit) override;
   std::vector<StreamId> own_streams() const override;
   bool is_packed(UnitIndex unit) const { return packed_ != nullptr && packed_->has_source(unit); }
-  UnitEncoder encoder_of(const UnitParameters& entry, std::size_t unit_bytes) const;
-  std::vector<std::optional<UnitEncoder>> encoders_within(
-      const std::vector<std::size_t>& most_bytes);
-  void make_room_for(const std::vector<std::optional<UnitEncoder>>& encoders);
-  void write_packed(UnitIndex unit, const UnitEncoder& encoder);
+  UnitPacker packer_of(UnitIndex unit, std::vector<at::Tensor>& unpacked) const;
+  std::vector<TensorSource> sources_of(const UnitParameters& entry,
+                                       std::vector<at::Tensor>& unpacked) const;
+  KeptBlob offered_blob(UnitIndex unit) const;
+  void pack_beside_masters();
+  std::vector<std::optional<UnitPacker>> packers_within_limits();
+  void make_room_for(const std::vector<std::size_t>& rooms);
+  void write_packed(UnitIndex unit, UnitPacker& packer);
+  void set_packed_source(UnitIndex unit, const PackedSource& source);
+  bool packs_masters() const { return static_cast<bool>(packed_class_of_); }
+  bool is_plain(const UnitParameters& entry) const;
+  void take_found(const UnitParameters& entry);
+  void pack_masters(bool keeps_shared);
+  bool hold(UnitIndex unit, bool keeps_shared);
+  bool adopt_blob(UnitIndex unit);
+  void load_from_blob(UnitIndex unit);
+  void drop_blob(UnitIndex unit);
+  std::size_t most_blob_bytes(UnitIndex unit) const;
+  void make_plain(UnitIndex unit);
+  void adopt_packed_edits(UnitIndex unit);
   void pack_anew(UnitIndex unit);
   void note_content(UnitParameters& entry);
   void drop_packed();
@@ -257,7 +297,11 @@ class Engine : private Loader {
   std::unique_ptr<PackedLoader> packed_;
   PackedStreams packed_streams_;                // of the device: they outlive the loader
   std::vector<std::size_t> most_packed_bytes_;  // of the last pack()
-  std::shared_ptr<OpLog> log_;                  // attached to the device; or none
+  pybind11::object packed_class_of_;            // none: masters are plain
+  bool are_masters_ready_ = false;              // packed, or plain, as copies need them
+  std::vector<at::Tensor> offered_blobs_;       // by unit, while they are packed
+  std::vector<UnitIndex> blobs_taken_;
+  std::shared_ptr<OpLog> log_;  // attached to the device; or none
   std::uint64_t cpu_ns_ = 0;
   bool has_warned_of_backward_ = false;
 };

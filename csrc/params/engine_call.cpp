@@ -75,6 +75,9 @@ void Engine::acquire(CallToken& token, UnitIndex unit) {
   if (begins_pass && masters_->has_files()) {
     masters_->files().check_unchanged();
   }
+  if (packs_masters() && begins_pass && !are_masters_ready_) {
+    pack_masters(/*keeps_shared=*/true);  // memory was missing when it was tried
+  }
   if (unit == kNoUnit) {
     return;
   }
@@ -127,6 +130,10 @@ void Engine::warn_of_backward(const UnitParameters& entry) {
 /// Brings the masters up to date with what the user did to the parameters at rest.
 void Engine::adopt_edits(UnitIndex unit) {
   UnitParameters& entry = units_[unit];
+  if (packs_masters() && !is_plain(entry)) {
+    adopt_packed_edits(unit);
+    return;
+  }
   // Bytes that were copied in an earlier pass may be older than an edit that no counter shows:
   // `weight.data += d`, fused optimizers, numpy. Within a pass nobody edits behind our back.
   // What was packed is older still: from when that was.
@@ -175,6 +182,11 @@ StreamId Engine::load(UnitIndex unit, std::byte* place, StreamId copy_stream,
   if (is_packed(unit)) {
     return packed_->load(unit, place, copy_stream,
                          generation);  // what was noted when it was packed
+  }
+  if (packs_masters() && !is_plain(entry)) {
+    throw MemoryError("expected packed masters of unit '" + pipeline_->plan().units[unit].name +
+                      "', got none, as memory was missing when it was packed anew; free memory "
+                      "and call the model again");
   }
   lock_files_of(entry);
   for (const CopySegment& segment : segments_of(entry)) {

@@ -6,6 +6,7 @@
 // spot when it differs: the call that notices blocks for as long as that takes. One that stays
 // packed on the device is packed into page-locked memory that all of them share, and brought there
 // from it. A unit for which there is no room any more is raw from then on, and the plan says so.
+// Where masters are packed, Note [Packed masters] says what takes the place of all this.
 
 #include <algorithm>
 #include <cstdio>
@@ -21,18 +22,12 @@ namespace py = pybind11;
 
 namespace torch_offload {
 
-UnitEncoder Engine::encoder_of(const UnitParameters& entry, std::size_t unit_bytes) const {
-  std::vector<TensorSource> tensors;
-  auto offset = entry.offsets.begin();
-  for (std::size_t i = entry.range.begin; i < entry.range.end; ++i) {
-    const StreamedParameter& parameter = parameters_[i];
-    tensors.push_back({masters_->memory(i), parameter.size_bytes(), *offset++,
-                       parameter.parameter().scalar_type() == at::kBFloat16 ? ElementType::kBf16
-                                                                            : ElementType::kOther});
-  }
+/// What packs the unit, or copies its offered blob. `unpacked` must live as long.
+UnitPacker Engine::packer_of(UnitIndex unit, std::vector<at::Tensor>& unpacked) const {
   EncodeOptions options;
   options.num_threads = default_num_threads();
-  return {tensors, unit_bytes, options};
+  return {sources_of(units_[unit], unpacked), pipeline_->plan().units[unit].size_bytes, options,
+          offered_blob(unit)};
 }
 
 void Engine::pack(const std::vector<std::size_t>& most_bytes) {
@@ -52,14 +47,29 @@ void Engine::pack(const std::vector<std::size_t>& most_bytes) {
         "decoder; use transport='raw', or build torch_offload where there is a CUDA compiler of "
         "torch's own major version");
   }
+  const bool is_first = most_packed_bytes_.empty();
   most_packed_bytes_ = most_bytes;
+  if (packs_masters()) {
+    // At first they are made of what the parameters are: copies, as plain masters are.
+    pack_masters(/*keeps_shared=*/!is_first);
+  } else {
+    pack_beside_masters();
+  }
+}
+
+void Engine::pack_beside_masters() {
   try {
     const py::gil_scoped_release no_gil;
-    const std::vector<std::optional<UnitEncoder>> encoders = encoders_within(most_bytes);
-    make_room_for(encoders);
-    for (UnitIndex unit = 0; unit < encoders.size() && packed_ != nullptr; ++unit) {
-      if (const std::optional<UnitEncoder>& encoder = encoders[unit]) {
-        write_packed(unit, *encoder);
+    std::vector<std::optional<UnitPacker>> packers = packers_within_limits();
+    std::vector<std::size_t> rooms;
+    for (const std::optional<UnitPacker>& packer : packers) {
+      rooms.push_back(packer ? packed_room_bytes(packer->blob_bytes()) : 0);
+    }
+    make_room_for(rooms);
+    for (UnitIndex unit = 0; unit < packers.size(); ++unit) {
+      if (packers[unit]) {
+        write_packed(unit, *packers[unit]);
+        packers[unit].reset();
       }
     }
   } catch (...) {
@@ -76,55 +86,50 @@ void Engine::pack(const std::vector<std::size_t>& most_bytes) {
 }
 
 /// Of the units that the plan wants packed and that packing shrinks; the others are raw now.
-std::vector<std::optional<UnitEncoder>> Engine::encoders_within(
-    const std::vector<std::size_t>& most_bytes) {
-  std::vector<std::optional<UnitEncoder>> encoders(units_.size());
+std::vector<std::optional<UnitPacker>> Engine::packers_within_limits() {
+  std::vector<at::Tensor> unpacked;  // none: masters are plain here
+  std::vector<std::optional<UnitPacker>> packers(units_.size());
   for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
-    const Plan& plan = pipeline_->plan();
-    if (plan.transport(unit) == Transport::kRaw) {
+    if (pipeline_->plan().transport(unit) == Transport::kRaw) {
       continue;
     }
-    const std::size_t unit_bytes = plan.units[unit].size_bytes;
-    UnitEncoder encoder = encoder_of(units_[unit], unit_bytes);
-    if (packed_room_bytes(encoder.blob_bytes()) <= most_bytes[unit]) {
-      encoders[unit].emplace(std::move(encoder));
+    UnitPacker packer = packer_of(unit, unpacked);
+    if (packed_room_bytes(packer.blob_bytes()) <= most_packed_bytes_[unit]) {
+      packers[unit].emplace(std::move(packer));
     } else {
       pipeline_->set_transport(unit, Transport::kRaw);
     }
   }
-  return encoders;
+  return packers;
 }
 
-/// On the host for each unit that is copied packed, and for one of those that stay on the device;
-/// there for the ring, and for all of these. None of it where nothing is packed.
-void Engine::make_room_for(const std::vector<std::optional<UnitEncoder>>& encoders) {
-  const Plan& plan = pipeline_->plan();
+/// For packed units of at most so many bytes, 0 for those that are raw: on the device for the ring
+/// and for all that stay there; on the host, unless the masters are what is packed, for each that
+/// is copied and for one of those that stay. None of it where nothing is packed.
+void Engine::make_room_for(const std::vector<std::size_t>& rooms) {
+  if (std::all_of(rooms.begin(), rooms.end(), [](std::size_t room) { return room == 0; })) {
+    return;
+  }
   PackedLoader::Options options;
   options.has_decode_stream = policy_of(pipeline_->options().mode).has_copy_stream;
   options.streams = packed_streams_;
   options.resident_bytes.assign(units_.size(), 0);
   std::vector<std::size_t> pieces(units_.size() + 1, 0);
   for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
-    const std::optional<UnitEncoder>& encoder = encoders[unit];
-    if (!encoder) {
-      continue;
-    }
-    const std::size_t room_bytes = packed_room_bytes(encoder->blob_bytes());
-    if (plan.stays_packed(unit)) {
-      options.resident_bytes[unit] = room_bytes;
-      pieces.back() = std::max(pieces.back(), room_bytes);
+    if (pipeline_->plan().stays_packed(unit)) {
+      options.resident_bytes[unit] = rooms[unit];
+      pieces.back() = std::max(pieces.back(), rooms[unit]);
     } else {
-      pieces[unit] = room_bytes;
-      options.slot_bytes = std::max(options.slot_bytes, room_bytes);
+      pieces[unit] = rooms[unit];
+      options.slot_bytes = std::max(options.slot_bytes, rooms[unit]);
     }
   }
-  if (*std::max_element(pieces.begin(), pieces.end()) == 0) {
-    return;
+  if (!packs_masters()) {
+    blobs_ = std::make_shared<PinnedArena>(device_, pieces);
   }
-  blobs_ = std::make_shared<PinnedArena>(device_, pieces);
   packed_ = std::make_unique<PackedLoader>(*device_, units_.size(), options);
   packed_streams_ = packed_->streams();
-  for (PieceIndex piece = 0; piece < pieces.size(); ++piece) {
+  for (PieceIndex piece = 0; blobs_ != nullptr && piece < pieces.size(); ++piece) {
     if (pieces[piece] != 0) {
       blobs_->prepare(piece);
     }
@@ -132,20 +137,33 @@ void Engine::make_room_for(const std::vector<std::optional<UnitEncoder>>& encode
   }
 }
 
-/// There is room for it.
-void Engine::write_packed(UnitIndex unit, const UnitEncoder& encoder) {
+/// Leaves the unit raw where its blob needs more room than there is.
+void Engine::write_packed(UnitIndex unit, UnitPacker& packer) {
   const bool stays = packed_->has_room(unit);
   std::byte* const memory = blobs_->piece_memory(stays ? units_.size() : unit);
-  device_->host_write(memory, encoder.blob_bytes(), unit);
-  encoder.encode(memory);
-  const PackedSource source{memory, encoder.blob_bytes(), pipeline_->plan().units[unit].size_bytes,
-                            encoder.num_tiles()};
-  if (stays) {
+  const std::size_t room_bytes = stays ? packed_->room_bytes(unit) : blobs_->piece_bytes(unit);
+  device_->host_write(memory, room_bytes, unit);
+  if (!packer.write(memory, room_bytes)) {
+    pipeline_->set_transport(unit, Transport::kRaw);
+    return;
+  }
+  if (packer.took_kept()) {
+    blobs_taken_.push_back(unit);
+  }
+  set_packed_source(unit, {memory, packer.blob_bytes(), pipeline_->plan().units[unit].size_bytes,
+                           packer.num_tiles()});
+}
+
+/// From now on this is what is copied for the unit, or what stays of it on the device.
+/// Blocking: where it stays, until it is there.
+void Engine::set_packed_source(UnitIndex unit, const PackedSource& source) {
+  if (packed_->has_room(unit)) {
     packed_->upload(unit, source);
+    pipeline_->set_transport(unit, Transport::kPackedResident);
   } else {
     packed_->set_source(unit, source);
+    pipeline_->set_transport(unit, Transport::kPacked);
   }
-  pipeline_->set_transport(unit, stays ? Transport::kPackedResident : Transport::kPacked);
 }
 
 /// Takes what the masters hold now as what is packed.
@@ -164,12 +182,9 @@ void Engine::pack_anew(UnitIndex unit) {
     pipeline_->synchronize_onload(unit);  // a copy or decoder may still read what is packed
     packed_->drop_source(unit);           // raw, unless all goes well
     pipeline_->set_transport(unit, Transport::kRaw);
-    const UnitEncoder encoder = encoder_of(units_[unit], pipeline_->plan().units[unit].size_bytes);
-    const std::size_t room_bytes =
-        packed_->has_room(unit) ? packed_->room_bytes(unit) : blobs_->piece_bytes(unit);
-    if (encoder.blob_bytes() <= room_bytes) {
-      write_packed(unit, encoder);
-    }
+    std::vector<at::Tensor> unpacked;  // none: masters are plain here
+    UnitPacker packer = packer_of(unit, unpacked);
+    write_packed(unit, packer);
   }
   note_content(units_[unit]);
 }
@@ -178,6 +193,7 @@ void Engine::pack_anew(UnitIndex unit) {
 void Engine::drop_packed() {
   packed_.reset();
   blobs_.reset();
+  are_masters_ready_ = false;
   if (pipeline_ == nullptr) {
     return;
   }
@@ -188,7 +204,8 @@ void Engine::drop_packed() {
   }
 }
 
-/// After a plan that could not be had. Without room for it all units are raw.
+/// After a plan that could not be had. Without room for it plain masters are copied raw, and packed
+/// ones are packed by the next forward.
 void Engine::pack_as_before(const std::vector<Transport>& transports) noexcept {
   try {
     for (UnitIndex unit = 0; unit < transports.size(); ++unit) {
@@ -196,7 +213,8 @@ void Engine::pack_as_before(const std::vector<Transport>& transports) noexcept {
     }
     pack(std::vector<std::size_t>(most_packed_bytes_));
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "torch_offload: units travel raw, they could not be packed again: %s\n",
+    std::fprintf(stderr, "torch_offload: %s, they could not be packed again: %s\n",
+                 packs_masters() ? "the next forward packs the units" : "units travel raw",
                  error.what());
   }
 }

@@ -27,7 +27,7 @@ std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges)
     }
   }
   std::vector<std::size_t> missing(parameters_.size(), 0);
-  for (const std::size_t i : leaving) {
+  for (const std::size_t i : packs_masters() ? std::vector<std::size_t>{} : leaving) {
     missing[i] = aligned_size(parameters_[i].size_bytes());
   }
   {
@@ -77,6 +77,7 @@ std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges)
     throw;
   }
   units_ = std::move(units);
+  most_packed_bytes_.assign(units_.size(), 0);  // nobody has said yet what these may take packed
   std::int64_t bytes_moved = 0;
   for (std::size_t k = 0; k < coming.size(); ++k) {
     parameters_[coming[k]].move_out(plain[k]);

@@ -4,7 +4,6 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <cstring>
@@ -77,11 +76,15 @@ at::Tensor StreamedParameter::plain_copy(const at::Device& device) const {
   const c10::NoGradGuard no_grad;
   at::Tensor copy =
       at::empty_strided(sizes_, strides_, at::TensorOptions().dtype(dtype_).device(device));
-  copy.copy_(is_moved_in() ? master_ : parameter_.detach());
+  copy.copy_(is_moved_in() ? plain_bytes() : parameter_.detach());
   return copy;
 }
 
 void StreamedParameter::move_out(const at::Tensor& plain) {
+  if (packed_ != nullptr) {
+    packed_->take_back(parameter_);
+    packed_.reset();
+  }
   parameter_.set_data(plain);
   master_.reset();
   place_.reset();
@@ -97,10 +100,20 @@ void StreamedParameter::show_place(std::byte* place, const at::Device& device) {
   if (!place_.defined() || place_.const_data_ptr() != place) {
     place_ = view_of(place, device, nullptr);
   }
+  if (is_packed()) {
+    packed_->make_plain(parameter_);
+  }
   show(place_);
 }
 
-void StreamedParameter::show_master() { show(master_); }
+void StreamedParameter::show_master() {
+  if (is_packed()) {
+    packed_->show(parameter_);
+    shown_ = nullptr;
+  } else {
+    show(master_);
+  }
+}
 
 StreamedParameter::PlaceRef StreamedParameter::drop_place() {
   PlaceRef place(place_.storage().getWeakStorageImpl());
@@ -109,13 +122,7 @@ StreamedParameter::PlaceRef StreamedParameter::drop_place() {
 }
 
 void StreamedParameter::show(const at::Tensor& data) {
-  if (torch::autograd::impl::try_get_grad_accumulator(parameter_) != nullptr) {
-    parameter_.set_data(data);  // a live graph's accumulator was made for the former data
-  } else {
-    // What set_data does otherwise, without a dispatched question whether the two are of a kind:
-    // both are dense strided tensors, see the constructor and adopt_replacement.
-    parameter_.unsafeGetTensorImpl()->shallow_copy_from(data.getIntrusivePtr());
-  }
+  show_data(parameter_, data);
   shown_ = data.const_data_ptr();
 }
 
@@ -137,6 +144,9 @@ at::Tensor StreamedParameter::found_parameter() const {
 }
 
 StreamedParameter::Edit StreamedParameter::edit_since_copy() const {
+  if (is_packed()) {
+    return is_packed_at_rest() ? Edit::kNone : Edit::kReplaced;
+  }
   if (!found_parameter().is_same(parameter_) ||
       parameter_.const_data_ptr() != master_.const_data_ptr() ||
       parameter_.scalar_type() != dtype_ || parameter_.sizes() != at::IntArrayRef(sizes_) ||
@@ -146,8 +156,7 @@ StreamedParameter::Edit StreamedParameter::edit_since_copy() const {
   return version() == copied_version_ ? Edit::kNone : Edit::kInPlace;
 }
 
-void StreamedParameter::adopt_replacement() {
-  const at::Tensor replacement = found_parameter();
+void StreamedParameter::check_fits(const at::Tensor& replacement) const {
   const bool fits = replacement.scalar_type() == dtype_ && !replacement.is_meta() &&
                     replacement.sizes() == at::IntArrayRef(sizes_) &&
                     replacement.layout() == at::kStrided && !replacement.is_inference() &&
@@ -162,10 +171,19 @@ void StreamedParameter::adopt_replacement() {
       return text + ")" + (options.device().is_meta() ? " on meta" : "");
     };
     throw StateError("expected parameter '" + name_ + "' to be replaced by a dense " +
-                     describe(master_.options(), sizes_) + " as before, got " +
-                     describe(replacement.options(), replacement.sizes()) +
+                     describe(at::TensorOptions().dtype(dtype_).device(at::kCPU), sizes_) +
+                     " as before, got " + describe(replacement.options(), replacement.sizes()) +
                      "; call handle.remove() before changing it, and offload() again afterwards");
   }
+}
+
+void StreamedParameter::adopt_replacement() {
+  if (!has_locked_master()) {
+    take_found();
+    return;
+  }
+  const at::Tensor replacement = found_parameter();
+  check_fits(replacement);
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
   const at::Tensor data = replacement.detach();
@@ -181,6 +199,96 @@ void StreamedParameter::adopt_replacement() {
   }
   parameter_ = replacement;
   show_master();
+}
+
+namespace {
+
+/// Whether anybody shows this memory beside `num_ours` tensors. A storage that Python has once
+/// looked at has an object, which is one more reference, and lives on with only ours.
+bool is_shown_by_others(const at::Storage& storage, std::size_t num_ours) {
+  const c10::impl::PyObjectSlot& slot = *storage.unsafeGetStorageImpl()->pyobj_slot();
+  const std::size_t num_by_python = slot.load_pyobj() == nullptr ? 0 : 1;
+  return storage.use_count() > num_ours + num_by_python ||
+         (num_by_python != 0 && !slot.has_unique_reference());
+}
+
+}  // namespace
+
+// --- packed masters ----------------------------------------------------------------------------
+
+void StreamedParameter::take_in_place() {
+  const c10::InferenceMode no_inference(false);
+  if (parameter_.device().is_cpu()) {
+    const c10::NoGradGuard no_grad;
+    master_ = parameter_.detach();
+  } else {
+    master_ = plain_copy(at::kCPU);
+  }
+  owner_.reset();
+  was_moved_in_ = true;
+  show(master_);
+}
+
+void StreamedParameter::hold_packed(std::shared_ptr<const PackedBlob> blob,
+                                    std::size_t place_offset,
+                                    const pybind11::object& packed_class_of) {
+  const bool was_packed = is_packed();
+  const auto master = std::make_shared<PackedMaster>(
+      PackedMaster::Layout{std::move(blob), place_offset, size_bytes_, sizes_, strides_, dtype_},
+      parameter_, packed_class_of);
+  if (packed_ != nullptr) {
+    packed_->take_back(parameter_);
+  }
+  packed_ = master;
+  if (was_packed) {
+    show_master();
+  }
+}
+
+void StreamedParameter::show_packed_unless_shared(bool keeps_shared) {
+  // Two are ours: the parameter's own and the master's.
+  if (master_.defined() && keeps_shared && is_shown_by_others(master_.storage(), 2)) {
+    return;
+  }
+  master_.reset();
+  owner_.reset();
+  show_master();
+}
+
+bool StreamedParameter::is_packed_at_rest() const {
+  return is_packed() && found_parameter().is_same(parameter_) && packed_->is_shown_by(parameter_);
+}
+
+void StreamedParameter::unpack() {
+  if (!is_packed()) {
+    return;
+  }
+  packed_->unpack(parameter_);
+  packed_.reset();
+  take_in_place();
+}
+
+bool StreamedParameter::take_found() {
+  const at::Tensor found = found_parameter();
+  if (const std::shared_ptr<PackedMaster> other = PackedMaster::shown_by(found)) {
+    other->unpack(found);  // a streamed parameter that was put here from elsewhere
+  }
+  check_fits(found);
+  const bool is_same = found.is_same(parameter_);
+  if (!is_same && packed_ != nullptr && packed_->is_shown_by(parameter_)) {
+    packed_->unpack(parameter_);  // whoever still holds the former object keeps its values
+  }
+  parameter_ = found;
+  const bool has_same_strides = found.strides() == at::IntArrayRef(strides_);
+  if (!has_same_strides) {
+    strides_ = found.strides().vec();
+    place_.reset();
+  }
+  take_in_place();
+  if (!is_same || !has_same_strides) {
+    packed_.reset();
+  }
+  return packed_ != nullptr;
 }
 
 bool StreamedParameter::was_changed_in_forward() const {

@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "params/packed_master.h"
+
 namespace torch_offload {
 
 /// One entry of a module's `_parameters`: where the user's Parameter object is looked up.
@@ -22,8 +24,9 @@ struct ParameterSlot {
 /// A parameter whose bytes wait in a master and pass through a place.
 ///
 /// The user's Parameter object stays the same for good; what changes is the data that it shows. At
-/// rest it *is* its master, a CPU tensor with a storage of its own over its bytes of the arena.
-/// While its unit is in use it shows the place on the device.
+/// rest it *is* its master, a CPU tensor with a storage of its own over its bytes of the arena, or
+/// it shows that its master is packed (see Note [Packed masters]). While its unit is in use it
+/// shows the place on the device.
 ///
 /// Threads: as Pipeline; calls that say so need the GIL.
 class StreamedParameter {
@@ -43,7 +46,7 @@ class StreamedParameter {
   void move_into(std::byte* master, std::shared_ptr<void> owner,
                  const std::function<void(const void* source, std::size_t size_bytes)>& fill);
 
-  bool is_moved_in() const { return master_.defined(); }
+  bool is_moved_in() const { return master_.defined() || packed_ != nullptr; }
   /// Whether it is where we have put it: in its master, or on the device after it was in one.
   bool is_moved() const { return was_moved_in_; }
   const at::Device& former_device() const { return former_device_; }
@@ -56,8 +59,38 @@ class StreamedParameter {
   /// Shows its master for good, as ordinary memory that lives on with whoever shows it.
   void keep_master();
 
+  // Note [Packed masters] (engine_packed_masters.cpp) says when which of these holds.
+
+  /// Takes what the parameter shows as its master, where it is; what lies on a device comes to the
+  /// CPU. It is ordinary memory until it is packed or moved.
+  void take_in_place();
+  /// Takes a part of this blob for its master from now on. It shows that from the next call of
+  /// show_packed_unless_shared() on. Needs the GIL.
+  void hold_packed(std::shared_ptr<const PackedBlob> blob, std::size_t place_offset,
+                   const pybind11::object& packed_class_of);
+  const PackedMaster* packed_master() const { return packed_.get(); }
+  /// Lets go of the unpacked bytes and shows its packed master. Where `keeps_shared`, not if
+  /// somebody else shows those bytes as well: he may write to them. Needs the GIL.
+  void show_packed_unless_shared(bool keeps_shared);
+  /// Whether it shows a packed master that nobody has unpacked or replaced. Needs the GIL.
+  /// Throws: StateError if the parameter is gone.
+  bool is_packed_at_rest() const;
+  /// Whether its only bytes are packed.
+  bool is_packed() const { return packed_ != nullptr && !master_.defined(); }
+  /// Lets it show ordinary memory, with the bytes that were packed. Needs the GIL.
+  void unpack();
+  /// Takes what is found in its slots as its master, ordinary memory. Returns whether it is the
+  /// same object, laid out in memory as before. Needs the GIL.
+  /// Throws: StateError as adopt_replacement.
+  bool take_found();
+  /// Whether copies may read the master: page-locked memory.
+  bool has_locked_master() const { return owner_ != nullptr; }
+  /// Its bytes, unpacked where they have to be: then into memory that the tensor owns.
+  at::Tensor plain_bytes() const { return is_packed() ? packed_->unpacked() : master_; }
+
   /// Shows the place at this address.
   void show_place(std::byte* place, const at::Device& device);
+  /// Shows what it is at rest.
   void show_master();
   using PlaceRef = c10::weak_intrusive_ptr<c10::StorageImpl>;
   /// Whether more than our own tensor shows the place, or Python has once looked at its storage.
@@ -102,13 +135,15 @@ class StreamedParameter {
   at::Tensor view_of(void* memory, const at::Device& device, std::shared_ptr<void> owner) const;
   at::Tensor found_parameter() const;
   void show(const at::Tensor& data);
+  void check_fits(const at::Tensor& replacement) const;
 
   std::string name_;
   std::vector<ParameterSlot> slots_;
   at::Tensor parameter_;  // the user's object
   at::Tensor master_;
   at::Tensor place_;
-  std::shared_ptr<void> owner_;  // of the master's memory
+  std::shared_ptr<void> owner_;  // of the master's memory; none while that is ordinary
+  std::shared_ptr<PackedMaster> packed_;
   const void* shown_ = nullptr;  // the data that we let the parameter show last
   std::vector<std::int64_t> sizes_;
   std::vector<std::int64_t> strides_;

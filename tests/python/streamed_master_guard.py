@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from torch_offload.handle import Handle
+from torch_offload.packed_parameter import PackedParameter
 from torch_offload.reads import COMPARES_KINDS
 
 # The engine itself reads and writes masters, to adopt what a user has replaced; its operators are
@@ -40,11 +41,17 @@ class _Masters:
         self.handle = weakref.ref(handle)
         self.engine = weakref.ref(handle._engine)
         names = {name for unit in handle.units if unit.place for name in unit.parameters}
+        # They have no memory: known as objects.
+        self.packed: dict[int, str] = {}
         model = handle.model
         assert model is not None
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name in [name for name in names if isinstance(parameters[name], PackedParameter)]:
+            self.packed[id(parameters[name])] = name
+            names.remove(name)
         self.spans = sorted(
             (parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes, name)
-            for name, parameter in model.named_parameters(remove_duplicate=False)
+            for name, parameter in parameters.items()
             if name in names
         )
 
@@ -125,12 +132,13 @@ class StreamedMasterGuard(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _check(self, tensor: torch.Tensor, in_pass: list[_Masters], func: Any) -> None:
+        is_packed = isinstance(tensor, PackedParameter)
         try:
-            address = tensor.untyped_storage().data_ptr()
+            address = 0 if is_packed else tensor.untyped_storage().data_ptr()
         except (RuntimeError, NotImplementedError):
             return  # a tensor without memory of its own: fake, or a wrapper
         for masters in in_pass:
-            name = masters.name_at(address)
+            name = masters.packed.get(id(tensor)) if is_packed else masters.name_at(address)
             if name is not None:
                 self.reads.append(name)
                 raise StreamedMasterReadError(
