@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,17 @@ def tiny_stack_on_meta() -> Any:
     return Stack(4, 16).eval()
 
 
+@pytest.fixture
+def former_logging() -> Iterator[None]:
+    """One block configures logging, which is the process's."""
+    root, ours = logging.getLogger(), logging.getLogger("torch_offload")
+    handlers, level = root.handlers[:], ours.level
+    yield
+    root.handlers[:] = handlers
+    ours.setLevel(level)
+
+
+@pytest.mark.usefixtures("former_logging")
 @pytest.mark.parametrize("number", range(3))
 def test_looking_at_a_run(number: int, folder: Path, device: torch.device) -> None:
     model = tiny_llama(num_hidden_layers=4).model
