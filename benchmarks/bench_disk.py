@@ -42,23 +42,26 @@ def _disk_bytes_per_s(files: list[Path]) -> float | None:
     ][: _MOST_READ_BYTES // _BLOCK_BYTES]
     if not blocks:
         return None
-    try:
-        descriptors = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path, _ in blocks}
-    except OSError:
-        return None
+    with contextlib.ExitStack() as opened:
 
-    def read(mine: list[tuple[Path, int]]) -> None:
-        memory = mmap.mmap(-1, _BLOCK_BYTES)  # page-aligned, as O_DIRECT wants it
-        for path, at in mine:
-            assert os.preadv(descriptors[path], [memory], at) == _BLOCK_BYTES
+        def open_direct(path: Path) -> int:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            opened.callback(os.close, descriptor)
+            return descriptor
 
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(_THREADS) as threads:
-        list(threads.map(read, [blocks[i::_THREADS] for i in range(_THREADS)]))
-    seconds = time.perf_counter() - begin
-    for descriptor in descriptors.values():
-        os.close(descriptor)
-    return len(blocks) * _BLOCK_BYTES / seconds
+        def read(mine: list[tuple[Path, int]]) -> None:
+            memory = mmap.mmap(-1, _BLOCK_BYTES)  # page-aligned, as O_DIRECT wants it
+            for path, at in mine:
+                assert os.preadv(descriptors[path], [memory], at) == _BLOCK_BYTES
+
+        try:
+            descriptors = {path: open_direct(path) for path in dict(blocks)}
+            begin = time.perf_counter()
+            with ThreadPoolExecutor(_THREADS) as threads:
+                list(threads.map(read, [blocks[i::_THREADS] for i in range(_THREADS)]))
+            return len(blocks) * _BLOCK_BYTES / (time.perf_counter() - begin)
+        except OSError:  # a file system that knows only its cache
+            return None
 
 
 def _bytes_from_disk() -> int:
@@ -99,7 +102,7 @@ def workload(pytestconfig: pytest.Config, peer: Workload) -> Workload:
     if size is None:
         return peer
     layers = parse_size(size, "--checkpoint") // DEEP.layer_bytes
-    return replace(DEEP, name=f"{layers} layers of Llama-8B", num_layers=layers)
+    return replace(DEEP, name=f"{layers} layers of Llama-8B", num_layers=layers, vocab_size=4096)
 
 
 @pytest.fixture

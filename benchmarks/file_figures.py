@@ -54,4 +54,25 @@ def _private_memory(results: Results) -> Row:
     )
 
 
-FILE_ROWS: tuple[Callable[[Results], Row], ...] = (_arena_fill, _first_forward, _private_memory)
+def _from_disk(results: Results) -> Row:
+    part = results.one("disk")
+    value = part["ratio"] if part else None
+    return row_of(
+        "a checkpoint larger than the memory for it: forward / (bytes it reads / rate of the disk)",
+        "measured, predicted",
+        "",
+        f"{value:.2f} ({part['bytes_per_s'] / 1e9:.2f} GB/s of "
+        f"{max(filter(None, part['disk_bytes_per_s'])) / 1e9:.2f} GB/s)"
+        if part and value is not None
+        else "",
+        value,
+        (None, None),
+    )
+
+
+FILE_ROWS: tuple[Callable[[Results], Row], ...] = (
+    _arena_fill,
+    _first_forward,
+    _private_memory,
+    _from_disk,
+)

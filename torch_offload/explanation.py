@@ -12,9 +12,10 @@ from rich.text import Text
 
 from torch_offload import _C
 from torch_offload.choice import KERNEL_SHARES, NOMINAL_LINK_BYTES_PER_SECOND, RAW
+from torch_offload.measured_times import measured_times
 from torch_offload.packing import Rates
 from torch_offload.prediction import Prediction, Scenario, held_bytes, predict, predict_plan
-from torch_offload.profile import Profile, scenario_of, units_of
+from torch_offload.profile import Profile
 from torch_offload.rates import format_byte_rate, parse_byte_rate
 from torch_offload.sizes import format_size
 
@@ -293,26 +294,34 @@ def _scenario_of(
     handle: Handle, placed: Placed, profile: Profile | None, link: str | None
 ) -> tuple[Scenario, str]:
     rate = parse_byte_rate(link, "link") if link else None
-    if profile is not None:
-        measured = scenario_of(profile, units_of(profile))
-        if rate is not None:
-            measured = measured.with_(link_bytes_per_second=rate, copy_ns=None)
-        measured = measured.with_(packable=placed.packable, masters=handle.config.masters)
-        return measured, "durations from the last profile of these units"
-    rate = rate or NOMINAL_LINK_BYTES_PER_SECOND
     units = placed.plan.units
+    common = {
+        "mode": handle.config.mode,
+        "streams": handle.config.streams,
+        "depth_bytes": handle.config.depth_bytes,
+        "outside_bytes": placed.outside_bytes,
+        "packable": placed.packable,
+        "masters": handle.config.masters,
+    }
+    if profile is not None:
+        times = measured_times(profile).of(units)
+        scenario = Scenario(
+            units=units,
+            compute_ns=times.compute_ns,
+            link_bytes_per_second=(
+                rate or profile.link_bytes_per_second or NOMINAL_LINK_BYTES_PER_SECOND
+            ),
+            copy_ns=None if rate else times.copy_ns,
+            sequence=times.sequence or None,
+        )
+        return scenario.with_(**common), "durations from the last profile of these units"
+    rate = rate or NOMINAL_LINK_BYTES_PER_SECOND
     share = KERNEL_SHARES[0]
     scenario = Scenario(
         units=units,
         compute_ns=[round(share * unit.size_bytes / rate * 1e9) for unit in units],
         link_bytes_per_second=rate,
-        mode=handle.config.mode,
-        streams=handle.config.streams,
-        depth_bytes=handle.config.depth_bytes,
-        outside_bytes=placed.outside_bytes,
-        packable=placed.packable,
-        masters=handle.config.masters,
-    )
+    ).with_(**common)
     return scenario, (
         f"assumed: copies at {format_byte_rate(rate)}, and a token, whose kernels take {share:g} "
         "of that time; run forwards inside handle.profile() to go by measured durations"

@@ -12,7 +12,7 @@ from torch import nn
 
 from torch_offload import _C
 from torch_offload.file_tensors import FileTensor
-from torch_offload.sizes import parse_size
+from torch_offload.sizes import format_size, parse_size
 from torch_offload.units import UnitSpec
 
 Masters = Literal["auto", "mmap", "arena", "packed"]
@@ -22,6 +22,8 @@ _MOST_COPIED_SHARE = 0.5
 # Beyond this share of what the host can give, files are locked in turns, within the second share.
 _MOST_LOCKED_SHARE = 0.9
 _SHARE_IN_TURNS = 0.75
+# Less is no use to a unit, even where it is more than the second share.
+_LEAST_SHARE_OF_LARGEST = 1.25
 
 
 @dataclass
@@ -67,9 +69,23 @@ class FileMasters:
             return None
         return view
 
-    def lock_limit_bytes(self) -> int | None:
-        """How many bytes of files may be page-locked at a time; None for all of them."""
+    def lock_limit_bytes(self, specs: Sequence[UnitSpec]) -> int | None:
+        """How many bytes of files may be page-locked at a time; None for all of them.
+
+        Args:
+            specs: The units that stream: the largest must fit.
+
+        Raises:
+            MemoryError: If it cannot.
+        """
+        largest = max((self._bytes_in_files(spec) for spec in specs), default=0)
         if self.host_budget is not None:
+            if largest > self.host_budget:
+                raise MemoryError(
+                    f"expected {format_size(largest)} of checkpoint files to be page-locked for "
+                    f"the largest unit, got host_budget={format_size(self.host_budget)}; raise "
+                    "host_budget, or use granularity='sublayer' or 'module' for smaller units"
+                )
             return self.host_budget
         if os.environ.get("TORCH_OFFLOAD_HOST_MEMORY_CHECK") == "0":
             return None
@@ -81,7 +97,13 @@ class FileMasters:
             available = max(0, available - self.beside_bytes)
         if available is None or needed <= _MOST_LOCKED_SHARE * available:
             return None
-        return int(_SHARE_IN_TURNS * available)
+        # Chunks at both ends of a unit are shared with its neighbours.
+        least = int(_LEAST_SHARE_OF_LARGEST * largest)
+        return max(int(_SHARE_IN_TURNS * available), min(least, int(available)))
+
+    def _bytes_in_files(self, spec: UnitSpec) -> int:
+        views = (self.view_of(parameter) for _, parameter in spec.parameters)
+        return sum(view.size_bytes for view in views if view is not None)
 
     def in_file_order(self, specs: Sequence[UnitSpec]) -> list[UnitSpec]:
         """The units with their parameters as they follow each other in the files.

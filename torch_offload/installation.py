@@ -126,6 +126,10 @@ class _Installation:
         self._guarded: list[weakref.ref[nn.Module]] = []
         slots = [slot for spec in planned.specs for slot in parameter_slots(spec, files)]
         self._positions = {name: index for index, (name, *_) in enumerate(slots)}
+        try:
+            lock_limit_bytes = files.lock_limit_bytes([spec for _, spec in _streamed(planned)])
+        except MemoryError as error:
+            raise FilesNotLockedError(str(error)) from error
         self._engine = _C.Engine(
             device=make_device(device),
             torch_device=device,
@@ -136,7 +140,7 @@ class _Installation:
             plan=planned.plan,
             ranges=self._ranges(planned.specs),
             wait_for_each=config.debug,
-            lock_limit_bytes=files.lock_limit_bytes() if files.views else None,
+            lock_limit_bytes=lock_limit_bytes,
             residents=list(files.views.values()),
             packed_class_of=packed_class_of if config.masters == "packed" else None,
         )

@@ -129,6 +129,7 @@ void LockedFiles::make_room(std::size_t size_bytes, const Chunks& needed) {
       }
       Chunk& chunk = **next;
       unlock(chunk);
+      for_good_bytes_ -= queue == &for_good_ ? chunk.size_bytes : 0;
       next = queue->erase(next);
     }
   }
@@ -169,15 +170,34 @@ bool LockedFiles::try_lock(const Chunks& missing, Hold hold) {
   }
   for (Chunk* chunk : missing) {
     locked_bytes_ += chunk->size_bytes;
-    const bool fits = !takes_turns() || locked_bytes_ <= limit_bytes_ / 4 * 3;
+    const bool fits = for_good_bytes_ + chunk->size_bytes <= most_for_good();
     const bool stays = hold == Hold::kForPasses && fits;
     (stays ? for_good_ : in_turn_).push_back(chunk);
+    for_good_bytes_ += stays ? chunk->size_bytes : 0;
     chunk->is_locked = true;
     chunk->is_for_once = hold == Hold::kOnce;
     note_arrived(*chunk);
     bytes_brought_in_ += chunk->size_bytes;
   }
   return true;
+}
+
+/// How much may stay locked from pass to pass, so that there is room for the rest to take turns.
+std::size_t LockedFiles::most_for_good() const {
+  if (!takes_turns()) {
+    return limit_bytes_;
+  }
+  const std::size_t room = std::max(limit_bytes_ / 4, most_needed_bytes_);
+  return limit_bytes_ - std::min(room, limit_bytes_);
+}
+
+/// Lets chunks take turns that were to stay: the newest, which will come last again.
+void LockedFiles::limit_for_good() {
+  while (!for_good_.empty() && for_good_bytes_ > most_for_good()) {
+    in_turn_.push_front(for_good_.back());
+    for_good_bytes_ -= for_good_.back()->size_bytes;
+    for_good_.pop_back();
+  }
 }
 
 /// What is locked now is all that can be had.
@@ -187,12 +207,7 @@ void LockedFiles::take_turns_from_now_on() {
   for (const StreamId stream : streams_) {
     device_->synchronize(stream);
   }
-  std::size_t in_turn_bytes = 0;
-  while (!for_good_.empty() && in_turn_bytes < limit_bytes_ / 4) {
-    in_turn_.push_front(for_good_.back());
-    in_turn_bytes += for_good_.back()->size_bytes;
-    for_good_.pop_back();
-  }
+  limit_for_good();
 }
 
 void LockedFiles::lock(const std::vector<CopySegment>& segments, Hold hold) {
@@ -211,9 +226,10 @@ void LockedFiles::lock(const std::vector<CopySegment>& segments, Hold hold) {
       needed_bytes += chunk->size_bytes;
       if (chunk->is_for_once && hold == Hold::kForPasses) {
         chunk->is_for_once = false;  // needed by copies of the passes as well
-        if (locked_bytes_ <= limit_bytes_ / 4 * 3) {
+        if (for_good_bytes_ + chunk->size_bytes <= most_for_good()) {
           in_turn_.erase(std::find(in_turn_.begin(), in_turn_.end(), chunk));
           for_good_.push_back(chunk);
+          for_good_bytes_ += chunk->size_bytes;
         }
       }
       if (!chunk->is_locked) {
@@ -227,6 +243,10 @@ void LockedFiles::lock(const std::vector<CopySegment>& segments, Hold hold) {
                         format_bytes(limit_bytes_) +
                         "; raise host_budget, or use granularity='sublayer' or 'module' for "
                         "smaller units");
+    }
+    if (hold == Hold::kForPasses && needed_bytes > most_needed_bytes_) {
+      most_needed_bytes_ = needed_bytes;
+      limit_for_good();
     }
     if (missing.empty()) {
       return true;
@@ -267,7 +287,7 @@ void LockedFiles::unlock_once() {
   }
   for (std::deque<Chunk*>* queue : {&in_turn_, &for_good_}) {
     for (Chunk* chunk : *queue) {
-      if (chunk->is_for_once) {
+      if (chunk->is_for_once) {  // none of those for good is
         unlock(*chunk);
       }
     }

@@ -18,7 +18,8 @@ namespace torch_offload {
 ///
 /// Note [A checkpoint larger than host memory]
 /// Locked pages cannot be taken back by the system, so not more than a limit are. Three quarters of
-/// it are locked once and for good; the chunks beyond go through the rest, oldest first. Passes
+/// it are locked once and for good, or less where the largest unit needs more than the rest; the
+/// chunks beyond go through that rest, oldest first. Passes
 /// visit the chunks in a circle, where dropping the least recently used would lock every chunk
 /// anew in every pass. A limit that nobody told is found when the device refuses to lock more.
 ///
@@ -109,13 +110,17 @@ class LockedFiles {
   void unlock(Chunk& chunk);
   bool try_lock(const Chunks& missing, Hold hold);
   void note_arrived(Chunk& chunk);
+  std::size_t most_for_good() const;
+  void limit_for_good();
   void take_turns_from_now_on();
 
   std::shared_ptr<Device> device_;
   std::vector<std::shared_ptr<const FileMapping>> files_;
   std::vector<Chunk> chunks_;  // by address
   std::deque<Chunk*> for_good_;
-  std::deque<Chunk*> in_turn_;  // oldest first
+  std::size_t for_good_bytes_ = 0;
+  std::deque<Chunk*> in_turn_;         // oldest first
+  std::size_t most_needed_bytes_ = 0;  // by the copies of one unit
   std::size_t total_bytes_ = 0;
   std::size_t locked_bytes_ = 0;
   std::size_t limit_bytes_;

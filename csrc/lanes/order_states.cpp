@@ -63,6 +63,7 @@ OrderStates::OrderStates(const SmallSchedules& schedules) : num_units_(schedules
     }
   }
   // Those that come on the way are appended behind; the last calls lead nowhere.
+  // NOLINTNEXTLINE(modernize-loop-convert): it grows on the way
   for (State state = 0; state < ways_.size(); ++state) {
     for (UnitIndex unit = 0; unit < num_units_; ++unit) {
       SmallSchedule way = ways_[state];

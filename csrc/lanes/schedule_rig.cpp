@@ -101,11 +101,11 @@ void ScheduleRig::MasterLoader::pack(const Plan& plan, bool has_decode_stream) {
       options.resident_bytes[unit] = rig_.sizes_[unit];
     }
   }
-  packed_.emplace(rig_.device_, plan.units.size(), options);
-  packed_streams_ = packed_->streams();
+  PackedLoader& loader = packed_.emplace(rig_.device_, plan.units.size(), options);
+  packed_streams_ = loader.streams();
   for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
     if (plan.transport(unit) == Transport::kPacked) {
-      packed_->set_source(unit, source_of(unit));
+      loader.set_source(unit, source_of(unit));
     }
     upload(unit);
   }

@@ -86,7 +86,7 @@ SmallSchedule::Sequence SmallSchedules::sequence_at(std::uint64_t number, unsign
 std::string text_of(const SmallSchedule& schedule, const Plan& plan) {
   std::string places;
   for (const auto& place : plan.places) {
-    places += std::to_string(place->begin / kSlice);
+    places += place ? std::to_string(place->begin / kSlice) : "-";
   }
   return "places " + places + ", passes " + text_of(schedule.first) +
          (schedule.first_completed ? "" : " cut short") + " and " + text_of(schedule.second);

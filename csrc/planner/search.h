@@ -12,33 +12,9 @@
 #include "planner/packing.h"
 #include "planner/planner.h"
 #include "planner/resident_sets.h"
+#include "planner/unit_costs.h"
 
 namespace torch_offload {
-
-/// What a plan's units cost, reckoned without running it.
-class UnitCosts {
- public:
-  explicit UnitCosts(const PlannerRequest& request);
-
-  /// No plan with these homes is faster: neither the copies nor what the SMs do takes less.
-  double least_ns(const Homes& homes) const;
-  /// Copies of each unit, as it travels; nothing where the rate of the link says it.
-  std::optional<std::vector<std::int64_t>> copy_ns(const Homes& homes) const;
-  /// Units of one forward, as they are used.
-  const std::vector<UnitIndex>& sequence() const { return sequence_; }
-
- private:
-  std::int64_t raw_copy_ns(UnitIndex unit) const;
-  std::int64_t packed_copy_ns(UnitIndex unit) const;
-
-  const PlannerRequest& request_;
-  std::vector<UnitIndex> sequence_;
-  // By UnitIndex, all uses in a forward together.
-  std::vector<double> raw_ns_;
-  std::vector<double> packed_ns_;
-  std::vector<double> decode_ns_;
-  std::vector<double> compute_ns_;  // by forward, of all units
-};
 
 /// One way to lay out the units that pass through the window: a depth, or room for one at a time.
 struct Layout {

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <optional>
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -50,7 +50,7 @@ class SimLoader : public Loader {
     if (!is_any_packed) {
       return;
     }
-    packed_.emplace(device_, units_.size(), options);
+    packed_ = std::make_unique<PackedLoader>(device_, units_.size(), options);
     for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
       const PackedSource source{masters_ + offsets_[unit], request.packed_bytes.at(unit),
                                 units_[unit].size_bytes, /*num_tiles=*/1};
@@ -75,17 +75,17 @@ class SimLoader : public Loader {
     return is_packed(unit) ? packed_->first_writer(unit, copy_stream) : copy_stream;
   }
   std::vector<StreamId> own_streams() const override {
-    return packed_ ? packed_->own_streams() : std::vector<StreamId>{};
+    return packed_ != nullptr ? packed_->own_streams() : std::vector<StreamId>{};
   }
 
  private:
-  bool is_packed(UnitIndex unit) const { return packed_ && packed_->has_source(unit); }
+  bool is_packed(UnitIndex unit) const { return packed_ != nullptr && packed_->has_source(unit); }
 
   SimDevice& device_;
   const std::vector<Unit>& units_;
   std::byte* masters_ = nullptr;
   std::vector<std::size_t> offsets_;
-  std::optional<PackedLoader> packed_;  // none where the plan packs nothing
+  std::unique_ptr<PackedLoader> packed_;  // none where the plan packs nothing
 };
 
 void check_request(const SimRequest& request) {

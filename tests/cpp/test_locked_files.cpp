@@ -40,8 +40,10 @@ class LockedFilesTest : public ::testing::Test {
   /// Copies one page of each of `pages` as a unit would, and compares.
   void copy_pages(LockedFiles& files, const std::vector<std::size_t>& pages) {
     std::vector<CopySegment> segments;
+    std::size_t offset = 0;
     for (const std::size_t page : pages) {
-      append_segment(segments, {mapping_->data() + page * kPage, segments.size() * kPage, kPage});
+      append_segment(segments, {mapping_->data() + page * kPage, offset, kPage});
+      offset += kPage;
     }
     segments = files.cut(segments);
     files.lock(segments);
@@ -225,6 +227,25 @@ TEST_F(LockedFilesTest, WhatIsCopiedOnceIsUnlockedAndLeavesTheLimitToPasses) {
       copy_pages(files, {page});
     }
     EXPECT_EQ(files.bytes_brought_in() - before, limit == LockedFiles::kNoLimit ? 0 : 20 * kPage);
+  }
+}
+
+TEST_F(LockedFilesTest, LargeUnitLeavesLockedWhatItHasNoNeedOf) {
+  LockedFiles files(device_, {mapping_}, 12 * kPage, kPage);
+  const std::vector<std::vector<std::size_t>> units = {
+      {0}, {1, 2, 3, 4, 5, 6, 7}, {8}, {9, 10, 11, 12, 13, 14, 15}, {16}, {17, 18, 19, 20}};
+  const auto pass = [&] {
+    const std::uint64_t before = files.bytes_brought_in();
+    for (const std::vector<std::size_t>& unit : units) {
+      copy_pages(files, unit);
+      EXPECT_LE(locked(), 12 * kPage);
+    }
+    return (files.bytes_brought_in() - before) / kPage;
+  };
+  EXPECT_EQ(pass(), 21U);
+  pass();
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_LE(pass(), 21U - 5U) << "five pages are beside the largest unit";
   }
 }
 

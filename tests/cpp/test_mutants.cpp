@@ -145,6 +145,26 @@ TEST_P(MutantTest, IsNoticedAndYieldsWrongBytes) {
 INSTANTIATE_TEST_SUITE_P(All, MutantTest, ::testing::ValuesIn(all_mutants()),
                          [](const auto& info) { return std::string(info.param.name); });
 
+/// Decoders are held back by the steps that hold copies back, each of which is needed there too.
+TEST(MutantsTest, StepsThatOrderDecodersAreNoticedAndYieldWrongBytes) {
+  for (const char* name :
+       {"passes, packed, pipeline, shared", "passes, staying packed, pipeline, shared"}) {
+    const Schedule& schedule = *find_schedule(name);
+    for (const Step step : {Step::kReadyRecord, Step::kReadyWait, Step::kFreeRecord,
+                            Step::kPendingFree, Step::kOverlapPendingWait}) {
+      mutation = {};
+      mutation.step = step;
+      bool is_shown = false;
+      for (Choice choice : orders_of(schedule)) {
+        choice.begins_late = true;
+        is_shown = is_shown || is_noticed_and_wrong(run(schedule, choice));
+      }
+      EXPECT_TRUE(is_shown) << name << ", step " << static_cast<int>(step);
+    }
+  }
+  mutation = {};
+}
+
 /// A record that never comes is no secret: the device takes no wait for it.
 TEST(MutantsTest, RecordLeftOutFromTheStartIsRefused) {
   for (const Step step : {Step::kReadyRecord, Step::kFreeRecord, Step::kHandoverRecord}) {

@@ -252,6 +252,15 @@ TEST(PlannerTest, TheSameRequestGivesTheSameChoice) {
   }
 }
 
+TEST(PlannerTest, SaysHowFarFromTheBestTheChoiceMayBe) {
+  // A search that comes to its end leaves a thousandth; one that is cut short says what it leaves.
+  const Choice whole = choose_plan(request_of(llama_layers(16), {0.02, 1.0}, 9000 * kMiB));
+  EXPECT_NEAR(whole.gap, 0.001, 1e-9);
+  const Choice cut_short = choose_plan(request_of(llama_leaves(160), {0.02, 1.0}, 2000 * kMiB));
+  EXPECT_GT(cut_short.gap, 0.001);
+  EXPECT_LT(cut_short.gap, 0.05);
+}
+
 TEST(PlannerTest, WhatCannotBeIsRefused) {
   const auto expect_refused = [](const PlannerRequest& request) {
     EXPECT_THROW(choose_plan(request), ValueError);

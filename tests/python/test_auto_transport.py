@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tests.python.test_packed_transport import (
 )
 from torch_offload import Handle, offload
 from torch_offload.measured_times import measured_times
+from torch_offload.profile_file import read_profile
 
 
 def deep_llama() -> Any:
@@ -168,6 +170,22 @@ def test_profile_knows_every_unit_resident_ones_too(profiled: tuple[Any, Handle,
     assert set(times.compute_ns) == set(names)
     assert all(ns > 0 for ns in times.compute_ns.values())
     assert all(ns > 0 for ns in times.copy_ns.values())
+
+
+def test_profile_of_packed_units_counts_what_was_copied(tmp_path: Path) -> None:
+    model = deep_llama()
+    with offload(model, HOST, transport="packed", gpu_budget=None) as handle:
+        run(model)
+        before = handle.stats.bytes_copied
+        with handle.profile() as profiler:
+            run(model)
+            run(model)
+        copied = handle.stats.bytes_copied - before
+    profile = profiler.result
+    assert copied <= profile.streamed_bytes <= 1.05 * copied + 2**12
+    assert all(unit.copied_bytes < unit.size_bytes for unit in profile.units)
+    profile.save(tmp_path / "p.json")
+    assert read_profile(tmp_path / "p.json") == profile
 
 
 def test_replan_by_a_profile_keeps_bits_and_the_budget(
