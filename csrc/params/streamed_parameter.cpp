@@ -183,12 +183,17 @@ void StreamedParameter::adopt_replacement() {
     return;
   }
   const at::Tensor replacement = found_parameter();
+  if (const std::shared_ptr<PackedMaster> other = PackedMaster::shown_by(replacement)) {
+    other->unpack(replacement);  // as in take_found
+  }
   check_fits(replacement);
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
   const at::Tensor data = replacement.detach();
   const bool has_own_bytes = data.const_data_ptr() != master_.const_data_ptr();
-  if (has_own_bytes && !replacement.is_same(parameter_)) {
+  const bool shows_master = !parameter_.unsafeGetTensorImpl()->is_python_dispatch() &&
+                            parameter_.const_data_ptr() == master_.const_data_ptr();
+  if (has_own_bytes && !replacement.is_same(parameter_) && shows_master) {
     parameter_.set_data(master_.clone());  // whoever still holds the former object keeps its values
   }
   strides_ = data.strides().vec();
