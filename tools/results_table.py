@@ -24,7 +24,7 @@ from figures import Results, rows  # noqa: E402  (the path comes first)
 from tables import forward_table  # noqa: E402
 
 # No table of the README is made of these: docs/correctness.md speaks of them.
-_NO_SPEEDS = ("correctness", "coverage")
+_NO_SPEEDS = ("correctness", "coverage", "lane_", "sanitizers", "selfcheck")
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 _GIB = 2**30
 
@@ -38,7 +38,11 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
     documents = {}
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text())
-        if isinstance(document, dict) and "parts" in document and path.stem not in _NO_SPEEDS:
+        if (
+            isinstance(document, dict)
+            and "parts" in document
+            and not path.stem.startswith(_NO_SPEEDS)
+        ):
             documents[document["subject"]] = document
     if not documents:
         sys.exit(
