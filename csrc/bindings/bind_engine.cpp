@@ -110,6 +110,7 @@ void bind_engine(py::module_& module) {
           "offer_blobs",
           [](Engine& engine, const std::vector<std::optional<at::Tensor>>& blobs) {
             std::vector<at::Tensor> offered;
+            offered.reserve(blobs.size());
             for (const std::optional<at::Tensor>& blob : blobs) {
               offered.push_back(blob.value_or(at::Tensor()));
             }

@@ -65,6 +65,7 @@ void bind_plan(py::module_& module) {
       .def_readonly("decode_depth_bytes", &Plan::decode_depth_bytes)
       .def_property_readonly("transports", [](const Plan& plan) {
         std::vector<const char*> names;
+        names.reserve(plan.units.size());
         for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
           names.push_back(name_of(plan.transport(unit)));
         }

@@ -62,14 +62,15 @@ void Engine::pack_beside_masters() {
     const py::gil_scoped_release no_gil;
     std::vector<std::optional<UnitPacker>> packers = packers_within_limits();
     std::vector<std::size_t> rooms;
+    rooms.reserve(packers.size());
     for (const std::optional<UnitPacker>& packer : packers) {
       rooms.push_back(packer ? packed_room_bytes(packer->blob_bytes()) : 0);
     }
     make_room_for(rooms);
     for (UnitIndex unit = 0; unit < packers.size(); ++unit) {
-      if (packers[unit]) {
-        write_packed(unit, *packers[unit]);
-        packers[unit].reset();
+      if (std::optional<UnitPacker>& packer = packers[unit]) {
+        write_packed(unit, *packer);
+        packer.reset();
       }
     }
   } catch (...) {
