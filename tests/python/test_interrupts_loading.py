@@ -64,12 +64,14 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def _is_interrupted(self, call: Callable[[], Any], seconds: float) -> bool:
+        grad = torch.is_grad_enabled()
         try:
             self._is_armed = True
             signal.setitimer(signal.ITIMER_REAL, seconds)
             call()
             self._is_armed = False
         except KeyboardInterrupt:
+            torch.set_grad_enabled(grad)  # it may strike within the exit of torch.no_grad()
             return True
         finally:
             self._is_armed = False
