@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from clocks import device_ms, spread
 from conftest import Reference
 from observe import Counting
+from recorded import record_timelines
 from records import Part
 from yardstick import Stage, Workload, bound, require_equal, shape_id
-
-from torch_offload.timeline import write_timeline
 
 _MODES = ("sync", "streams", "events", "pipeline")
 
@@ -54,24 +52,11 @@ def bench_layer_timelines(
 
     `make figures` draws the README's picture from this file.
     """
-    shape = yardstick.shapes[1]
-    tokens = yardstick.tokens(shape)
-    traces = []
-    for mode in ("sync", "pipeline"):
-        streamed = stage.streamed(yardstick, mode=mode)
-        require_equal(stage.plain(yardstick), streamed.model, tokens)
-        run: Any = bound(streamed.model, tokens)
-        run()
-        with streamed.handle.record(times=True):
-            run()
-            run()
-        traces.append(streamed.handle.trace(mode))
-    results_folder.mkdir(parents=True, exist_ok=True)
-    write_timeline(traces, results_folder / "timeline.trace.json")
-    part.figures.update(
+    record_timelines(
+        part,
+        stage,
+        yardstick,
+        {mode: {"mode": mode} for mode in ("sync", "pipeline")},
+        results_folder / "timeline.trace.json",
         what="timeline",
-        shape=shape_id(shape),
-        shape_index=1,
-        bars=[len(trace.bars) for trace in traces],
-        ms=[trace.end_ns * 1e-6 for trace in traces],
     )

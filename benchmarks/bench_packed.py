@@ -10,10 +10,9 @@ import pytest
 from clocks import Alternation, alternate, spread
 from conftest import Reference
 from observe import Counting
+from recorded import record_timelines
 from records import Part
 from yardstick import YARDSTICK, Shape, Stage, Streamed, Workload, bound, require_equal, shape_id
-
-from torch_offload.timeline import write_timeline
 
 _SHAPES = pytest.mark.parametrize(
     "shape_index", range(len(YARDSTICK.shapes)), ids=[shape_id(s) for s in YARDSTICK.shapes]
@@ -195,24 +194,14 @@ def bench_packed_timelines(
 
     `make figures` draws the picture of docs/packing.md from this file.
     """
-    shape = yardstick.shapes[1]
-    tokens = yardstick.tokens(shape)
-    traces = []
-    for transport, title in (("packed", "units travel packed"), ("packed_resident", "they stay")):
-        streamed = stage.streamed(yardstick, transport=transport)
-        require_equal(stage.plain(yardstick), streamed.model, tokens)
-        run: Any = bound(streamed.model, tokens)
-        run()
-        with streamed.handle.record(times=True):
-            run()
-            run()
-        traces.append(streamed.handle.trace(title))
-    results_folder.mkdir(parents=True, exist_ok=True)
-    write_timeline(traces, results_folder / "packed.trace.json")
-    part.figures.update(
+    record_timelines(
+        part,
+        stage,
+        yardstick,
+        {
+            "units travel packed": {"transport": "packed"},
+            "they stay": {"transport": "packed_resident"},
+        },
+        results_folder / "packed.trace.json",
         what="packed_timeline",
-        shape=shape_id(shape),
-        shape_index=1,
-        bars=[len(trace.bars) for trace in traces],
-        ms=[trace.end_ns * 1e-6 for trace in traces],
     )
