@@ -899,11 +899,8 @@ def test_offload_that_fails_while_packing_is_undone(monkeypatch: pytest.MonkeyPa
     expect.assert_unchanged(model, before, same_memory=False)
 
 
-@pytest.mark.parametrize("transport", ["packed", "packed_resident"])
-def test_pack_that_fails_at_an_edit_is_tried_again(
-    monkeypatch: pytest.MonkeyPatch, transport: str
-) -> None:
-    model = llama()
+def fails_to_pack(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """While what is returned holds True, there is no room to pack a master."""
     fails = [False]
     plain = torch_offload.installation.packed_class_of
 
@@ -913,6 +910,15 @@ def test_pack_that_fails_at_an_edit_is_tried_again(
         return plain(kind)
 
     monkeypatch.setattr(torch_offload.installation, "packed_class_of", failing)
+    return fails
+
+
+@pytest.mark.parametrize("transport", ["packed", "packed_resident"])
+def test_pack_that_fails_at_an_edit_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    model = llama()
+    fails = fails_to_pack(monkeypatch)
     with packed(model, transport=transport) as handle:
         run(model)
         model.model.layers[1].mlp.up_proj.weight.data *= 2
@@ -932,15 +938,7 @@ def test_replan_that_cannot_pack_fails_and_a_later_forward_packs(
     monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
     model = llama()
-    fails = [False]
-    plain = torch_offload.installation.packed_class_of
-
-    def failing(kind: type) -> type:
-        if fails[0]:
-            raise MemoryError("no room")
-        return plain(kind)
-
-    monkeypatch.setattr(torch_offload.installation, "packed_class_of", failing)
+    fails = fails_to_pack(monkeypatch)
     with packed(model, transport=transport) as handle:
         run(model)
         model.model.layers[1].mlp.up_proj.weight.data += 0.5
