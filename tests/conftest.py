@@ -9,11 +9,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.python.streamed_master_guard import LiveMasters, StreamedMasterGuard
 
 # With this set, a test that needs a GPU and finds none fails: a lane must not pass by skipping.
 REQUIRE_CUDA = os.environ.get("TORCH_OFFLOAD_REQUIRE_CUDA") == "1"
+
+# A test that fails must fail for everybody, so hypothesis draws the same examples in every run;
+# with this set, others each time: to look for what the usual ones miss.
+settings.register_profile("same examples", derandomize=True)
+if os.environ.get("TORCH_OFFLOAD_RANDOM_EXAMPLES") != "1":
+    settings.load_profile("same examples")
 
 
 def pytest_configure(config: pytest.Config) -> None:

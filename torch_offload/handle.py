@@ -295,8 +295,9 @@ class Handle:
     ) -> None:
         """Plans anew between two forwards: what changes its home moves, the rest stays.
 
-        The results of later forwards have the same bits. Counts of single units begin anew. Blocks
-        while weights are copied.
+        The results of later forwards have the same bits. Counts of single units begin anew. An
+        alias that you keep of a weight which moves (`detach()`, a numpy array) is a copy from then
+        on, as after `Module.to`. Blocks while weights are copied.
 
         Args:
             gpu_budget: As in `offload`; as it is if not given.

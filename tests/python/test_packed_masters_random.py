@@ -56,6 +56,18 @@ class _Twins:
     def write_by_storage(self, name: str) -> None:
         for weight in self.weights(name):
             weight.untyped_storage()[7] = 3
+        self.tell_of_edit(name)
+
+    def write_by_data(self, name: str) -> None:
+        for weight in self.weights(name):
+            weight.data[0, 5:6].add_(1)
+        self.tell_of_edit(name)
+
+    def tell_of_edit(self, name: str) -> None:
+        """Where packing does not shrink a unit, masters are plain: no counter shows such edits."""
+        unit = next(unit for unit in self.handle.units if name in unit.parameters)
+        if unit.copied_bytes == unit.size_bytes:
+            self.handle.refresh()
 
     def replace(self, name: str) -> None:
         owner, _, key = name.rpartition(".")
@@ -122,6 +134,7 @@ def _set_strides(weight: nn.Parameter) -> None:
 
 def _plan(twins: _Twins, name: str) -> None:
     size = sum(parameter.nbytes for parameter in twins.models[1].parameters())
+    twins.aliases.clear()  # of a unit that moves to the device they would be copies
     # Some units stay on the device, all do, or none.
     budgets = (None, int(1.8 * size), 3 * size)
     twins.handle.replan(gpu_budget=budgets[NAMES.index(name) % 3])
@@ -136,7 +149,7 @@ ACTIONS: dict[str, Callable[[_Twins, str], None]] = {
     "normal": _each(lambda w: w.copy_(torch.full_like(w, 0.125))),
     "data": _each(_set_data),
     "strides": _each(_set_strides),
-    "one": _each(lambda w: w.data[0, 5:6].add_(1)),
+    "one": _Twins.write_by_data,
     "read": _each(lambda w: w.sum()),
     "look": _each(lambda w: w.detach()),
     "keep": _Twins.keep_alias,
