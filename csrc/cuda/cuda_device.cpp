@@ -97,6 +97,7 @@ void register_pages(void* memory, std::size_t size_bytes, unsigned int flags) {
 struct CudaDevice::State {
   struct Stream {
     at::cuda::CUDAStream stream;
+    cudaStream_t handle;  // for good: CUDAStream looks it up anew, under a guard of its own
     std::string name;
     bool is_ours = false;        // nobody else submits to it
     MarkId last_mark = kNoMark;  // of the point that it has been brought to; only if it is ours
@@ -123,7 +124,7 @@ struct CudaDevice::State {
     for (auto& [memory, block] : blocks) {
       block.allocated.block(stream);  // the last tenant of the block may still use it
     }
-    streams.push_back({stream, std::move(name), is_ours});
+    streams.push_back({stream, stream.stream(), std::move(name), is_ours});
     return static_cast<StreamId>(streams.size() - 1);
   }
 
@@ -133,10 +134,15 @@ struct CudaDevice::State {
   }
 
   /// The stream to submit work to: from here on it is not where its last mark was.
-  const at::cuda::CUDAStream& stream_for_work(StreamId id) {
+  cudaStream_t handle_for_work(StreamId id) {
     check_internal(id < streams.size(), "a stream that this device does not know");
     streams[id].last_mark = kNoMark;
-    return streams[id].stream;
+    return streams[id].handle;
+  }
+
+  cudaStream_t handle(StreamId id) const {
+    check_internal(id < streams.size(), "a stream that this device does not know");
+    return streams[id].handle;
   }
 
   /// A stream of the pool that this device has not seen yet, as long as there is one.
@@ -222,13 +228,13 @@ void CudaDevice::do_record(EventId id, StreamId stream) {
     return;
   }
   const c10::cuda::CUDAGuard guard(state_->device_index);
-  C10_CUDA_CHECK(cudaEventRecord(event.event(), state_->stream(stream).stream()));
+  C10_CUDA_CHECK(cudaEventRecord(event.event(), state_->handle(stream)));
 }
 
 void CudaDevice::do_wait(StreamId stream, EventId id) {
   const c10::cuda::CUDAGuard guard(state_->device_index);
   C10_CUDA_CHECK(
-      cudaStreamWaitEvent(state_->stream_for_work(stream).stream(), state_->event(id).event(), 0));
+      cudaStreamWaitEvent(state_->handle_for_work(stream), state_->event(id).event(), 0));
 }
 
 bool CudaDevice::do_is_done(EventId event) { return state_->event(event).query(); }
@@ -238,7 +244,7 @@ void CudaDevice::do_synchronize(StreamId stream) { state_->stream(stream).synchr
 void CudaDevice::do_copy(StreamId stream, const Copy& copy) {
   const c10::cuda::CUDAGuard guard(state_->device_index);
   C10_CUDA_CHECK(cudaMemcpyAsync(copy.destination, copy.source, copy.size_bytes,
-                                 cudaMemcpyHostToDevice, state_->stream_for_work(stream)));
+                                 cudaMemcpyHostToDevice, state_->handle_for_work(stream)));
 }
 
 #ifdef TORCH_OFFLOAD_WITH_KERNELS
@@ -252,7 +258,7 @@ void CudaDevice::do_decode(StreamId stream, const Decode& decode) {
   launch.place_bytes = decode.size_bytes;
   launch.num_tiles = decode.num_tiles;
   const c10::cuda::CUDAGuard guard(state_->device_index);
-  C10_CUDA_CHECK(launch_decode(state_->stream_for_work(stream).stream(), launch));
+  C10_CUDA_CHECK(launch_decode(state_->handle_for_work(stream), launch));
 }
 #else
 bool CudaDevice::can_decode() const { return false; }
@@ -265,7 +271,7 @@ void CudaDevice::do_decode(StreamId stream, const Decode& decode) {
 void CudaDevice::do_fill(StreamId stream, void* memory, std::size_t size_bytes,
                          std::uint8_t value) {
   const c10::cuda::CUDAGuard guard(state_->device_index);
-  C10_CUDA_CHECK(cudaMemsetAsync(memory, value, size_bytes, state_->stream_for_work(stream)));
+  C10_CUDA_CHECK(cudaMemsetAsync(memory, value, size_bytes, state_->handle_for_work(stream)));
 }
 
 void* CudaDevice::do_allocate(std::size_t size_bytes) {

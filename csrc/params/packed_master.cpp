@@ -28,10 +28,17 @@ const std::byte* bytes_of(const at::Tensor& tensor) {
   return static_cast<const std::byte*>(tensor.const_data_ptr());
 }
 
+/// As try_get_grad_accumulator(), which is three calls deep and asked for every use of a weight.
+bool has_grad_accumulator(const at::Tensor& parameter) {
+  const auto* const meta = static_cast<const torch::autograd::AutogradMeta*>(
+      parameter.unsafeGetTensorImpl()->autograd_meta());
+  return meta != nullptr && !meta->grad_accumulator_.expired();
+}
+
 }  // namespace
 
 void show_data(const at::Tensor& parameter, const at::Tensor& data) {
-  if (torch::autograd::impl::try_get_grad_accumulator(parameter) != nullptr) {
+  if (has_grad_accumulator(parameter)) {
     parameter.set_data(data);  // a live graph's accumulator was made for the former data
   } else {
     // What set_data does otherwise, without a dispatched question whether the two are of a kind:

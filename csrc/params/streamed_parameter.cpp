@@ -126,8 +126,8 @@ void StreamedParameter::show(const at::Tensor& data) {
   shown_ = data.const_data_ptr();
 }
 
-at::Tensor StreamedParameter::found_parameter() const {
-  at::Tensor found = parameter_;
+const at::Tensor& StreamedParameter::found_parameter() const {
+  const at::Tensor* found = &parameter_;
   for (const ParameterSlot& slot : slots_) {
     PyObject* object = PyDict_GetItemWithError(slot.parameters.ptr(), slot.key.ptr());
     if (object == nullptr || !THPVariable_Check(object)) {
@@ -137,10 +137,10 @@ at::Tensor StreamedParameter::found_parameter() const {
     }
     const at::Tensor& tensor = THPVariable_Unpack(object);
     if (!tensor.is_same(parameter_)) {
-      found = tensor;
+      found = &tensor;
     }
   }
-  return found;
+  return *found;
 }
 
 StreamedParameter::Edit StreamedParameter::edit_since_copy() const {
@@ -148,7 +148,7 @@ StreamedParameter::Edit StreamedParameter::edit_since_copy() const {
     return is_packed_at_rest() ? Edit::kNone : Edit::kReplaced;
   }
   if (!found_parameter().is_same(parameter_) ||
-      parameter_.const_data_ptr() != master_.const_data_ptr() ||
+      parameter_.const_data_ptr() != shown_ ||  // at rest its master
       parameter_.scalar_type() != dtype_ || parameter_.sizes() != at::IntArrayRef(sizes_) ||
       parameter_.strides() != at::IntArrayRef(strides_)) {
     return Edit::kReplaced;
