@@ -72,11 +72,16 @@ void StreamedParameter::move_into(
 }
 
 at::Tensor StreamedParameter::plain_copy(const at::Device& device) const {
+  return copy_of(is_moved_in() ? plain_bytes() : parameter_, device);
+}
+
+/// Ordinary memory on `device` with the same bytes, laid out as the parameter is.
+at::Tensor StreamedParameter::copy_of(const at::Tensor& source, const at::Device& device) const {
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
   at::Tensor copy =
       at::empty_strided(sizes_, strides_, at::TensorOptions().dtype(dtype_).device(device));
-  copy.copy_(is_moved_in() ? plain_bytes() : parameter_.detach());
+  copy.copy_(source);
   return copy;
 }
 
@@ -227,7 +232,7 @@ void StreamedParameter::take_in_place() {
     const c10::NoGradGuard no_grad;
     master_ = parameter_.detach();
   } else {
-    master_ = plain_copy(at::kCPU);
+    master_ = copy_of(parameter_, at::kCPU);  // what it shows, whatever was packed before
   }
   owner_.reset();
   was_moved_in_ = true;

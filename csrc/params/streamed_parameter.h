@@ -132,6 +132,7 @@ class StreamedParameter {
 
   std::int64_t version() const;
   Sample sampled_words() const;
+  at::Tensor copy_of(const at::Tensor& source, const at::Device& device) const;
   at::Tensor view_of(void* memory, const at::Device& device, std::shared_ptr<void> owner) const;
   const at::Tensor& found_parameter() const;  // as long as the slots stay as they are
   void show(const at::Tensor& data);

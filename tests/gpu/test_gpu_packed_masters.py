@@ -215,3 +215,36 @@ def test_blobs_that_stay_on_the_device_are_kept_as_those_that_travel(
             warnings.simplefilter("error")  # as it does of a blob that is damaged or another's
             assert_equal(run(model, device), expected)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def _by_data(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    model.get_parameter(name).data = value
+
+
+def _by_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, key = name.rpartition(".")
+    setattr(model.get_submodule(owner), key, nn.Parameter(value))
+
+
+def _by_state_dict(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    model.load_state_dict({name: value}, strict=False, assign=True)
+
+
+@pytest.mark.parametrize("edit", [_by_data, _by_parameter, _by_state_dict])
+@pytest.mark.parametrize("masters", ["plain", "packed"])
+def test_weight_replaced_by_one_on_the_gpu_is_used_and_given_back(
+    device: torch.device, masters: Any, edit: Any
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    model = llama()
+    plain = plain_on(model, device)
+    with packed(model, device, masters=masters):
+        run(model, device)
+        value = torch.full_like(plain.get_parameter(name), 0.125)
+        edit(model, name, value)
+        with torch.no_grad():
+            plain.get_parameter(name).copy_(value)
+        expected = run(plain, device)
+        for _ in range(2):
+            assert_equal(run(model, device), expected)
+    assert torch.equal(model.get_parameter(name).cpu(), value.cpu())
