@@ -65,20 +65,24 @@ bool Engine::copy_resident(const std::shared_ptr<FileView>& view, const at::Tens
   LockedFiles& files = masters_->files();
   segments = files.cut(segments);
   files.lock(segments, LockedFiles::Hold::kOnce);
-  const StreamId copies = pipeline_->streams().front();
   const StreamId current = device_->current_stream();
-  const EventId handed_over = device_->create_event();
-  device_->record(handed_over, current);  // whoever had the destination before may still use it
-  device_->wait(copies, handed_over);
+  const std::vector<StreamId> ours = pipeline_->streams();
+  const StreamId copies = ours.empty() ? current : ours.front();  // `sync` has no stream of its own
+  const auto order_after = [this](StreamId later, StreamId earlier) {
+    if (later != earlier) {
+      const EventId event = device_->create_event();
+      device_->record(event, earlier);
+      device_->wait(later, event);
+    }
+  };
+  order_after(copies, current);  // whoever had the destination before may still use it
   auto* const memory = static_cast<std::byte*>(destination.mutable_data_ptr());
   for (const CopySegment& segment : segments) {
     device_->copy(copies,
                   {memory + segment.offset, segment.source, segment.size_bytes, kNoUnit, 0});
   }
   files.note_copied(segments, copies);
-  const EventId copied = device_->create_event();
-  device_->record(copied, copies);
-  device_->wait(current, copied);  // kernels read it behind the copy
+  order_after(current, copies);  // kernels read it behind the copy
   return true;
 }
 

@@ -38,9 +38,12 @@ def _inputs(device: torch.device) -> dict[str, Any]:
 # --- what stays on the device ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("edits", [False, True])
+@pytest.mark.parametrize(
+    ("edits", "mode"),
+    [(True, "pipeline"), *((False, mode) for mode in ("sync", "streams", "events", "pipeline"))],
+)
 def test_large_weights_that_stay_are_copied_from_locked_pages(
-    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch, edits: bool
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch, edits: bool, mode: str
 ) -> None:
     model_class = _save_large(tmp_path, num_layers=2, vocab_size=4096)  # tables of 4 MiB each
     copied: list[bool] = []
@@ -53,7 +56,7 @@ def test_large_weights_that_stay_are_copied_from_locked_pages(
         return copied[-1]
 
     monkeypatch.setattr(_C.Engine, "copy_resident", watched)
-    model = load(model_class, tmp_path, device)
+    model = load(model_class, tmp_path, device, mode=mode)
     assert copied == [not edits] * 2
     plain = load_plain(model_class, tmp_path, device)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
