@@ -160,9 +160,6 @@ void Pipeline::set_transport(UnitIndex unit, Transport transport) {
 }
 
 Pipeline::~Pipeline() {
-  if (device_.in_forked_child()) {
-    return;
-  }
   // Masters and window go next: nothing may be in flight from or to them.
   if (!drain()) {
     if (window_) {

@@ -91,6 +91,9 @@ void Pipeline::synchronize() {
 }
 
 bool Pipeline::drain() noexcept {
+  if (device_.in_forked_child()) {
+    return true;  // what is in flight is the parent's
+  }
   bool is_drained = true;
   try {
     for (const auto& [stream, step] : streams_to_drain()) {

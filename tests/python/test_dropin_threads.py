@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +24,7 @@ from tests.python.dropin import (
     tiny_stack,
     tokens,
 )
-from torch_offload import StateError
+from torch_offload import StateError, offload
 
 
 def test_forward_from_another_thread_equals_plain(device: torch.device) -> None:
@@ -166,6 +169,38 @@ def test_forked_child_forward_raises_and_exit_is_clean(device: torch.device) -> 
         assert b"forked child" in answer
         assert b"spawn" in answer
         assert_streams_like_plain(model, plain, handle, lambda m: m(x))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"transport": "packed"}, {"transport": "packed", "masters": "packed"}],
+    ids=["raw", "packed", "packed masters"],
+)
+def test_model_that_dies_in_a_forked_child_waits_for_nothing(
+    device: torch.device, options: dict[str, Any]
+) -> None:
+    model = tiny_llama(hidden_size=256, intermediate_size=512).bfloat16()
+    handle = offload(model, device, **options)
+    with torch.inference_mode():
+        model(tokens(device))
+    child = os.fork()
+    if child == 0:
+        try:
+            del model, handle
+            gc.collect()
+        finally:
+            os._exit(7)
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child waits for ever")
+    assert os.waitstatus_to_exitcode(ended[1]) == 7
+    handle.remove()
 
 
 class _CallsModel(torch.utils.data.Dataset[torch.Tensor]):
