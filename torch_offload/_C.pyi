@@ -544,6 +544,7 @@ class DeviceFault:
 class DeviceFailure:
     def __init__(self, kind: str) -> None: ...
     calls_until_failure: int
+    is_sticky: bool
     @property
     def num_calls(self) -> int: ...
     @property

@@ -164,6 +164,7 @@ void bind_lanes(py::module_& module) {
            }),
            py::arg("kind"))
       .def_readwrite("calls_until_failure", &DeviceFailure::calls_until_failure)
+      .def_readwrite("is_sticky", &DeviceFailure::is_sticky)
       .def_readonly("num_calls", &DeviceFailure::num_calls)
       .def_readonly("failed_call", &DeviceFailure::failed_call);
   module.def("failing_device", &make_failing_device, py::arg("device"), py::arg("failure"),

@@ -26,10 +26,11 @@ void DeviceFailure::count(const char* call) {
   if (calls_until_failure == 0) {
     return;
   }
-  --calls_until_failure;
-  if (calls_until_failure > 0) {
+  if (calls_until_failure > 1) {
+    --calls_until_failure;
     return;
   }
+  calls_until_failure = is_sticky ? 1 : 0;
   failed_call = call;
   switch (kind) {
     case FailureKind::kMemory:

@@ -108,8 +108,10 @@ void Engine::let_go() {
     if (pipeline_ != nullptr && !pipeline_->drain()) {
       masters_->leak();
       if (packed_ != nullptr) {
-        blobs_->leak();
         packed_->leak();
+      }
+      if (blobs_ != nullptr) {  // none where masters are packed: each unit has its own
+        blobs_->leak();
       }
       for (const UnitParameters& entry : units_) {
         if (entry.blob != nullptr) {

@@ -23,6 +23,7 @@ from tests.python import expect
 from tests.python.checkpoints import load, load_plain
 from tests.python.dropin import assert_equal, plain_on, raising, tiny_llama, tokens
 from torch_offload import _C, Config, Handle, StateError, offload
+from torch_offload.devices import devices_made_by
 from torch_offload.packed_parameter import PackedParameter
 from torch_offload.transport import packing_for
 
@@ -1078,3 +1079,21 @@ def test_packed_masters_without_kernels_fail_before_anything_is_touched(
     config = Config(transport=transport, masters="packed")
     with pytest.raises(NotImplementedError, match=rf"'{transport}' with masters='packed'"):
         packing_for(config, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("masters", ["plain", "packed"])
+def test_model_that_dies_behind_a_device_that_fails_for_good_ends_no_process(
+    masters: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As CUDA does behind a kernel that has died: every call of it fails from then on."""
+    failure = _C.DeviceFailure("runtime")
+    model = llama()
+    with devices_made_by(lambda device: _C.failing_device(device, failure)):
+        handle = offload(model, HOST, transport="packed", masters=masters)
+    run(model)
+    failure.is_sticky = True
+    failure.calls_until_failure = 1
+    del model, handle
+    gc.collect()
+    assert failure.failed_call
+    assert "could not drain" in capfd.readouterr().err
