@@ -390,7 +390,9 @@ class _Installation:
         cut = self._cut.find(model)
         try:
             budget = max(budget, least_budget(cut, self._packing))
-            self._apply(model, self._plan(cut, budget))
+            planned = self._plan(cut, budget)
+            if not Placed.of(planned).is_like(self._placed):  # else nothing would move
+                self._apply(model, planned)
         except (ValueError, *_MEMORY_ERRORS) as error:
             LOGGER.info("kept the plan: %s", error)
 

@@ -58,3 +58,12 @@ class Placed:
             planned.packing_basis,
             tuple(estimated_bytes([p for _, p in spec.parameters]) for spec in planned.specs),
         )
+
+    def is_like(self, other: Placed) -> bool:
+        """Whether every weight is where it is in the other, and travels as it does there."""
+        return self._lies() == other._lies()
+
+    def _lies(self) -> tuple[object, ...]:
+        plan = self.plan
+        sizes = (plan.window_bytes, plan.depth_bytes, plan.decode_depth_bytes)
+        return (self.parameters, plan.places, plan.transports, sizes, set(self.tables))

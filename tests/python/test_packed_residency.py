@@ -57,6 +57,46 @@ def copied_in(handle: Handle, forward: Callable[[], object]) -> tuple[int, int]:
     return after.bytes_copied - before.bytes_copied, after.onloads - before.onloads
 
 
+class _RoomyDevice:
+    """Memory of a device on which everything fits at all times."""
+
+    total_bytes = 80 * 2**30
+
+    def available_bytes(self) -> int:
+        return 40 * 2**30
+
+    def allocated_bytes(self) -> int:
+        return 0
+
+    def peak_bytes(self) -> int:
+        return 2**20
+
+    def reset_peak(self) -> None: ...
+
+
+@pytest.mark.parametrize("masters", ["plain", "packed"])
+@pytest.mark.parametrize("transport", ["packed", "packed_resident"])
+def test_forwards_of_other_lengths_pack_nothing_that_lies_as_planned(
+    monkeypatch: pytest.MonkeyPatch, transport: Any, masters: Any
+) -> None:
+    packed: list[list[str]] = []
+    pack = torch_offload._C.Engine.pack
+
+    def watched(engine: Any, *args: Any) -> Any:
+        packed.append(list(engine.plan.transports))
+        return pack(engine, *args)
+
+    monkeypatch.setattr(torch_offload._C.Engine, "pack", watched)
+    config = Config(transport=transport, masters=masters)
+    model = deep_llama()
+    with offload_with(model, HOST, config, _RoomyDevice()), torch.inference_mode():
+        model(torch.full((1, 1), 5))  # shows how much may stay
+        at_first = len(packed)
+        for length in (2, 4, 8, 16, 1):
+            model(torch.full((1, length), 5))
+    assert 1 <= at_first == len(packed)
+
+
 # --- everything stays ----------------------------------------------------------------------------
 
 
