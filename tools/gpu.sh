@@ -137,7 +137,7 @@ else
   skip "lanes: typer or rich is missing"
 fi
 
-if has_module pytest && has_module pytest_timeout; then
+if has_module pytest && has_module pytest_timeout && has_module hypothesis; then
   # Older pytest-benchmark warns of workers beside each other, and a warning is an error.
   pytest=("$python" -m pytest -p no:benchmark --junitxml "$results/python.xml")
   ! has_module xdist || pytest+=(-n "${WORKERS:-4}")
@@ -149,6 +149,6 @@ if has_module pytest && has_module pytest_timeout; then
   fi
 else
   worst=1
-  skip "python and bench: pytest or pytest-timeout is missing"
+  skip "python and bench: pytest, pytest-timeout or hypothesis is missing"
 fi
 finish

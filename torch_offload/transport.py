@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch_offload.config import Config
 from torch_offload.packing import Packing, Rates
 
 _SAMPLE_WEIGHTS = 2**24
-_NO_DECODER = (
-    "this build has no decoder for GPUs, as there was no CUDA compiler of torch's own major version"
-)
+_SAMPLES = 8
+_ROUNDS = 5
+_LEAST_CAPABILITY = (8, 0)  # of what the decoder is compiled for
 
 
 def packing_for(config: Config, device: torch.device) -> Packing:
@@ -34,40 +34,70 @@ def packing_for(config: Config, device: torch.device) -> Packing:
     transport = "packed" if config.transport == "auto" and not is_free else config.transport
     if device.type == "cpu":
         return Packing(transport)
-    if _C.has_kernels:
+    why_not = _why_nothing_decodes(device)
+    if why_not is None:
         return Packing(transport, _measured_rates(device))
     if is_free:
-        return Packing(remark=f"nothing: {_NO_DECODER}")
+        return Packing(remark=f"nothing: {why_not}")
     raise NotImplementedError(
         "expected transport='raw' or 'auto' with masters='plain', got "
-        f"transport={config.transport!r} with masters={config.masters!r}: {_NO_DECODER}; install "
-        "one and build torch_offload again"
+        f"transport={config.transport!r} with masters={config.masters!r}: {why_not}"
     )
 
 
-@functools.cache
+def _why_nothing_decodes(device: torch.device) -> str | None:
+    if not _C.has_kernels:
+        return (
+            "this build has no decoder for GPUs, as there was no CUDA compiler of torch's own "
+            "major version; install one and build torch_offload again"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        least, now = (".".join(map(str, one)) for one in (_LEAST_CAPABILITY, capability))
+        return (
+            f"the decoder needs a GPU of compute capability {least} or newer, and {device} is {now}"
+        )
+    return None
+
+
+@cache
 def _measured_rates(device: torch.device) -> Rates:
+    """Rates of copies and decoder, in seconds at the most; without room for it, an H100's."""
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(_SAMPLE_WEIGHTS, generator=generator).bfloat16()
+    weights = torch.randn(_SAMPLE_WEIGHTS, generator=generator, device="cpu").bfloat16()
     unit = _C.pack([weights])
-    packed = unit.blob.pin_memory()
-    staged = packed.to(device)
-    place = torch.empty(unit.place_bytes, dtype=torch.uint8, device=device)
     with torch.cuda.device(device):
-        copy_s = _seconds(lambda: staged.copy_(packed, non_blocking=True))
-        decode_s = _seconds(lambda: _C.unpack_on_gpu(staged, place, unit.num_tiles))
+        try:
+            packed = unit.blob.pin_memory()
+            # In turn: more bytes than its cache holds, as a model has them.
+            staged = [packed.to(device) for _ in range(_SAMPLES)]
+            places = [
+                torch.empty(unit.place_bytes, dtype=torch.uint8, device=device) for _ in staged
+            ]
+        except torch.OutOfMemoryError:
+            return Rates()
+        copy_s = _seconds([partial(one.copy_, packed, non_blocking=True) for one in staged])
+        decode_s = _seconds(
+            [
+                partial(_C.unpack_on_gpu, one, place, unit.num_tiles)
+                for one, place in zip(staged, places, strict=True)
+            ]
+        )
     return Rates(packed.nbytes / copy_s, unit.place_bytes / decode_s, "measured on this device")
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    """Device time of one call, the second of two."""
+def _seconds(runs: Sequence[Callable[[], object]]) -> float:
+    """Device time of one call: the best of some rounds, each launched behind work that waits."""
     times = []
-    for _ in range(2):
+    for _ in range(_ROUNDS):
         begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for run in runs:  # while these are under way the others are launched
+            run()
         begin.record()
-        run()
+        for run in runs:
+            run()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3)
-    return float(times[1])
+        times.append(begin.elapsed_time(end) * 1e-3 / len(runs))
+    return float(min(times))
