@@ -164,6 +164,10 @@ class Device {
   void host_read(const void* memory, std::size_t size_bytes, UnitIndex unit);
   void host_write(const void* memory, std::size_t size_bytes, UnitIndex unit);
 
+  /// Whether what is submitted to the current stream is captured instead of carried out: then no
+  /// event may be waited for that was recorded before.
+  virtual bool is_capturing() const { return false; }
+
   /// The node of host memory that the device's link ends at; none where the system does not say.
   virtual std::optional<int> host_node() const { return std::nullopt; }
 

@@ -83,7 +83,6 @@ class LockedFiles {
   void leak();
 
   std::size_t limit_bytes() const { return limit_bytes_; }
-  std::size_t locked_bytes() const { return locked_bytes_; }
   /// All that was locked so far, again and again where chunks take turns.
   std::uint64_t bytes_brought_in() const { return bytes_brought_in_; }
   /// Whether pages that are not locked any more are given back.

@@ -170,6 +170,14 @@ CudaDevice::~CudaDevice() {
   }
 }
 
+bool CudaDevice::is_capturing() const {
+  const c10::cuda::CUDAGuard guard(state_->device_index);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  C10_CUDA_CHECK(
+      cudaStreamIsCapturing(at::cuda::getCurrentCUDAStream(state_->device_index), &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
 std::optional<int> CudaDevice::host_node() const {
   std::array<char, 32> address{};
   if (cudaDeviceGetPCIBusId(address.data(), static_cast<int>(address.size()),

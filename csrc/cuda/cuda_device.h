@@ -40,6 +40,7 @@ class CudaDevice : public Device {
 
   const std::string& stream_name(StreamId stream) const override;
   int device_index() const;
+  bool is_capturing() const override;
   std::optional<int> host_node() const override;
   /// Whether this build has kernels; see cmake/Nvcc.cmake.
   bool can_decode() const override;

@@ -35,6 +35,8 @@ class RandomLog {
   LogBuilder build;
 
  private:
+  static constexpr std::size_t kMostOpsOfAUse = 10;
+
   struct Use {
     StreamId stream = kNoStream;
     AddressRange memory;
@@ -50,10 +52,11 @@ class RandomLog {
     const std::size_t begin = draw(3);
     return slices(begin, 1 + draw(3 - begin));
   }
+  AddressRange packed() { return slices(3 + draw(2)); }
   AddressRange master() { return masters(draw(2)); }
 
   void any_op() {
-    switch (draw(16)) {
+    switch (draw(18)) {
       case 0:
       case 1:
       case 2:
@@ -85,6 +88,10 @@ class RandomLog {
         build.query(event(), draw(2) == 0);
         break;
       case 14:
+      case 15:
+        decode(stream(), packed());
+        break;
+      case 16:
         draw(2) == 0 ? build.host_write(master()) : build.host_read(master());
         break;
       default:
@@ -116,17 +123,17 @@ class RandomLog {
 
   /// Uses as the pipeline makes them, each edge left out now and then.
   void pipeline(std::size_t num_ops) {
-    while (size() + 6 < num_ops + 6 && size() + 7 < Linearisations::kMaxOps) {
+    while (size() < num_ops && size() + kMostOpsOfAUse < Linearisations::kMaxOps) {
       const StreamId copies = stream();
       const StreamId compute = stream();
       const AddressRange memory = place();
       if (freed_ != kNoEvent && draw(5) != 0) {
         build.wait(copies, freed_);
       }
-      const Use use = copy(copies, memory);
+      const Use use = draw(3) == 0 ? bring_packed(copies, memory) : copy(copies, memory);
       const EventId ready = event();
       if (draw(5) != 0) {
-        build.record(ready, copies);
+        build.record(ready, use.stream);
       }
       if (draw(5) != 0) {
         build.wait(compute, ready);
@@ -146,6 +153,29 @@ class RandomLog {
     build.copy(on, memory, size == 1 ? master() : masters(0, size), use.unit, use.generation);
     last_copy_ = use;
     return use;
+  }
+
+  /// Packed bytes of the unit, behind which a decoder fills its place.
+  Use bring_packed(StreamId copies, AddressRange memory) {
+    Use use{stream(), memory, next_unit_++, 1};
+    const AddressRange source = packed();
+    // What stays packed on the device was copied for every use.
+    build.copy(copies, source, master(), use.unit, draw(3) == 0 ? 0 : use.generation);
+    if (use.stream != copies && draw(5) != 0) {
+      const EventId copied = event();
+      build.record(copied, copies);
+      build.wait(use.stream, copied);
+    }
+    build.decode(use.stream, memory, source, use.unit, use.generation);
+    last_copy_ = use;
+    return use;
+  }
+
+  /// Of what was copied last, or of a unit that never was.
+  void decode(StreamId on, AddressRange source) {
+    const Use use =
+        last_copy_.unit != kNoUnit && draw(2) == 0 ? last_copy_ : Use{on, place(), next_unit_++, 1};
+    build.decode(on, place(), source, use.unit, use.generation);
   }
 
   void begin_read(StreamId on, AddressRange memory) {

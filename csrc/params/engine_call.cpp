@@ -72,6 +72,12 @@ void Engine::acquire(CallToken& token, UnitIndex unit) {
   const bool begins_pass = !pipeline_->in_pass();
   pipeline_->enter();  // first of all: it refuses a second thread before anything is read
   token.entered = true;
+  if (begins_pass && device_->is_capturing()) {
+    throw StateError(
+        "expected a forward that runs, got one that is captured into a CUDA graph: its copies "
+        "would "
+        "wait for events from before the capture; capture the plain model, after handle.remove()");
+  }
   if (begins_pass && masters_->has_files()) {
     masters_->files().check_unchanged();
   }

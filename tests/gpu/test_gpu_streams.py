@@ -9,6 +9,7 @@ import torch_offload
 from tests.gpu import models
 from tests.gpu.harness import assert_all_equal, assert_rests_in_locked_memory, offloaded
 from tests.python import expect
+from torch_offload import StateError
 from torch_offload.selfcheck.delays import RandomDelays, delay
 from torch_offload.selfcheck.schedules import MODES
 
@@ -145,3 +146,18 @@ def test_remove_and_teardown_with_copies_in_flight(device: torch.device) -> None
         junk = torch.full((64, 2**20), float("nan"), device=device)
         assert_all_equal([output], must)
         assert junk.isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
+@torch.no_grad()
+def test_captured_forward_is_refused_and_the_next_one_runs(device: torch.device) -> None:
+    model, kwargs = models.fresh("encoder", device), models.inputs("encoder", device)
+    must = models.must_give("encoder", device)
+    with offloaded(model, device):
+        assert_all_equal([models.run(model, kwargs)], must)
+        with (
+            pytest.raises(StateError, match="captured into a CUDA graph"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            models.run(model, kwargs)
+        assert_all_equal([models.run(model, kwargs)], must)
