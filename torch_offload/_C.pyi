@@ -342,6 +342,7 @@ class SimCosts:
         copy_latency_ns: int = 0,
         copy_ns: Sequence[int] | None = None,
         compute_ns: Sequence[int],
+        launch_ns: Sequence[int] = ...,
         call_ns: Mapping[str, int] = {},
         num_copy_engines: int = 1,
         shared_compute: bool = True,
