@@ -427,6 +427,7 @@ class PlannerRequest:
         link_bytes_per_second: float,
         copy_latency_ns: int = 0,
         copy_ns: Sequence[int] | None = None,
+        launch_ns: Sequence[int] = ...,
         sequence: Sequence[int] = ...,
         budget_bytes: int | None = None,
         depth_bytes: int | None = None,
