@@ -82,6 +82,70 @@ TEST_F(LockedFilesTest, LocksOnlyTheChunksThatCopiesNeed) {
   EXPECT_FALSE(files.takes_turns());
 }
 
+/// The first copies of a unit are under way before its last pages are locked.
+TEST_F(LockedFilesTest, LoadsAUnitBatchByBatch) {
+  LockedFiles files(device_, {mapping_}, LockedFiles::kNoLimit, kPage);
+  const std::vector<CopySegment> segments = files.cut({{mapping_->data(), 0, 10 * kPage}});
+  std::vector<std::byte> place(10 * kPage);
+  std::vector<std::uint64_t> locked_at;
+  const auto submit = [&](const CopySegment& segment) {
+    locked_at.push_back(locked() / kPage);
+    Copy copy;
+    copy.destination = place.data() + segment.offset;
+    copy.source = segment.source;
+    copy.size_bytes = segment.size_bytes;
+    device_->copy(stream_, copy);
+  };
+  files.load(segments, stream_, submit);
+  device_->synchronize(stream_);
+  EXPECT_EQ(locked_at, (std::vector<std::uint64_t>{4, 4, 4, 4, 8, 8, 8, 8, 10, 10}));
+  EXPECT_TRUE(std::equal(place.begin(), place.end(), mapping_->data()));
+}
+
+/// Within a limit that makes chunks take turns no batch unlocks what another has still to read.
+TEST_F(LockedFilesTest, LoadsAUnitInOneWhereChunksTakeTurns) {
+  LockedFiles files(device_, {mapping_}, 8 * kPage, kPage);
+  std::vector<std::byte> place(6 * kPage);
+  for (std::size_t first = 0; first + 6 <= 32; first += 6) {
+    const auto* const begin = mapping_->data() + first * kPage;
+    std::vector<std::uint64_t> locked_at;
+    files.load(files.cut({{begin, 0, 6 * kPage}}), stream_, [&](const CopySegment& segment) {
+      locked_at.push_back(locked() / kPage);
+      Copy copy;
+      copy.destination = place.data() + segment.offset;
+      copy.source = segment.source;
+      copy.size_bytes = segment.size_bytes;
+      device_->copy(stream_, copy);
+    });
+    device_->synchronize(stream_);
+    EXPECT_TRUE(std::equal(place.begin(), place.end(), begin));
+    ASSERT_EQ(locked_at.size(), 6U);
+    EXPECT_EQ(locked_at.front(), locked_at.back());
+    EXPECT_LE(locked_at.back(), 8U);
+  }
+}
+
+/// A driver that refuses in the middle of a unit: what it has locked takes turns, and bytes are
+/// right.
+TEST_F(LockedFilesTest, LimitMetWithinAUnitLeavesEarlierBatchesWhole) {
+  device_->limit_bytes = 7 * kPage;
+  LockedFiles files(device_, {mapping_}, LockedFiles::kNoLimit, kPage);
+  for (const std::size_t first : {0U, 6U, 12U, 0U}) {
+    const auto* const begin = mapping_->data() + first * kPage;
+    std::vector<std::byte> place(6 * kPage);
+    files.load(files.cut({{begin, 0, 6 * kPage}}), stream_, [&](const CopySegment& segment) {
+      Copy copy;
+      copy.destination = place.data() + segment.offset;
+      copy.source = segment.source;
+      copy.size_bytes = segment.size_bytes;
+      device_->copy(stream_, copy);
+    });
+    device_->synchronize(stream_);
+    EXPECT_TRUE(std::equal(place.begin(), place.end(), begin));
+  }
+  EXPECT_TRUE(files.takes_turns());
+}
+
 TEST_F(LockedFilesTest, CutsCopiesAtTheBordersOfChunks) {
   const LockedFiles files(device_, {mapping_}, LockedFiles::kNoLimit, 4 * kPage);
   const std::vector<CopySegment> cut =
