@@ -1,8 +1,11 @@
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "checkpoint_file.h"
 #include "core/error.h"
@@ -403,6 +406,34 @@ TEST_F(LockedFilesTest, EditedMasterLeavesTheFileAtTheSameAddress) {
   }
   EXPECT_EQ(locked(), 0U);
   EXPECT_EQ(view->data()[0], file_.bytes()[40]);
+}
+
+TEST_F(LockedFilesTest, LookForEditsReadsNoPagesThatTookTheirTurn) {
+  const auto view =
+      std::make_shared<FileView>(std::vector<FileBlock>{{mapping_, kPage, 30 * kPage}});
+  Masters masters(device_, {30 * kPage}, {0}, {view}, 8 * kPage);
+  ASSERT_TRUE(masters.files().takes_turns());
+  const auto forget = [this] {
+    const int descriptor = open(file_.path().c_str(), O_RDONLY | O_CLOEXEC);
+    EXPECT_EQ(fdatasync(descriptor), 0);
+    close(descriptor);
+    mapping_->forget_pages(mapping_->data(), 32 * kPage);
+  };
+  const auto num_cached = [this] {
+    std::vector<unsigned char> found(32);
+    EXPECT_EQ(mincore(const_cast<std::byte*>(mapping_->data()), 32 * kPage, found.data()), 0);
+    return std::count_if(found.begin(), found.end(),
+                         [](unsigned char page) { return (page & 1U) != 0; });
+  };
+  forget();
+  if (num_cached() != 0) {
+    GTEST_SKIP() << "this file system keeps its pages in memory";
+  }
+  EXPECT_FALSE(masters.looks_edited(0));
+  EXPECT_EQ(num_cached(), 0);
+  // What no sample of words would find.
+  masters.memory(0)[17 * kPage + 3] ^= std::byte{1};
+  EXPECT_TRUE(masters.looks_edited(0));
 }
 
 }  // namespace
