@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from torch_offload import _C
+from torch_offload.estimate import times_by_name
 from torch_offload.kernel_times import kernel_times
 from torch_offload.measured_times import measured_times
 from torch_offload.prediction import Scenario, run_scenario
@@ -129,3 +130,13 @@ def test_older_files_say_nothing_of_it(tmp_path: Path) -> None:
     assert kernels.compute_ns == tuple(
         unit.times.compute_ns / unit.times.uses for unit in found.units
     )
+
+
+def test_profile_of_a_file_gives_both_lines_to_simulations_of_a_model() -> None:
+    names = [unit.name for unit in reversed(UNITS)]
+    kernels, launches = times_by_name(profile_under(STREAMED), names)
+    assert launches == [LAUNCH_NS[unit.kind] for unit in reversed(UNITS)]
+    assert kernels == [KERNEL_NS[unit.kind] for unit in reversed(UNITS)]
+    kernels, launches = times_by_name(profile_under(RESIDENT), names)
+    assert launches == []
+    assert sum(kernels) >= LAYERS * sum(LAUNCH_NS.values())
