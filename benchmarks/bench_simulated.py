@@ -9,11 +9,11 @@ from clocks import Link, device_ms, spread
 from conftest import Reference
 from observe import Counting
 from records import Part
-from unit_times import unit_times_ns
+from unit_times import forward_times
 from yardstick import YARDSTICK, Stage, Workload, bound, require_equal, shape_id
 
 from torch_offload import _C
-from torch_offload.prediction import Scenario, run_scenario
+from torch_offload.prediction import run_scenario
 
 _MODES = ("pipeline", "events", "streams", "sync")
 
@@ -50,25 +50,23 @@ def bench_simulated_forward(
     handle = streamed.handle
     names = [unit.name for unit in handle.units]
     if shape not in measured_units:
-        measured_units[shape] = unit_times_ns(plain, names, tokens)
+        measured_units[shape] = forward_times(plain, names, tokens)
     times = measured_units[shape]
     for size in {unit.size_bytes for unit in handle.units}:
         if size not in measured_units:
             measured_units[size] = Link(size).rate()["median"]
 
     units = [_C.Unit(u.name, u.size_bytes, u.layer_index, u.kind) for u in handle.units]
-    outside_ns = times[""] // len(names)  # kernels between units: an equal part to each
-    scenario = Scenario(
-        units=units,
-        compute_ns=[times[name] + outside_ns for name in names],
-        link_bytes_per_second=reference.link_bytes_per_s,
-        copy_ns=[round(u.size_bytes / measured_units[u.size_bytes] * 1e9) for u in units],
+    scenario = times.scenario(
+        units,
+        [u.size_bytes / measured_units[u.size_bytes] * 1e9 for u in units],
+        reference.link_bytes_per_s,
         mode=mode,
     )
     predicted_ms = run_scenario(scenario, _C.make_plan(units)).pass_ms(2)
 
     run = bound(streamed.model, tokens)
-    round_s = 3 * (reference.floor_ms(streamed.streamed_bytes) + times[""] * 1e-6) * 1e-3
+    round_s = 3 * (reference.floor_ms(streamed.streamed_bytes) + times.all_kernels_ns * 1e-6) * 1e-3
     with Counting(streamed):
         measured = spread(device_ms(run, forwards=2, rounds=part.rounds(3, round_s, least=1)))
     part.figures.update(
@@ -76,7 +74,10 @@ def bench_simulated_forward(
         shape=shape_id(shape),
         shape_index=shape_index,
         **streamed.describe(),
-        unit_ms={name: ns * 1e-6 for name, ns in times.items()},
+        unit_ms={name: ns * 1e-6 for name, ns in times.kernels_ns.items()},
+        others_ms=times.other_kernels_ns * 1e-6,
+        launch_ms=(sum(times.launches_ns.values()) + times.other_launches_ns) * 1e-6,
+        host_was_ahead=times.host_was_ahead,
         predicted_ms=predicted_ms,
         streamed_ms=measured,
         error=predicted_ms / measured["median"] - 1,

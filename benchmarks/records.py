@@ -49,6 +49,21 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def gpu_state() -> dict[str, float] | None:
+    """Clock, power and temperature of the GPU just now. Blocks for some tenths of a second."""
+    names = {"sm_clock_mhz": "clocks.sm", "power_w": "power.draw", "celsius": "temperature.gpu"}
+    answer = ON_GPU and _answer(
+        "nvidia-smi",
+        f"--id=GPU-{torch.cuda.get_device_properties(DEVICE).uuid}",
+        f"--query-gpu={','.join(names.values())}",
+        "--format=csv,noheader,nounits",
+    )
+    try:
+        return dict(zip(names, map(float, str(answer).split(",")), strict=True))
+    except ValueError:  # no GPU, or one that does not tell
+        return None
+
+
 def versions() -> dict[str, str]:
     """Of everything that a figure may depend on."""
     found = {

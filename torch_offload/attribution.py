@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import median
 
 from torch_offload.intervals import Intervals, intersect, most_at_once, subtract, total, union
 from torch_offload.trace import Bar, Trace
@@ -32,6 +34,9 @@ class UnitTimes:
         copy_ns: All its copies.
         compute_ns: All its computing.
         stall_ns: How long the compute lane waited for its copies.
+        ahead_uses: Uses that the host had launched whole before the device began with them.
+        ahead_ns: All their computing: of kernels alone.
+        launch_ns: The least that the host took to launch one use.
     """
 
     uses: int = 0
@@ -39,6 +44,9 @@ class UnitTimes:
     copy_ns: int = 0
     compute_ns: int = 0
     stall_ns: int = 0
+    ahead_uses: int = 0
+    ahead_ns: int = 0
+    launch_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,9 @@ class Attribution:
         blocked_ns: The host was in a synchronize of ours.
         streams_at_once: Most streams that copied or computed at one moment.
         units: Times of each unit, by index.
+        ahead_gaps: Gaps between uses of units whose kernels were all launched before they began.
+        ahead_gap_ns: All of them, waiting for copies not counted.
+        launch_gap_ns: What the host takes between launches of units, as a rule.
     """
 
     span_ns: int
@@ -70,6 +81,9 @@ class Attribution:
     blocked_ns: int
     streams_at_once: int
     units: tuple[UnitTimes, ...]
+    ahead_gaps: int = 0
+    ahead_gap_ns: int = 0
+    launch_gap_ns: int = 0
 
 
 def attribute(trace: Trace, begin_ns: int = 0, end_ns: int | None = None) -> Attribution:
@@ -95,6 +109,8 @@ def attribute(trace: Trace, begin_ns: int = 0, end_ns: int | None = None) -> Att
         _times(bar for bar in trace.on_row(index) if bar.kind in ("copy", "compute"))
         for index in range(1, len(trace.rows))
     ]
+    gaps = _gaps(trace, stall)
+    ahead_gaps = [gap.device_ns for gap in gaps if gap.is_ahead]
     return Attribution(
         span_ns=total(whole),
         compute_ns=total(compute),
@@ -107,6 +123,9 @@ def attribute(trace: Trace, begin_ns: int = 0, end_ns: int | None = None) -> Att
         blocked_ns=total(intersect(_times(trace.of_kind("blocked")), whole)),
         streams_at_once=most_at_once(working),
         units=_per_unit(trace, stalls, compute),
+        ahead_gaps=len(ahead_gaps),
+        ahead_gap_ns=sum(ahead_gaps),
+        launch_gap_ns=round(median(gap.host_ns for gap in gaps)) if gaps else 0,
     )
 
 
@@ -142,10 +161,44 @@ def _waited_for_by_the_host(trace: Trace, lane: set[int]) -> list[Bar]:
     return waited
 
 
+@dataclass(frozen=True)
+class _Gap:
+    """From the end of one use of a unit to the begin of the next."""
+
+    device_ns: int
+    host_ns: int
+    is_ahead: bool  # the host had launched all that lies in it before the device came to it
+
+
+def _uses(trace: Trace) -> list[tuple[Bar, Bar]]:
+    """Each use as the host launched and the device computed it, in the order of launching."""
+    launches = {bar.op: bar for bar in trace.of_kind("launch")}
+    return [(launches[bar.op], bar) for bar in trace.of_kind("compute") if bar.op in launches]
+
+
+def _gaps(trace: Trace, stall: Intervals) -> list[_Gap]:
+    gaps = []
+    blocked = _times(trace.of_kind("blocked"))
+    uses = sorted(_uses(trace), key=lambda use: use[0].begin_ns)
+    for (launch, compute), (next_launch, next_compute) in pairwise(uses):
+        device = [(compute.end_ns, max(compute.end_ns, next_compute.begin_ns))]
+        host = [(launch.end_ns, max(launch.end_ns, next_launch.begin_ns))]
+        gaps.append(
+            _Gap(
+                device_ns=total(subtract(device, stall)),
+                host_ns=total(subtract(host, blocked)),
+                is_ahead=next_launch.begin_ns <= compute.end_ns,
+            )
+        )
+    return gaps
+
+
 def _per_unit(trace: Trace, stalls: list[Bar], compute: Intervals) -> tuple[UnitTimes, ...]:
     copies, uses, waits = (
         _by_unit(bars) for bars in (trace.of_kind("copy"), trace.of_kind("compute"), stalls)
     )
+    ahead = _by_unit(bar for launch, bar in _uses(trace) if launch.end_ns <= bar.begin_ns)
+    launches = _by_unit(trace.of_kind("launch"))
     return tuple(
         UnitTimes(
             uses=len(uses[unit]),
@@ -153,6 +206,9 @@ def _per_unit(trace: Trace, stalls: list[Bar], compute: Intervals) -> tuple[Unit
             copy_ns=sum(bar.duration_ns for bar in copies[unit]),
             compute_ns=sum(bar.duration_ns for bar in uses[unit]),
             stall_ns=total(subtract(_times(waits[unit]), compute)),
+            ahead_uses=len(ahead[unit]),
+            ahead_ns=sum(bar.duration_ns for bar in ahead[unit]),
+            launch_ns=min((bar.duration_ns for bar in launches[unit]), default=0),
         )
         for unit in range(len(trace.unit_names))
     )

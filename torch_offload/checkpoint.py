@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,10 +166,11 @@ def parse_index(text: str | bytes, file: str) -> dict[str, str]:
     return weight_map
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, by its index where it has one.
+def stored_tensors(folder: Path) -> dict[Path, Mapping[str, StoredTensor]]:
+    """The safetensors files of a checkpoint folder with what each holds. Reads headers, no weight.
 
-    Every file is there and its header fits it; the index names what the files hold.
+    By the folder's index where it has one: every file is there and its header fits it; the index
+    names what the files hold.
 
     Raises:
         CheckpointError: If that is not so, or the weights are pickled.
@@ -177,8 +178,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise CheckpointError(f"expected a checkpoint folder, got {str(folder)!r}, which is none")
     if (single := folder / SINGLE_NAME).is_file():
-        read_header(single)
-        return [single]
+        return {single: read_header(single)}
     index_file = folder / INDEX_NAME
     if not index_file.is_file():
         raise CheckpointError(_nothing_found(folder))
@@ -188,21 +188,11 @@ def checkpoint_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"expected an index at {index_file}, got {error.strerror}") from error
     index = parse_index(text, str(index_file))
     files = [folder / part for part in sorted(set(index.values()))]
-    headers = {path.relative_to(folder).as_posix(): read_header(path) for path in files}
+    headers: dict[Path, Mapping[str, StoredTensor]] = {path: read_header(path) for path in files}
     for name, part in index.items():
-        if name not in headers.get(Path(part).as_posix(), {}):
+        if name not in headers.get(folder / part, {}):
             raise CheckpointError(f"expected {name!r} in {folder / part}, as the index says")
-    return files
-
-
-def stored_tensors(folder: Path) -> Iterator[tuple[Path, Mapping[str, StoredTensor]]]:
-    """Each file of a checkpoint folder with what it holds.
-
-    Raises:
-        CheckpointError: As `checkpoint_files`.
-    """
-    for path in checkpoint_files(folder):
-        yield path, read_header(path)
+    return headers
 
 
 def _nothing_found(folder: Path) -> str:

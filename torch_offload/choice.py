@@ -53,11 +53,13 @@ class Times:
         compute_ns: Of one use of each unit.
         copy_ns: Of a raw copy of each.
         sequence: Units as the forward uses them; empty for each once, in order.
+        launch_ns: What the host takes to launch the kernels of each; empty for nothing.
     """
 
     compute_ns: Sequence[int]
     copy_ns: Sequence[int]
     sequence: Sequence[int] = ()
+    launch_ns: Sequence[int] = ()
 
 
 RAW = Packable()
@@ -87,6 +89,7 @@ def _request_for(
         link_bytes_per_second=rate,
         copy_latency_ns=COPY_LATENCY_NS,
         copy_ns=times.copy_ns if times else None,
+        launch_ns=times.launch_ns if times else (),
         sequence=times.sequence if times else (),
         budget_bytes=budget_bytes,
         depth_bytes=depth_bytes,

@@ -173,8 +173,9 @@ def _of_model(request: ModelRequest, config: Config, profile: Profile | None) ->
     cut = cut_model(model, config, has_budget=False, knows_leaves=True)[0]
     specs, units = cut.specs, cut.units
     outside = bytes_outside(model, specs, set())
+    launch_ns: list[int] = []
     if profile is not None:
-        compute_ns = _times_by_name(profile, [spec.name for spec in specs])
+        compute_ns, launch_ns = times_by_name(profile, [spec.name for spec in specs])
         basis = [f"compute times from {request.profile}, measured on {profile.measured.device}"]
     else:
         assert peak is not None
@@ -186,6 +187,7 @@ def _of_model(request: ModelRequest, config: Config, profile: Profile | None) ->
     scenario = Scenario(
         units=units,
         compute_ns=compute_ns,
+        launch_ns=launch_ns,
         link_bytes_per_second=link,
         mode=config.mode,
         streams=config.streams,
@@ -250,15 +252,18 @@ def _budget(config: Config, outside_bytes: int, units: Sequence[_C.Unit]) -> int
     return budget - outside_bytes
 
 
-def _times_by_name(profile: Profile, names: Sequence[str]) -> list[int]:
+def times_by_name(profile: Profile, names: Sequence[str]) -> tuple[list[int], list[int]]:
+    """What kernels of these units take, and what launching them takes, if that is known."""
     measured = scenario_of(profile, units_of(profile))
-    times = {unit.name: ns for unit, ns in zip(measured.units, measured.compute_ns, strict=True)}
-    if missing := [name for name in names if name not in times]:
+    position = {unit.name: index for index, unit in enumerate(measured.units)}
+    if missing := [name for name in names if name not in position]:
         raise ValueError(
             f"expected the profile to hold every unit of the model, got none of {missing[0]!r} "
             f"({len(missing)} are missing); profile this model with the same granularity"
         )
-    return [times[name] for name in names]
+    found = [position[name] for name in names]
+    launches = measured.launch_ns
+    return [measured.compute_ns[i] for i in found], [launches[i] for i in found if launches]
 
 
 def _link_line(rate: float) -> str:

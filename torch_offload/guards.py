@@ -111,7 +111,12 @@ class Probes:
 
     def of(self, module: nn.Module) -> list[torch.Tensor]:
         """Returns one probe for each kind of parameter and buffer in a module, where it runs."""
-        kinds = {_kind(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        kinds = {
+            _kind(tensor)
+            for inner in module.modules()
+            for tensor in (*inner._parameters.values(), *inner._buffers.values())
+            if tensor is not None
+        }
         for kind in kinds - self._by_kind.keys():
             self._by_kind[kind] = self._make(*kind)
         return [self._by_kind[kind] for kind in sorted(kinds, key=str)]

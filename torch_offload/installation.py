@@ -263,8 +263,13 @@ class _Installation:
         away = _parameter_ids(list(enumerate(planned.specs)))
         away |= {id(table.weight) for table in planned.tables}
         probes = Probes(self._device)
+        holders = {
+            id(module)
+            for module in model.modules()
+            if any(id(parameter) in away for parameter in module._parameters.values())
+        }
         for module in model.modules():
-            if any(id(parameter) in away for parameter in module.parameters()):
+            if any(id(inner) in holders for inner in module.modules()):
                 self._guarded.append(weakref.ref(module))
                 guard(module, probes.of(module))
         if hasattr(model, _AUTO_COMPILE):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch_offload import _C
 from torch_offload.choice import Times
+from torch_offload.kernel_times import kernel_times
 from torch_offload.profile import Profile, scenario_of, units_of
 
 
@@ -20,11 +21,14 @@ class MeasuredTimes:
         copy_ns: Of a raw copy of each.
         sequence: Units as one forward used them; empty where some of them were resident, whose
             calls nobody sees.
+        launch_ns: What the host takes to launch the kernels of each; empty where that is in
+            `compute_ns`.
     """
 
     compute_ns: dict[str, int]
     copy_ns: dict[str, int]
     sequence: tuple[str, ...]
+    launch_ns: dict[str, int] = field(default_factory=dict)
 
     def knows(self, units: Sequence[_C.Unit]) -> bool:
         """Whether it is of these units, and perhaps of more."""
@@ -47,6 +51,7 @@ class MeasuredTimes:
             [self.compute_ns[unit.name] for unit in units],
             [self.copy_ns[unit.name] for unit in units],
             sequence if len(set(sequence)) == len(units) else (),
+            [self.launch_ns[unit.name] for unit in units] if self.launch_ns else (),
         )
 
 
@@ -55,38 +60,66 @@ def measured_times(profile: Profile) -> MeasuredTimes:
 
     The kernels of a resident unit are not told apart from others'. It is taken to compute as long
     as measured units of its kind and size, or else of its size, and that much less was others'.
+    Likewise for what launching takes, which does not go by size.
     """
-    scenario = scenario_of(profile, units_of(profile))
-    measured: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for unit in profile.units:
-        if unit.times.uses:
-            measured[unit.kind, unit.size_bytes].append(unit.times.compute_ns / unit.times.uses)
-    whole_bytes = sum(unit.size_bytes for unit in profile.units if unit.times.uses)
-    all_ns = sum(sum(times) for times in measured.values())
-    per_byte = all_ns / whole_bytes if whole_bytes else 0.0
-
-    def estimate(kind: str, size_bytes: int) -> float:
-        alike = measured.get((kind, size_bytes))
-        return sum(alike) / len(alike) if alike else per_byte * size_bytes
-
-    compute = [
-        unit.times.compute_ns / unit.times.uses
-        if unit.times.uses
-        else estimate(unit.kind, unit.size_bytes)
-        for unit in profile.units
-    ]
-    others_ns = (profile.total.between_ns + profile.total.outside_ns) / max(
-        1, profile.measured.forwards
+    kernels = kernel_times(profile)
+    units = profile.units
+    names = [unit.name for unit in units]
+    used_bytes = sum(unit.size_bytes for unit in units if unit.times.uses)
+    per_byte = sum(kernels.compute_ns) / used_bytes if used_bytes else 0.0
+    compute = _with_residents(
+        profile,
+        kernels.compute_ns,
+        kernels.others_ns,
+        [per_byte * unit.size_bytes for unit in units],
     )
-    hidden_ns = sum(
-        ns for ns, unit in zip(compute, profile.units, strict=True) if not unit.times.uses
-    )
-    uses = len(profile.sequence) + sum(not unit.times.uses for unit in profile.units)
-    others_each = max(0.0, others_ns - hidden_ns) / max(1, uses)
-    names = [unit.name for unit in profile.units]
-    copy_ns = scenario.copy_ns or [0] * len(names)
+    launch = [0.0] * len(units)
+    if kernels.launch_ns:
+        used = [ns for ns, unit in zip(kernels.launch_ns, units, strict=True) if unit.times.uses]
+        launch = _with_residents(
+            profile,
+            kernels.launch_ns,
+            kernels.launch_others_ns,
+            [sum(used) / max(1, len(used))] * len(units),
+        )
+    copy_ns = scenario_of(profile, units_of(profile)).copy_ns or [0] * len(names)
     return MeasuredTimes(
-        {name: round(ns + others_each) for name, ns in zip(names, compute, strict=True)},
+        {name: round(ns) for name, ns in zip(names, compute, strict=True)},
         dict(zip(names, copy_ns, strict=True)),
         tuple(names[unit] for unit in profile.sequence),
+        {name: round(ns) for name, ns in zip(names, launch, strict=True)}
+        if kernels.launch_ns
+        else {},
     )
+
+
+def _with_residents(
+    profile: Profile,
+    measured_ns: Sequence[float],
+    others_ns: float,
+    otherwise_ns: Sequence[float],
+) -> list[float]:
+    """What one use of each unit takes, its part of what is nobody's included.
+
+    Args:
+        profile: Whose units.
+        measured_ns: Of each that was seen.
+        others_ns: Of what lies between two uses that were seen, resident units included.
+        otherwise_ns: Of a resident unit that is like no unit that was seen.
+    """
+    units, seen_uses = profile.units, len(profile.sequence)
+    alike: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for unit, ns in zip(units, measured_ns, strict=True):
+        if unit.times.uses:
+            alike[unit.kind, unit.size_bytes].append(ns)
+    each, hidden_ns = [], 0.0
+    for unit, ns, otherwise in zip(units, measured_ns, otherwise_ns, strict=True):
+        if unit.times.uses:
+            each.append(ns)
+            continue
+        known = alike.get((unit.kind, unit.size_bytes))
+        each.append(sum(known) / len(known) if known else otherwise)
+        hidden_ns += each[-1]
+    uses = seen_uses + sum(not unit.times.uses for unit in units)
+    others_each = max(0.0, seen_uses * others_ns - hidden_ns) / max(1, uses)
+    return [ns + others_each for ns in each]

@@ -151,22 +151,31 @@ def plan_cut(
         return _all_packed(cut, config, budget, packing)
     if budget is None:
         return _without_budget(cut, config, packing, times)
-    found: list[tuple[float, Planned]] = []
+    found: list[tuple[list[float], Planned]] = []
     for gathers in (False, True):
         if gathers and not cut.outsiders.tables:
             continue
         planned = _within(cut, config, budget, packing, times, gathers=gathers)
         if planned is not None and planned.choice is not None:
-            score = planned.choice.score_ns
-            score += _GATHER_NS * len(planned.choice.forward_ns) if planned.tables else 0
-            found.append((score, planned))
+            gathering_ns = _GATHER_NS if planned.tables else 0
+            forward_ns = [float(ns + gathering_ns) for ns in planned.choice.forward_ns]
+            found.append((forward_ns, planned))
     if not found:
         raise ValueError(_below_least(cut, budget, packing))
     (best, chosen), *others = found
-    for score, planned in others:
-        if score < best * _WORTHWHILE:
-            best, chosen = score, planned
+    for forward_ns, planned in others:
+        if _pays(best, forward_ns):
+            best, chosen = forward_ns, planned
     return chosen
+
+
+def _pays(now_ns: Sequence[float], then_ns: Sequence[float]) -> bool:
+    """Whether the expected forwards take so much less then, each counting alike.
+
+    Their sum would say nothing of a token's: beside a prompt's it is short where little streams.
+    """
+    ratios = [then / now for now, then in zip(now_ns, then_ns, strict=True) if now > 0]
+    return sum(ratios) < len(ratios) * _WORTHWHILE
 
 
 def plan_in_window(
@@ -199,7 +208,7 @@ def plan_best(
     chosen = plans[0]
     for planned in plans[1:]:
         now, then = chosen.choice, planned.choice
-        if now and then and then.score_ns < now.score_ns * _WORTHWHILE:
+        if now and then and _pays(now.forward_ns, then.forward_ns):
             chosen = planned
     return chosen
 

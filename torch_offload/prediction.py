@@ -31,6 +31,7 @@ class Scenario:
         compute_ns: Of each unit.
         link_bytes_per_second: Of copies from page-locked memory.
         copy_ns: Measured raw copies of each unit; None to reckon them from the link's rate.
+        launch_ns: What the host takes to launch the kernels of each unit; empty for nothing.
         mode: As in `offload`.
         streams: As in `offload`.
         depth_bytes: As in `offload`; None for the default.
@@ -45,6 +46,7 @@ class Scenario:
     compute_ns: Sequence[int]
     link_bytes_per_second: float
     copy_ns: Sequence[int] | None = None
+    launch_ns: Sequence[int] = ()
     mode: str = "pipeline"
     streams: str = "shared"
     depth_bytes: int | None = None
@@ -221,6 +223,7 @@ def run_scenario(
         copy_bytes_per_second=None if copy_ns else scenario.link_bytes_per_second,
         copy_ns=copy_ns,
         compute_ns=list(scenario.compute_ns),
+        launch_ns=list(scenario.launch_ns),
         decode_bytes_per_second=packable.decode_bytes_per_second,
     )
     return run_plan(

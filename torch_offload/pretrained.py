@@ -18,7 +18,6 @@ from torch_offload import _C
 from torch_offload.checkpoint import (
     CheckpointError,
     StoredTensor,
-    checkpoint_files,
     read_header,
     stored_tensors,
 )
@@ -90,7 +89,7 @@ def from_pretrained(
     _refuse_placement(kwargs)
     if Path(folder).is_dir() and not kwargs.get("subfolder") and not kwargs.get("variant"):
         if not kwargs.get("gguf_file"):
-            checkpoint_files(Path(folder))
+            stored_tensors(Path(folder))  # raises where it is no checkpoint
         kwargs.setdefault("use_safetensors", True)
     if masters == "arena":
         loaded = auto_class.from_pretrained(folder, *model_args, **kwargs)
@@ -333,7 +332,7 @@ class _Slots:
     def fill(self, folder: Path) -> None:
         """Puts the folder's tensors into the slots of their names, tied ones included."""
         surplus: list[str] = []
-        for path, stored in stored_tensors(folder):
+        for path, stored in stored_tensors(folder).items():
             mapping = _C.FileMapping(str(path))
             for name, entry in stored.items():
                 if name in self._tensors:

@@ -13,6 +13,7 @@ from torch_offload.advice import Advice, advise
 from torch_offload.attribution import Attribution, UnitTimes, attribute
 from torch_offload.bounds import Bound, bound_of
 from torch_offload.choice import NOMINAL_LINK_BYTES_PER_SECOND, RAW, Packable
+from torch_offload.kernel_times import kernel_times
 from torch_offload.packing import copied_bytes
 from torch_offload.prediction import Scenario, predicted_ms
 from torch_offload.trace import Trace
@@ -198,15 +199,10 @@ def scenario_of(profile: Profile, units: Sequence[_C.Unit]) -> Scenario:
     """What was profiled, as something to simulate.
 
     Each unit computes as long as it did, and an equal part of the time in which other kernels ran
-    or were launched goes to each use. Copies are reckoned raw.
+    goes to each use; likewise what launching takes the host. Copies are reckoned raw.
     """
-    uses = max(1, len(profile.sequence) * max(1, profile.measured.forwards))
-    other_ns = (profile.total.between_ns + profile.total.outside_ns) / uses
+    kernels = kernel_times(profile)
     rate = profile.link_bytes_per_second or NOMINAL_LINK_BYTES_PER_SECOND
-
-    def per_use(unit: UnitProfile) -> int:
-        times = unit.times
-        return round((times.compute_ns / times.uses if times.uses else 0) + other_ns)
 
     def per_copy(unit: UnitProfile) -> int:
         times = unit.times
@@ -217,7 +213,8 @@ def scenario_of(profile: Profile, units: Sequence[_C.Unit]) -> Scenario:
     has_residents = any(unit.is_resident for unit in profile.units)
     return Scenario(
         units=units,
-        compute_ns=[per_use(unit) for unit in profile.units],
+        compute_ns=[round(ns + kernels.others_ns) for ns in kernels.compute_ns],
+        launch_ns=[round(ns + kernels.launch_others_ns) for ns in kernels.launch_ns],
         link_bytes_per_second=rate,
         copy_ns=[per_copy(unit) for unit in profile.units],
         mode=profile.measured.mode,

@@ -17,6 +17,10 @@ from torch_offload.profile import Measured, Profile, UnitProfile
 
 FORMAT = "torch_offload profile 1"
 _MOST = 2**62
+# Counts that older files lack.
+_ADDED = frozenset(
+    {"ahead_uses", "ahead_ns", "launch_ns", "ahead_gaps", "ahead_gap_ns", "launch_gap_ns"}
+)
 
 
 def profile_to_json(profile: Profile) -> dict[str, Any]:
@@ -120,11 +124,15 @@ def _unit_from(fields_of: Mapping[str, Any]) -> UnitProfile:
 
 def _counts(of: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The whole numbers among the fields of a class."""
-    names = [field.name for field in fields(of) if field.type == "int"]
-    for name in names:
-        if type(values[name]) is not int or abs(values[name]) >= _MOST:
-            raise ValueError(f"{name} is {values[name]!r}")
-    return {name: values[name] for name in names}
+    counts = {
+        field.name: values.get(field.name, 0) if field.name in _ADDED else values[field.name]
+        for field in fields(of)
+        if field.type == "int"
+    }
+    for name, count in counts.items():
+        if type(count) is not int or abs(count) >= _MOST:
+            raise ValueError(f"{name} is {count!r}")
+    return counts
 
 
 def _number(value: Any, most: float) -> float:

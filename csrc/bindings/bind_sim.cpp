@@ -19,7 +19,7 @@ namespace {
 
 SimCosts costs_from(std::optional<double> copy_bytes_per_second, std::int64_t copy_latency_ns,
                     std::optional<std::vector<std::int64_t>> copy_ns,
-                    std::vector<std::int64_t> compute_ns,
+                    std::vector<std::int64_t> compute_ns, std::vector<std::int64_t> launch_ns,
                     const std::map<std::string, std::int64_t>& call_ns, int num_copy_engines,
                     bool shared_compute, std::optional<double> decode_bytes_per_second) {
   SimCosts costs;
@@ -27,6 +27,7 @@ SimCosts costs_from(std::optional<double> copy_bytes_per_second, std::int64_t co
   costs.copy_latency_ns = copy_latency_ns;
   costs.copy_ns = std::move(copy_ns);
   costs.compute_ns = std::move(compute_ns);
+  costs.launch_ns = std::move(launch_ns);
   for (const auto& [name, cost_ns] : call_ns) {
     call_cost(costs.calls, name) = cost_ns;
   }
@@ -43,8 +44,9 @@ void bind_sim(py::module_& module) {
   py::class_<SimCosts>(module, "SimCosts", "What work and calls take in virtual time.")
       .def(py::init(&costs_from), py::kw_only(), py::arg("copy_bytes_per_second") = py::none(),
            py::arg("copy_latency_ns") = 0, py::arg("copy_ns") = py::none(), py::arg("compute_ns"),
-           py::arg("call_ns") = py::dict(), py::arg("num_copy_engines") = 1,
-           py::arg("shared_compute") = true, py::arg("decode_bytes_per_second") = py::none());
+           py::arg("launch_ns") = std::vector<std::int64_t>{}, py::arg("call_ns") = py::dict(),
+           py::arg("num_copy_engines") = 1, py::arg("shared_compute") = true,
+           py::arg("decode_bytes_per_second") = py::none());
 
   py::class_<SimResult, std::shared_ptr<SimResult>>(module, "SimResult",
                                                     "What happened when in a simulation.")

@@ -14,6 +14,9 @@ namespace torch_offload {
 
 namespace {
 
+// As many as Device::register_read_only locks side by side.
+constexpr std::size_t kBatchChunks = 4;
+
 bool exceeds(std::size_t size_bytes, const HostLimits& host) {
   return (host.available_bytes && size_bytes > *host.available_bytes) ||
          (host.cgroup_available_bytes && size_bytes > *host.cgroup_available_bytes);
@@ -31,7 +34,10 @@ std::size_t LockedFiles::chunk_bytes_within(std::size_t limit_bytes) {
 LockedFiles::LockedFiles(std::shared_ptr<Device> device,
                          std::vector<std::shared_ptr<const FileMapping>> files,
                          std::size_t limit_bytes, std::size_t chunk_bytes, const HostLimits& host)
-    : device_(std::move(device)), files_(std::move(files)), limit_bytes_(limit_bytes) {
+    : device_(std::move(device)),
+      files_(std::move(files)),
+      batch_bytes_(chunk_bytes * kBatchChunks),
+      limit_bytes_(limit_bytes) {
   if (chunk_bytes == 0 || chunk_bytes % HostMapping::page_bytes() != 0) {
     throw ValueError("expected chunks of whole pages, got " + std::to_string(chunk_bytes));
   }
@@ -254,8 +260,8 @@ void LockedFiles::lock(const std::vector<CopySegment>& segments, Hold hold) {
     make_room(missing_bytes, needed);
     return try_lock(missing, hold);
   };
-  if (!lock_missing()) {
-    lock_missing();  // once more within the limit that was met
+  // Again within the limit that was met, which is a smaller one each time.
+  while (!lock_missing()) {
   }
 }
 
@@ -278,6 +284,22 @@ void LockedFiles::note_copied(const std::vector<CopySegment>& segments, StreamId
     device_->record(chunk->copied, stream);
     chunk->stream = stream;
     last = chunk;
+  }
+}
+
+void LockedFiles::load(const std::vector<CopySegment>& segments, StreamId stream,
+                       const std::function<void(const CopySegment&)>& submit) {
+  for (std::size_t begin = 0, end = 0; begin < segments.size(); begin = end) {
+    // Chunks that take turns are all needed at once: one batch must not unlock another's.
+    const std::size_t most_bytes = takes_turns() ? SIZE_MAX : batch_bytes_;
+    std::vector<CopySegment> batch;
+    for (std::size_t bytes = 0; end < segments.size() && bytes < most_bytes; ++end) {
+      bytes += segments[end].size_bytes;
+      batch.push_back(segments[end]);
+    }
+    lock(batch);
+    std::for_each(batch.begin(), batch.end(), submit);
+    note_copied(batch, stream);
   }
 }
 

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -63,6 +64,15 @@ class LockedFiles {
   /// Throws:    StateError if pages cannot be read; MemoryError if these copies alone need more
   ///            than can be locked.
   void lock(const std::vector<CopySegment>& segments, Hold hold = Hold::kForPasses);
+  /// Locks what the copies of a unit, as cut, read from the files, has each of them submitted to
+  /// `stream` and notes it. While nothing takes turns that goes batch by batch: the first copies
+  /// are under way while the pages of the last are being locked, so that behind the last page that
+  /// is locked there is a batch left to copy and not a unit.
+  ///
+  /// Blocking:  as lock().
+  /// Throws:    as lock(), and what `submit` throws; copies of earlier batches are then under way.
+  void load(const std::vector<CopySegment>& segments, StreamId stream,
+            const std::function<void(const CopySegment&)>& submit);
   /// Unlocks what was locked for one copy only. Blocks until those copies are done.
   void unlock_once();
   /// Notes that the copies were submitted to `stream`, so that their chunks stay until they are
@@ -116,6 +126,7 @@ class LockedFiles {
   std::shared_ptr<Device> device_;
   std::vector<std::shared_ptr<const FileMapping>> files_;
   std::vector<Chunk> chunks_;  // by address
+  const std::size_t batch_bytes_;
   std::deque<Chunk*> for_good_;
   std::size_t for_good_bytes_ = 0;
   std::deque<Chunk*> in_turn_;         // oldest first

@@ -193,7 +193,11 @@ bool Masters::is_edited(PieceIndex index) const {
 }
 
 bool Masters::looks_edited(PieceIndex index) const {
-  return is_in_file(index) && views_[index]->looks_edited();
+  // Where chunks take turns, their pages may be gone by now, and a look at a word would have the
+  // disk read megabytes around it. Pages that nobody has edited need no look: the system knows
+  // which.
+  return files_.takes_turns() ? is_edited(index)
+                              : is_in_file(index) && views_[index]->looks_edited();
 }
 
 void Masters::make_own(PieceIndex index) {

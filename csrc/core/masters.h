@@ -66,6 +66,7 @@ class Masters {
 
   /// As FileView says; false for what is not in the file.
   bool is_edited(PieceIndex index) const;
+  /// By a few words; exactly, and without reading from the disk, where chunks take turns.
   bool looks_edited(PieceIndex index) const;
   /// Lets copies read the parameter's own bytes from now on, those that it shows.
   ///

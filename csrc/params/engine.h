@@ -276,7 +276,7 @@ class Engine : private Loader {
   static void adopt_at_the_end(StreamedParameter& parameter);
   bool leave_file_if_edited(std::size_t index);
   const std::vector<CopySegment>& segments_of(UnitParameters& entry);
-  void lock_files_of(UnitParameters& entry);
+  bool is_there(const UnitParameters& entry) const;
   void warn_of_backward(const UnitParameters& entry);
   static void refuse_kept_views(std::vector<DroppedPlace> dropped);
   void adopt_edits(UnitIndex unit);

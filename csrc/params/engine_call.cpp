@@ -194,12 +194,20 @@ StreamId Engine::load(UnitIndex unit, std::byte* place, StreamId copy_stream,
                       "', got none, as memory was missing when it was packed anew; free memory "
                       "and call the model again");
   }
-  lock_files_of(entry);
-  for (const CopySegment& segment : segments_of(entry)) {
+  const std::vector<CopySegment>& segments = segments_of(entry);
+  const auto submit = [&](const CopySegment& segment) {
     device_->copy(copy_stream,
                   {place + segment.offset, segment.source, segment.size_bytes, unit, generation});
+  };
+  LockedFiles& files = masters_->files();
+  if (is_there(entry)) {
+    std::for_each(segments.begin(), segments.end(), submit);
+    files.note_copied(segments, copy_stream);
+  } else {
+    entry.is_announced = false;
+    files.load(segments, copy_stream, submit);
+    entry.is_locked = true;
   }
-  masters_->files().note_copied(entry.segments, copy_stream);
   for (std::size_t index = entry.range.begin; index < entry.range.end; ++index) {
     if (!masters_->is_in_file(index)) {  // there an edit before the copy has still to be found
       parameters_[index].note_copied();

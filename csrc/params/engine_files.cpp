@@ -14,16 +14,10 @@ const std::vector<CopySegment>& Engine::segments_of(UnitParameters& entry) {
   return entry.segments;
 }
 
-void Engine::lock_files_of(UnitParameters& entry) {
-  if (!masters_->has_files()) {
-    return;
-  }
-  LockedFiles& files = masters_->files();
-  entry.is_announced = false;
-  if (!entry.is_locked || files.takes_turns()) {  // a limit may have been met since
-    files.lock(segments_of(entry));
-    entry.is_locked = true;
-  }
+/// Whether copies of the unit may begin at once: nothing of it has to be locked.
+bool Engine::is_there(const UnitParameters& entry) const {
+  // A limit may have been met since it was locked.
+  return !masters_->has_files() || (entry.is_locked && !masters_->files().takes_turns());
 }
 
 std::size_t Engine::announced_bytes() const {
@@ -32,16 +26,19 @@ std::size_t Engine::announced_bytes() const {
 
 void Engine::announce(UnitIndex unit) {
   UnitParameters& entry = units_[unit];
-  LockedFiles& files = masters_->files();
-  const bool is_there = entry.is_locked && !files.takes_turns();
-  if (!is_there && !entry.is_announced && !is_packed(unit)) {
-    entry.is_announced = files.read_ahead(segments_of(entry));
+  if (!is_there(entry) && !entry.is_announced && !is_packed(unit)) {
+    entry.is_announced = masters_->files().read_ahead(segments_of(entry));
   }
 }
 
 void Engine::lock_files(UnitIndex unit) {
   const py::gil_scoped_release no_gil;
-  lock_files_of(units_.at(unit));
+  UnitParameters& entry = units_.at(unit);
+  if (!is_there(entry)) {
+    entry.is_announced = false;
+    masters_->files().lock(segments_of(entry));
+    entry.is_locked = true;
+  }
 }
 
 bool Engine::copy_resident(const std::shared_ptr<FileView>& view, const at::Tensor& destination) {

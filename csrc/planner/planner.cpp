@@ -36,6 +36,10 @@ void check_request(const PlannerRequest& request) {
     throw ValueError("expected copy times of " + std::to_string(request.units.size()) +
                      " units, got " + std::to_string(request.copy_ns->size()));
   }
+  if (!request.launch_ns.empty() && request.launch_ns.size() != request.units.size()) {
+    throw ValueError("expected launch times of " + std::to_string(request.units.size()) +
+                     " units, got " + std::to_string(request.launch_ns.size()));
+  }
   if (!request.packed_bytes.empty() && request.packed_bytes.size() != request.units.size()) {
     throw ValueError("expected packed sizes of " + std::to_string(request.units.size()) +
                      " units, got " + std::to_string(request.packed_bytes.size()));

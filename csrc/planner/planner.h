@@ -31,6 +31,8 @@ PackingPolicy parse_packing_policy(const std::string& name);
 struct PlannerRequest {
   std::vector<Unit> units;  ///< In the order in which a forward is expected to call them.
   std::vector<ExpectedForward> forwards;
+  /// What the host spends launching each unit's kernels, by UnitIndex. Empty: nothing.
+  std::vector<std::int64_t> launch_ns;
   /// Units of one forward, as they are used. Default: each once, in order.
   std::vector<UnitIndex> sequence;
   double link_bytes_per_second = 0;

@@ -197,6 +197,7 @@ void Search::try_plan(Plan plan, const Homes& homes, const std::string& rule) {
     run.packed_bytes = request_.packed_bytes;
     run.options = request_.options;
     run.costs.compute_ns = forward.compute_ns;
+    run.costs.launch_ns = request_.launch_ns;
     run.costs.copy_ns = costs_.copy_ns(homes);
     if (!run.costs.copy_ns) {
       run.costs.copy_bytes_per_second = request_.link_bytes_per_second;

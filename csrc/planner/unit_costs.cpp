@@ -24,6 +24,7 @@ UnitCosts::UnitCosts(const PlannerRequest& request)
       decode_ns_[unit] += static_cast<double>(request_.units[unit].size_bytes) * 1e9 /
                           request_.decode_bytes_per_second;
     }
+    launch_ns_ += request_.launch_ns.empty() ? 0.0 : static_cast<double>(request_.launch_ns[unit]);
     for (std::size_t i = 0; i < request_.forwards.size(); ++i) {
       compute_ns_[i] += static_cast<double>(request_.forwards[i].compute_ns[unit]);
     }
@@ -68,7 +69,8 @@ double UnitCosts::least_ns(const Homes& homes) const {
   }
   double sum_ns = 0;
   for (std::size_t i = 0; i < compute_ns_.size(); ++i) {
-    sum_ns += request_.forwards[i].weight * std::max(copies_ns, compute_ns_[i] + decodes_ns);
+    sum_ns += request_.forwards[i].weight *
+              std::max({copies_ns, compute_ns_[i] + decodes_ns, launch_ns_});
   }
   return sum_ns;
 }

@@ -15,7 +15,8 @@ class UnitCosts {
  public:
   explicit UnitCosts(const PlannerRequest& request);
 
-  /// No plan with these homes is faster: neither the copies nor what the SMs do takes less.
+  /// No plan with these homes is faster: neither the copies, nor what the SMs do, nor launching
+  /// takes less.
   double least_ns(const Homes& homes) const;
   /// Copies of each unit, as it travels; nothing where the rate of the link says it.
   std::optional<std::vector<std::int64_t>> copy_ns(const Homes& homes) const;
@@ -33,6 +34,7 @@ class UnitCosts {
   std::vector<double> packed_ns_;
   std::vector<double> decode_ns_;
   std::vector<double> compute_ns_;  // by forward, of all units
+  double launch_ns_ = 0;            // of all units
 };
 
 }  // namespace torch_offload

@@ -75,6 +75,7 @@ void check_costs(const SimCosts& costs) {
   }
   check_time("copy_latency_ns", costs.copy_latency_ns);
   check_times("compute_ns", costs.compute_ns);
+  check_times("launch_ns", costs.launch_ns);
   if (costs.copy_ns) {
     check_times("copy_ns", *costs.copy_ns);
   }

@@ -15,7 +15,7 @@ struct SimCallCosts {
   std::int64_t record_ns = 0;
   std::int64_t wait_ns = 0;
   std::int64_t synchronize_ns = 0;  ///< On top of the waiting, once it is over.
-  std::int64_t launch_ns = 0;       ///< Of all kernels of one unit.
+  std::int64_t launch_ns = 0;       ///< Of all kernels of one unit, unless that is said by unit.
 };
 
 /// What work takes in virtual time, and which limits of the hardware hold.
@@ -30,6 +30,9 @@ struct SimCosts {
   std::optional<double> decode_bytes_per_second;
 
   std::vector<std::int64_t> compute_ns;  ///< By UnitIndex.
+  /// What the host spends launching each unit's kernels, by UnitIndex. Empty: `calls.launch_ns`
+  /// each. See Note [Two lines of time].
+  std::vector<std::int64_t> launch_ns;
   SimCallCosts calls;
 
   int num_copy_engines = 1;    ///< Each of them copies at the full rate.

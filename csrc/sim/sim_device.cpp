@@ -20,6 +20,13 @@
 // Work begins at the earliest when its call begins and ends at the earliest when its call has
 // returned: the host may take longer to launch a unit's kernels than they take to run. Records and
 // waits are there from the return of their call on.
+//
+// Note [Two lines of time]
+// What a unit's kernels take on the device and what their launches take on the host are two costs,
+// and which of them a forward feels depends on the plan. Where all weights are resident, one token
+// of a model takes as long as the host needs to launch it; where copies take longer, the host is
+// far ahead and kernels run back to back. One duration cannot serve both: measured in the former it
+// would make every kernel that a copy must wait for several times too long in the latter.
 
 namespace torch_offload {
 
@@ -116,8 +123,9 @@ void SimDevice::submit(StreamId stream, EntryKind kind, std::int64_t call_ns,
   }
 }
 
-void SimDevice::run(StreamId stream, std::int64_t duration_ns) {
-  submit(stream, EntryKind::kCompute, costs_.calls.launch_ns, duration_ns);
+void SimDevice::run(StreamId stream, std::int64_t duration_ns,
+                    std::optional<std::int64_t> launch_ns) {
+  submit(stream, EntryKind::kCompute, launch_ns.value_or(costs_.calls.launch_ns), duration_ns);
 }
 
 void SimDevice::spend_host_time(std::int64_t duration_ns) { host_ns_ += duration_ns; }

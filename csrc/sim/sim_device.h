@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -36,8 +37,9 @@ class SimDevice : public Device {
   const std::string& stream_name(StreamId stream) const override;
   bool can_decode() const override { return true; }
 
-  /// Submits the kernels of one unit, as one piece of work. Costs the host `calls.launch_ns`.
-  void run(StreamId stream, std::int64_t duration_ns);
+  /// Submits the kernels of one unit, as one piece of work. Costs the host `launch_ns`, or what
+  /// launching costs by default.
+  void run(StreamId stream, std::int64_t duration_ns, std::optional<std::int64_t> launch_ns = {});
   /// Lets the host do something else.
   void spend_host_time(std::int64_t duration_ns);
 

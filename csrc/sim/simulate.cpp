@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -99,6 +100,9 @@ void check_request(const SimRequest& request) {
     }
   };
   check_length("compute_ns", request.costs.compute_ns);
+  if (!request.costs.launch_ns.empty()) {
+    check_length("launch_ns", request.costs.launch_ns);
+  }
   if (request.costs.copy_ns) {
     check_length("copy_ns", *request.costs.copy_ns);
   }
@@ -123,16 +127,21 @@ void check_request(const SimRequest& request) {
 }
 
 /// One call of a unit, as the wrapper of its module makes it.
-void use(SimDevice& device, Pipeline& pipeline, UnitIndex unit, std::int64_t compute_ns) {
+void use(SimDevice& device, Pipeline& pipeline, UnitIndex unit, const SimCosts& costs) {
+  const std::int64_t compute_ns = costs.compute_ns[unit];
+  std::optional<std::int64_t> launch_ns;
+  if (!costs.launch_ns.empty()) {
+    launch_ns = costs.launch_ns[unit];
+  }
   if (pipeline.plan().is_resident(unit)) {
     const StreamId stream = device.current_stream();
     device.begin_read(stream, nullptr, 0, unit, 0);
-    device.run(stream, compute_ns);
+    device.run(stream, compute_ns, launch_ns);
     device.end_read(stream, nullptr, 0, unit, 0);
     return;
   }
   pipeline.acquire(unit);
-  device.run(device.current_stream(), compute_ns);
+  device.run(device.current_stream(), compute_ns, launch_ns);
   pipeline.release(unit);
 }
 
@@ -165,7 +174,7 @@ SimResult simulate(const SimRequest& request) {
     result.pass_begin_ns.push_back(device.host_time_ns());
     pipeline.enter();
     for (const UnitIndex unit : pass) {
-      use(device, pipeline, unit, request.costs.compute_ns[unit]);
+      use(device, pipeline, unit, request.costs);
     }
     pipeline.leave(/*completed=*/true);
     const StreamId caller = device.current_stream();

@@ -1,8 +1,11 @@
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "checkpoint_file.h"
 #include "core/error.h"
@@ -80,6 +83,70 @@ TEST_F(LockedFilesTest, LocksOnlyTheChunksThatCopiesNeed) {
   copy_pages(files, {3, 9});
   EXPECT_EQ(locked(), 8 * kPage);
   EXPECT_FALSE(files.takes_turns());
+}
+
+/// The first copies of a unit are under way before its last pages are locked.
+TEST_F(LockedFilesTest, LoadsAUnitBatchByBatch) {
+  LockedFiles files(device_, {mapping_}, LockedFiles::kNoLimit, kPage);
+  const std::vector<CopySegment> segments = files.cut({{mapping_->data(), 0, 10 * kPage}});
+  std::vector<std::byte> place(10 * kPage);
+  std::vector<std::uint64_t> locked_at;
+  const auto submit = [&](const CopySegment& segment) {
+    locked_at.push_back(locked() / kPage);
+    Copy copy;
+    copy.destination = place.data() + segment.offset;
+    copy.source = segment.source;
+    copy.size_bytes = segment.size_bytes;
+    device_->copy(stream_, copy);
+  };
+  files.load(segments, stream_, submit);
+  device_->synchronize(stream_);
+  EXPECT_EQ(locked_at, (std::vector<std::uint64_t>{4, 4, 4, 4, 8, 8, 8, 8, 10, 10}));
+  EXPECT_TRUE(std::equal(place.begin(), place.end(), mapping_->data()));
+}
+
+/// Within a limit that makes chunks take turns no batch unlocks what another has still to read.
+TEST_F(LockedFilesTest, LoadsAUnitInOneWhereChunksTakeTurns) {
+  LockedFiles files(device_, {mapping_}, 8 * kPage, kPage);
+  std::vector<std::byte> place(6 * kPage);
+  for (std::size_t first = 0; first + 6 <= 32; first += 6) {
+    const auto* const begin = mapping_->data() + first * kPage;
+    std::vector<std::uint64_t> locked_at;
+    files.load(files.cut({{begin, 0, 6 * kPage}}), stream_, [&](const CopySegment& segment) {
+      locked_at.push_back(locked() / kPage);
+      Copy copy;
+      copy.destination = place.data() + segment.offset;
+      copy.source = segment.source;
+      copy.size_bytes = segment.size_bytes;
+      device_->copy(stream_, copy);
+    });
+    device_->synchronize(stream_);
+    EXPECT_TRUE(std::equal(place.begin(), place.end(), begin));
+    ASSERT_EQ(locked_at.size(), 6U);
+    EXPECT_EQ(locked_at.front(), locked_at.back());
+    EXPECT_LE(locked_at.back(), 8U);
+  }
+}
+
+/// A driver that refuses in the middle of a unit: what it has locked takes turns, and bytes are
+/// right.
+TEST_F(LockedFilesTest, LimitMetWithinAUnitLeavesEarlierBatchesWhole) {
+  device_->limit_bytes = 7 * kPage;
+  LockedFiles files(device_, {mapping_}, LockedFiles::kNoLimit, kPage);
+  for (const std::size_t first : {0U, 6U, 12U, 0U}) {
+    const auto* const begin = mapping_->data() + first * kPage;
+    std::vector<std::byte> place(6 * kPage);
+    files.load(files.cut({{begin, 0, 6 * kPage}}), stream_, [&](const CopySegment& segment) {
+      Copy copy;
+      copy.destination = place.data() + segment.offset;
+      copy.source = segment.source;
+      copy.size_bytes = segment.size_bytes;
+      device_->copy(stream_, copy);
+    });
+    device_->synchronize(stream_);
+    EXPECT_TRUE(std::equal(place.begin(), place.end(), begin));
+  }
+  EXPECT_TRUE(files.takes_turns());
 }
 
 TEST_F(LockedFilesTest, CutsCopiesAtTheBordersOfChunks) {
@@ -339,6 +406,34 @@ TEST_F(LockedFilesTest, EditedMasterLeavesTheFileAtTheSameAddress) {
   }
   EXPECT_EQ(locked(), 0U);
   EXPECT_EQ(view->data()[0], file_.bytes()[40]);
+}
+
+TEST_F(LockedFilesTest, LookForEditsReadsNoPagesThatTookTheirTurn) {
+  const auto view =
+      std::make_shared<FileView>(std::vector<FileBlock>{{mapping_, kPage, 30 * kPage}});
+  Masters masters(device_, {30 * kPage}, {0}, {view}, 8 * kPage);
+  ASSERT_TRUE(masters.files().takes_turns());
+  const auto forget = [this] {
+    const int descriptor = open(file_.path().c_str(), O_RDONLY | O_CLOEXEC);
+    EXPECT_EQ(fdatasync(descriptor), 0);
+    close(descriptor);
+    mapping_->forget_pages(mapping_->data(), 32 * kPage);
+  };
+  const auto num_cached = [this] {
+    std::vector<unsigned char> found(32);
+    EXPECT_EQ(mincore(const_cast<std::byte*>(mapping_->data()), 32 * kPage, found.data()), 0);
+    return std::count_if(found.begin(), found.end(),
+                         [](unsigned char page) { return (page & 1U) != 0; });
+  };
+  forget();
+  if (num_cached() != 0) {
+    GTEST_SKIP() << "this file system keeps its pages in memory";
+  }
+  EXPECT_FALSE(masters.looks_edited(0));
+  EXPECT_EQ(num_cached(), 0);
+  // What no sample of words would find.
+  masters.memory(0)[17 * kPage + 3] ^= std::byte{1};
+  EXPECT_TRUE(masters.looks_edited(0));
 }
 
 }  // namespace

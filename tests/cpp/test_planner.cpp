@@ -261,6 +261,19 @@ TEST(PlannerTest, SaysHowFarFromTheBestTheChoiceMayBe) {
   EXPECT_LT(cut_short.gap, 0.05);
 }
 
+/// Where launching takes longer than what streams, no plan is faster than the host, and the search
+/// knows when it has one that is as fast.
+TEST(PlannerTest, HostThatLaunchesSlowlyBoundsEveryPlan) {
+  PlannerRequest request = request_of(llama_layers(16), {0.02}, 25000 * kMiB);
+  const Choice fast = choose_plan(request);
+  request.launch_ns.assign(request.units.size(), 10'000'000);
+  const Choice slow = choose_plan(request);
+  EXPECT_EQ(slow.forward_ns[0], 32 * 10'000'000LL);
+  EXPECT_LT(fast.forward_ns[0], slow.forward_ns[0]);
+  EXPECT_NEAR(slow.gap, 0.001, 1e-9);
+  EXPECT_LT(slow.num_simulated, 40U);
+}
+
 TEST(PlannerTest, WhatCannotBeIsRefused) {
   const auto expect_refused = [](const PlannerRequest& request) {
     EXPECT_THROW(choose_plan(request), ValueError);
@@ -277,6 +290,9 @@ TEST(PlannerTest, WhatCannotBeIsRefused) {
   expect_refused(request);
   request = good;
   request.link_bytes_per_second = 0;
+  expect_refused(request);
+  request = good;
+  request.launch_ns = {1};
   expect_refused(request);
   request = good;
   request.copy_ns = std::vector<std::int64_t>{1};

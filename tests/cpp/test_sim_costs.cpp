@@ -46,6 +46,7 @@ INSTANTIATE_TEST_SUITE_P(
                  }},
         BadCosts{"copy_ns[1]", [](SimCosts& costs) { (*costs.copy_ns)[1] = -1; }},
         BadCosts{"compute_ns[0]", [](SimCosts& costs) { costs.compute_ns = {INT64_MAX}; }},
+        BadCosts{"launch_ns[1]", [](SimCosts& costs) { costs.launch_ns = {0, -1}; }},
         BadCosts{"copy_latency_ns", [](SimCosts& costs) { costs.copy_latency_ns = -1; }},
         BadCosts{"call_ns['copy']", [](SimCosts& costs) { costs.calls.copy_ns = -1; }},
         BadCosts{"call_ns['record']", [](SimCosts& costs) { costs.calls.record_ns = -1; }},

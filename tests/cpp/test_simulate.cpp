@@ -212,6 +212,33 @@ TEST(SimulateTest, SlowLaunchesBoundTheForward) {
   EXPECT_EQ(result.elapsed_ns, 8 * 500'000'000LL);
 }
 
+/// The same kernels and launches: with all units resident the host sets the pace; with one place
+/// for all, what a copy waits for is the kernels alone, as the host is ahead.
+TEST(SimulateTest, LaunchesCountWhereTheHostIsNotAhead) {
+  constexpr std::int64_t kKernelNs = 100;
+  constexpr std::int64_t kLaunchNs = 700;
+  constexpr std::int64_t kCopyNs = 5000;
+  constexpr std::size_t kUnits = 8;
+  SimRequest request;
+  PlanRequest planned;
+  planned.units = layers_of(kUnits / 2, 1, 1);
+  planned.window_bytes = planned.units[0].size_bytes;
+  request.plan = make_plan(planned);
+  request.costs.copy_ns.emplace(kUnits, kCopyNs);
+  request.costs.compute_ns.assign(kUnits, kKernelNs);
+  request.costs.launch_ns.assign(kUnits, kLaunchNs);
+  request.passes.assign(4, sequence_of(kUnits));
+  const auto steady_ns = [](const SimResult& result) {
+    return result.pass_end_ns[3] - result.pass_end_ns[2];
+  };
+  const auto count = static_cast<std::int64_t>(kUnits);
+  EXPECT_EQ(steady_ns(simulate(request)), count * (kCopyNs + kKernelNs));
+  planned.window_bytes.reset();
+  planned.resident.assign(kUnits, true);
+  request.plan = make_plan(planned);
+  EXPECT_EQ(steady_ns(simulate(request)), count * kLaunchNs);
+}
+
 TEST(SimulateTest, LinkBoundForwardTakesAsLongAsItsBytes) {
   SimRequest request = request_of(Mode::kPipeline, StreamLayout::kShared, 5);
   request.costs.copy_ns.reset();
@@ -356,6 +383,9 @@ TEST(SimulateTest, BadRequestsAreRefused) {
   EXPECT_NO_THROW(simulate(good));
   SimRequest bad = good;
   bad.costs.compute_ns.pop_back();
+  EXPECT_THROW(simulate(bad), ValueError);
+  bad = good;
+  bad.costs.launch_ns = {1};
   EXPECT_THROW(simulate(bad), ValueError);
   bad = good;
   bad.costs.copy_ns->push_back(1);

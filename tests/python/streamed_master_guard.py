@@ -26,8 +26,15 @@ from torch_offload.reads import COMPARES_KINDS
 # called from C++, so that the wrapper is the innermost Python frame.
 # A table that stays on the host is read there on purpose.
 _OWN_FRAMES = ("torch_offload/calls.py", "torch_offload/tables.py")
-# Between the caller of an operator and us: this file, and what keeps dynamo out of it.
-_MODE_FRAMES = (__file__, "torch/_dynamo/eval_frame.py", "torch/_compile.py")
+# Between the caller of an operator and us: this file, the product's own mode that watches the reads
+# of a pass, and what keeps dynamo out of either.
+_MODE_FRAMES = (
+    __file__,
+    "torch_offload/reads.py",
+    "torch/_ops.py",
+    "torch/_dynamo/eval_frame.py",
+    "torch/_compile.py",
+)
 
 
 class StreamedMasterReadError(AssertionError):

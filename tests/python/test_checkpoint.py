@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from tests.lanes.bad_checkpoints import file_of, fuzz_headers
 from torch_offload import CheckpointError, checkpoint
-from torch_offload.checkpoint import checkpoint_files, parse_header, parse_index, read_header
+from torch_offload.checkpoint import parse_header, parse_index, read_header, stored_tensors
 from torch_offload.selfcheck.lane import Tally
 
 
@@ -100,10 +100,10 @@ def test_index_that_names_what_no_file_holds_fails(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(save({"a": torch.ones(2)}))
     index = tmp_path / checkpoint.INDEX_NAME
     index.write_text('{"weight_map": {"a": "x.safetensors"}}')
-    assert checkpoint_files(tmp_path) == [tmp_path / "x.safetensors"]
+    assert list(stored_tensors(tmp_path)) == [tmp_path / "x.safetensors"]
     index.write_text('{"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}')
     with pytest.raises(CheckpointError, match="expected 'b' in"):
-        checkpoint_files(tmp_path)
+        stored_tensors(tmp_path)
 
 
 def test_file_that_cannot_be_read_fails(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_file_that_cannot_be_read_fails(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="got Is a directory"):
         read_header(tmp_path)
     with pytest.raises(CheckpointError, match="which is none"):
-        checkpoint_files(tmp_path / "nowhere")
+        stored_tensors(tmp_path / "nowhere")
 
 
 # --- fuzz: tests/lanes/bad_checkpoints.py ---------------------------------------------------------

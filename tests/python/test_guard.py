@@ -16,11 +16,14 @@ from torch_offload.calls import unwrap
 HOST = torch.device("cpu")
 
 
+@pytest.mark.parametrize("granularity", ["sublayer", "module"])  # whose first pass is traced
 @torch.no_grad()
-def test_guard_unit_without_wrapper_is_seen(master_guard: StreamedMasterGuard) -> None:
+def test_guard_unit_without_wrapper_is_seen(
+    master_guard: StreamedMasterGuard, granularity: str
+) -> None:
     model, x = tiny_stack(), rows(HOST)
     must = model(x)
-    with streamed(model, HOST):
+    with streamed(model, HOST, granularity=granularity):
         unwrap(model.blocks[1].mlp)  # the planted fault: this unit is never acquired
         with (
             master_guard.expect_reads() as reads,

@@ -188,7 +188,7 @@ def test_from_pretrained_keeps_the_cache_in_the_folder(tmp_path: Path) -> None:
             **options,
         )
         assert_equal(run(model), expected)
-        assert torch_offload.checkpoint.checkpoint_files(tmp_path) == [
+        assert list(torch_offload.checkpoint.stored_tensors(tmp_path)) == [
             tmp_path / "model.safetensors"
         ]
     only_file(tmp_path / CACHE_FOLDER)

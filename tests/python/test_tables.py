@@ -63,6 +63,18 @@ def test_least_budget_is_the_largest_unit_and_small_change(model: Any) -> None:
 
 
 @torch.no_grad()
+def test_table_is_gathered_while_a_pass_is_traced_for_leaves(model: Any) -> None:
+    must = model(IDS).logits
+    least = least_of(model)
+    with torch_offload.offload(model, HOST, gpu_budget=least, granularity="module") as handle:
+        for _ in range(3):  # the first is traced, then the units are cut anew
+            assert torch.equal(model(IDS).logits, must)
+            assert list(handle.explain().gathered) == ["model.embed_tokens.weight"]
+        assert "model.layers.0.self_attn.q_proj" in [unit.name for unit in handle.units]
+        expect.assert_at_rest(handle)
+
+
+@torch.no_grad()
 def test_only_the_rows_that_are_asked_for_are_copied(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,95 @@
+"""`granularity="auto"`: which cut a plan takes, and how near a token then comes to the link."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from torch_offload.config import Config
+from torch_offload.model_files import build_on_meta, read_config
+from torch_offload.planning import Planned, cut_model, plan_best
+from torch_offload.prediction import Scenario, run_scenario
+
+# 16 layers of Llama-3.1-70B.
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "dtype": "bfloat16",
+}
+SHARES = (0.18, 0.35, 0.5, 0.7, 0.9)
+# One token on an H200: copies, kernels that read weights, and what attention does beside that.
+LINK_BYTES_PER_S = 55.2e9
+MEMORY_BYTES_PER_S = 4.0e12
+COPY_LATENCY_NS = 5_000
+ATTENTION_NS = 130_000
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    path: Path = tmp_path_factory.mktemp("llama") / "config.json"
+    path.write_text(json.dumps(LLAMA))
+    return build_on_meta(read_config(path))
+
+
+def planned(model: nn.Module, granularity: str, share: float) -> Planned:
+    config = Config(granularity=granularity)  # type: ignore[arg-type]  # checked there
+    cuts = cut_model(model, config, has_budget=True, knows_leaves=True)
+    budget = int(share * sum(parameter.nbytes for parameter in model.parameters()))
+    found = plan_best(cuts, config, budget)
+    assert found.device_bytes <= budget
+    return found
+
+
+def token_ms(found: Planned) -> tuple[float, float]:
+    """Predicted, and what the link alone needs for what streams."""
+    units, places = found.plan.units, found.plan.places
+    attention = sum(unit.kind == "mha" for unit in units) / LLAMA["num_hidden_layers"]
+    compute = [
+        unit.size_bytes / MEMORY_BYTES_PER_S * 1e9
+        + (ATTENTION_NS / attention if unit.kind == "mha" else 0)
+        for unit in units
+    ]
+    copies = [unit.size_bytes / LINK_BYTES_PER_S * 1e9 + COPY_LATENCY_NS for unit in units]
+    scenario = Scenario(
+        units=units,
+        compute_ns=[round(ns) for ns in compute],
+        link_bytes_per_second=LINK_BYTES_PER_S,
+        copy_ns=[round(ns) for ns in copies],
+    )
+    forward_ms = run_scenario(scenario, found.plan, passes=4, log=False).pass_ms(3)
+    streamed = sum(u.size_bytes for u, place in zip(units, places, strict=True) if place)
+    return forward_ms, streamed / LINK_BYTES_PER_S * 1e3
+
+
+@pytest.mark.parametrize("share", SHARES, ids=[f"{share:.0%}" for share in SHARES])
+def test_token_takes_little_more_than_the_link_needs(llama: nn.Module, share: float) -> None:
+    forward_ms, link_ms = token_ms(planned(llama, "auto", share))
+    assert forward_ms <= 1.03 * link_ms
+
+
+def test_leaves_are_taken_where_halves_leave_room_for_one_place_only(llama: nn.Module) -> None:
+    """A prompt takes eleven times as long there, and gains nothing: a token's gain counts alike."""
+    halves, leaves = planned(llama, "sublayer", 0.9), planned(llama, "auto", 0.9)
+    assert (halves.granularity, leaves.granularity) == ("sublayer", "module")
+    halves_ms, link_ms = token_ms(halves)
+    assert halves_ms > 1.03 * link_ms
+    assert token_ms(leaves)[0] < 0.97 * halves_ms
+
+
+@pytest.mark.parametrize("share", SHARES, ids=[f"{share:.0%}" for share in SHARES])
+def test_auto_is_not_slower_than_halves(llama: nn.Module, share: float) -> None:
+    halves, chosen = planned(llama, "sublayer", share).choice, planned(llama, "auto", share).choice
+    assert halves
+    assert chosen
+    ratios = [then / now for now, then in zip(halves.forward_ns, chosen.forward_ns, strict=True)]
+    assert sum(ratios) <= len(ratios)
