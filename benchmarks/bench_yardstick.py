@@ -6,7 +6,15 @@ import functools
 from typing import Any
 
 import pytest
-from clocks import HostCost, Stamp, Submission, alternate, alternate_submission, spread
+from clocks import (
+    HostCost,
+    Stamp,
+    Submission,
+    alternate,
+    alternate_submission,
+    alternation_seconds,
+    spread,
+)
 from conftest import Reference
 from observe import Counting, activation_bytes, allocator_activity, runtime_calls
 from records import Part
@@ -49,8 +57,14 @@ def _measure_forward(
     forwards = 2
     is_compute_bound = plain_ms > expected_floor_ms
     plain_turns = 2 if is_compute_bound else 1
-    round_s = (forwards + 1) * (plain_turns * plain_ms + max(plain_ms, expected_floor_ms)) * 1e-3
-    round_s += 2 * expected_floor_ms * 1e-3  # the wire's two turns
+    round_s = alternation_seconds(
+        plain_ms,
+        max(plain_ms, expected_floor_ms),
+        forwards=forwards,
+        wire_ms=expected_floor_ms,
+        wire_turns=2,
+        plain_turns=plain_turns,
+    )
     rounds = part.rounds(wanted_rounds, round_s, weight=weight)
     with Counting(streamed) as counting:
         times = alternate(

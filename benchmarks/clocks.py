@@ -178,6 +178,20 @@ class Submission:
     streamed: list[HostCost]
 
 
+def alternation_seconds(
+    plain_ms: float,
+    streamed_ms: float,
+    *,
+    forwards: int,
+    wire_ms: float = 0.0,
+    wire_turns: int = 0,
+    plain_turns: int = 1,
+) -> float:
+    """About what one round of `alternate` takes, with the forwards that lead in."""
+    models_ms = (forwards + 1) * (plain_turns * plain_ms + streamed_ms)
+    return (models_ms + wire_turns * wire_ms) * 1e-3
+
+
 def alternate_submission(
     benchmark: Any, plain: Run, streamed: Run, copies: Run, *, rounds: int
 ) -> Submission:

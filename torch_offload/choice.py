@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 from torch_offload import _C
 
@@ -65,14 +66,30 @@ class Times:
 RAW = Packable()
 
 
+class Manner(TypedDict, total=False):
+    """How forwards run, and what is known of them; what is left out is as by default.
+
+    Attributes:
+        depth_bytes: As in `offload`.
+        mode: As in `offload`.
+        streams: As in `offload`.
+        times: Of a profile.
+    """
+
+    depth_bytes: int | None
+    mode: str
+    streams: str
+    times: Times | None
+
+
 def _request_for(
     units: Sequence[_C.Unit],
+    packable: Packable,
     *,
     budget_bytes: int | None,
     depth_bytes: int | None = None,
     mode: str = "pipeline",
     streams: str = "shared",
-    packable: Packable = RAW,
     times: Times | None = None,
 ) -> _C.PlannerRequest:
     """What the planner is asked: by measured times, or good for a token and for a prompt alike."""
@@ -105,11 +122,8 @@ def choose(
     units: Sequence[_C.Unit],
     *,
     budget_bytes: int | None,
-    depth_bytes: int | None = None,
-    mode: str = "pipeline",
-    streams: str = "shared",
     packable: Packable = RAW,
-    times: Times | None = None,
+    **manner: Unpack[Manner],
 ) -> _C.Choice:
     """Chooses what stays, what is packed, and where the rest lies.
 
@@ -119,34 +133,11 @@ def choose(
     Raises:
         ValueError: If the budget is below the least, which the message names.
     """
-    return _C.choose_plan(
-        _request_for(
-            units,
-            budget_bytes=budget_bytes,
-            depth_bytes=depth_bytes,
-            mode=mode,
-            streams=streams,
-            packable=packable,
-            times=times,
-        )
-    )
+    request = _request_for(units, packable, budget_bytes=budget_bytes, **manner)
+    return _C.choose_plan(request)
 
 
-def choose_transports(
-    plan: _C.Plan,
-    packable: Packable,
-    *,
-    mode: str = "pipeline",
-    streams: str = "shared",
-    times: Times | None = None,
-) -> _C.Choice:
+def choose_transports(plan: _C.Plan, packable: Packable, **manner: Unpack[Manner]) -> _C.Choice:
     """Chooses only how units travel that have their places."""
-    request = _request_for(
-        plan.units,
-        budget_bytes=None,
-        mode=mode,
-        streams=streams,
-        packable=packable,
-        times=times,
-    )
+    request = _request_for(plan.units, packable, budget_bytes=None, **manner)
     return _C.choose_transports(request, plan)

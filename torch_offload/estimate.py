@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from rich.text import Text
 
 from torch_offload import _C
 from torch_offload.budget import budget_in_bytes
+from torch_offload.choice import Packable
 from torch_offload.config import Config
 from torch_offload.hardware import Peak, peak_named
+from torch_offload.packing import Rates, bf16_bytes, estimated_bytes
 from torch_offload.planning import bytes_outside, cut_model
 from torch_offload.prediction import Prediction, Scenario, predict
 from torch_offload.profile import Profile, scenario_of, units_of
@@ -43,6 +46,8 @@ class ModelRequest:
     granularity: str = "sublayer"
     mode: str = "pipeline"
     streams: str = "shared"
+    transport: str = "raw"
+    decode_rate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,15 @@ class Estimate:
             **self.prediction.to_json(),
         }
 
+    @property
+    def _packed_memory(self) -> str:
+        found = self.prediction
+        parts = {
+            "units that stay packed": found.packed_resident_bytes,
+            "staging ring": found.staging_bytes,
+        }
+        return "".join(f"{what} {format_size(size)}, " for what, size in parts.items() if size)
+
     def __rich__(self) -> RenderableType:
         """For a terminal."""
         found, scenario = self.prediction, self.prediction.scenario
@@ -90,12 +104,12 @@ class Estimate:
             ("tokens per second", f"{rate:,.1f}" if rate is not None else "the profile has none"),
             ("link alone", f"{link_ms:,.2f} ms for {format_size(found.streamed_bytes)}"),
             ("compute alone", f"{found.compute_ms:,.2f} ms"),
-            ("units", f"{streamed} of {len(plan.units)} streamed, {scenario.mode}"),
+            ("units", f"{streamed} of {len(plan.units)} streamed, {scenario.mode}{_packed(plan)}"),
             ("copies run ahead", format_size(plan.depth_bytes)),
             (
                 "device memory",
                 f"{format_size(found.device_bytes)}: window {format_size(plan.window_bytes)}, "
-                f"resident units {format_size(plan.resident_bytes)}, "
+                f"resident units {format_size(plan.resident_bytes)}, {self._packed_memory}"
                 f"always there {format_size(scenario.outside_bytes)}",
             ),
             ("page-locked memory", format_size(found.host_bytes)),
@@ -122,6 +136,7 @@ def estimate(request: ModelRequest) -> Estimate:
         streams=request.streams,  # type: ignore[arg-type]
         depth=request.depth,
         gpu_budget=request.gpu_budget,
+        transport=_transport(request),  # type: ignore[arg-type]
     )
     profile = None if request.profile is None else read_profile(request.profile)
     if request.model is not None:
@@ -138,17 +153,24 @@ def _of_profile(request: ModelRequest, config: Config, profile: Profile) -> Esti
         raise ValueError(f"expected {wrong[0]} beside --model only: a profile has compute times")
     measured = scenario_of(profile, units_of(profile))
     link = request.link and parse_byte_rate(request.link, "--link")
+    rates = Rates.stated(link or measured.link_bytes_per_second, request.decode_rate)
+    # A profile does not say of which type its weights are.
+    packable = rates.packable(config.transport, [bf16_bytes(u.size_bytes) for u in measured.units])
     scenario = replace(
         measured,
         mode=config.mode,
         streams=config.streams,
         depth_bytes=config.depth_bytes,
-        budget_bytes=_budget(config, measured.outside_bytes, measured.units),
+        budget_bytes=_budget(config, measured.outside_bytes, measured.units, packable),
+        packable=packable,
         link_bytes_per_second=link or measured.link_bytes_per_second,
         copy_ns=None if link else measured.copy_ns,
     )
     basis = [f"compute times from {request.profile}, measured on {profile.measured.device}"]
     basis.append(_link_line(link) if link else "copy times from the same file")
+    basis += (
+        [f"{rates.with_share}, which all weights are taken for"] if packable.packed_bytes else []
+    )
     return Estimate(
         title=f"{len(profile.units)} units of a profile",
         basis=tuple(basis),
@@ -184,6 +206,9 @@ def _of_model(request: ModelRequest, config: Config, profile: Profile | None) ->
             peak.formula(),
             "operations = 2 per weight and token, and attention's; the head for one position",
         ]
+    rates = Rates.stated(link, request.decode_rate)
+    packed_bytes = [estimated_bytes([p for _, p in spec.parameters]) for spec in specs]
+    packable = rates.packable(config.transport, packed_bytes)
     scenario = Scenario(
         units=units,
         compute_ns=compute_ns,
@@ -192,9 +217,11 @@ def _of_model(request: ModelRequest, config: Config, profile: Profile | None) ->
         mode=config.mode,
         streams=config.streams,
         depth_bytes=config.depth_bytes,
-        budget_bytes=_budget(config, outside, units),
+        budget_bytes=_budget(config, outside, units, packable),
         outside_bytes=outside,
+        packable=packable,
     )
+    basis += [rates.with_share] if packable.packed_bytes else []
     weights = sum(parameter.nbytes for parameter in model.parameters())
     return Estimate(
         title=f"{type(model).__name__}, {format_size(weights)} of weights, batch {work.batch}, "
@@ -238,18 +265,46 @@ def _link(request: ModelRequest, peak: Peak | None, profile: Profile | None) -> 
     return known
 
 
-def _budget(config: Config, outside_bytes: int, units: Sequence[_C.Unit]) -> int | None:
+def _transport(request: ModelRequest) -> str:
+    """Checked, but for names that nobody knows."""
+    if request.transport == "packed_resident":
+        raise ValueError(
+            "expected --transport raw, auto or packed, got 'packed_resident'; packed within a "
+            "large enough --gpu-budget keeps units packed on the device"
+        )
+    if request.transport == "raw" and request.decode_rate is not None:
+        raise ValueError(
+            "expected --decode-rate beside --transport packed or auto, got it beside raw, which "
+            "decodes nothing"
+        )
+    return request.transport
+
+
+def _packed(plan: _C.Plan) -> str:
+    """What of a plan's units is packed, for people."""
+    counts = Counter[str](plan.transports)
+    ways = {"packed": "travel packed", "packed_resident": "stay packed"}
+    return "".join(f", {counts[way]} {words}" for way, words in ways.items() if counts[way])
+
+
+def _budget(
+    config: Config, outside_bytes: int, units: Sequence[_C.Unit], packable: Packable
+) -> int | None:
     """What the budget leaves for window and resident units."""
     budget = budget_in_bytes(config.gpu_budget, None)
     if budget is None:
         return None
-    least = outside_bytes + _C.least_budget_bytes(units)
+    least = outside_bytes + _C.least_budget_bytes(units, packable.transport, packable.packed_bytes)
     if budget < least:
         raise ValueError(
             f"expected --gpu-budget of at least {format_size(least)} ({format_size(outside_bytes)} "
-            f"that always stay, and the least window), got {format_size(budget)}"
+            f"that always stay, and the least window{_ring(packable)}), got {format_size(budget)}"
         )
     return budget - outside_bytes
+
+
+def _ring(packable: Packable) -> str:
+    return " with a slot for packed copies" if packable.transport == "packed" else ""
 
 
 def times_by_name(profile: Profile, names: Sequence[str]) -> tuple[list[int], list[int]]:

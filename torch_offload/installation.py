@@ -192,7 +192,7 @@ class _Installation:
             except MemoryError as error:
                 raise FilesNotLockedError(str(error)) from error
         self._engine.unlock_residents()
-        self._pack(planned)
+        self._pack(planned, self._packing.take_counts(self._positions))
 
     def _move_streamed(self, planned: Planned, progress: Progress) -> None:
         """Tables to the host, streamed weights into their masters."""
@@ -206,19 +206,24 @@ class _Installation:
             self._engine.move_in(index)
             progress.advance(spec.num_bytes)
 
-    def _pack(self, planned: Planned | Placed) -> None:
-        """Packs what this plan, which the engine has, wants packed."""
+    def _pack(self, planned: Planned | Placed, counts: Sequence[torch.Tensor | None] = ()) -> None:
+        """Packs what this plan, which the engine has, wants packed.
+
+        Args:
+            planned: It.
+            counts: Of parameters that have not changed since, by position.
+        """
         is_raw = all(way == "raw" for way in planned.plan.transports)
         if is_raw and self._config.masters == "plain":
             return
         most_bytes = planned.packable.packed_bytes
         if self._config.packed_cache is None:
-            self._engine.pack(most_bytes)
+            self._engine.pack(most_bytes, counts)
         else:
             # Imported here, as only the cache needs safetensors.
             from torch_offload.packed_cache import PackedCache
 
-            PackedCache(self._config.packed_cache).pack(self._engine, most_bytes)
+            PackedCache(self._config.packed_cache).pack(self._engine, most_bytes, counts)
 
     def wrap(self, model: nn.Module, planned: Planned) -> None:
         """Wraps the call of each streamed unit, of each table, and of all that is above one."""

@@ -67,7 +67,9 @@ def offload(
             ``"packed"`` or ``"packed_resident"``; see `Config`.
         packed_cache: A folder that keeps the packed weights for the next run; see docs/packing.md.
         masters: ``"plain"`` (default) or ``"packed"``: host memory holds nothing but the packed
-            weights, about 0.7 of their bytes; with any `transport` but ``"raw"``.
+            weights, about 0.7 of their bytes; with any `transport` but ``"raw"``. What you keep of
+            a weight at rest (a ``detach()``, a view, a numpy array) is unpacked memory, as large as
+            the weight, for as long as you keep it, and is compared before each use.
         depth: Bytes that copies may run ahead: a number, ``"2GiB"``, or None for the largest
             layer, or 2.5 times the largest unit where that is less.
         gpu_budget: What weights may take on the device, resident ones and window together:

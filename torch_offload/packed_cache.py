@@ -103,7 +103,12 @@ class PackedCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def pack(self, engine: _C.Engine, most_bytes: Sequence[int]) -> None:
+    def pack(
+        self,
+        engine: _C.Engine,
+        most_bytes: Sequence[int],
+        counts: Sequence[torch.Tensor | None] = (),
+    ) -> None:
         """As ``engine.pack``, with kept blobs where they are those of the masters.
 
         Whatever is wrong with the file or its folder is told in one warning, and packed anew.
@@ -125,7 +130,7 @@ class PackedCache:
             ]
             engine.offer_blobs(offered)
             try:
-                engine.pack(most_bytes)
+                engine.pack(most_bytes, counts)
                 taken = set(engine.blobs_taken)
             finally:
                 engine.offer_blobs([])

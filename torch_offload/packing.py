@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,19 +14,15 @@ from torch_offload.choice import (
     RAW,
     Packable,
 )
-from torch_offload.packed_parameter import is_packed, unpacked
-from torch_offload.rates import format_byte_rate
+from torch_offload.exponents import count_exponents
+from torch_offload.rates import format_byte_rate, parse_byte_rate
 from torch_offload.units import UnitSpec
 
 # A unit that packing does not shrink below this part of its bytes travels raw.
 MAX_SHARE = 0.75
-# Of the staging ring: one is filled while another is decoded.
-NUM_SLOTS = 2
 # What random normal bf16 weights come to, all side data counted: benchmarks/results/codec.json.
 # Those of trained models come to as much, or a little less.
 BF16_SHARE = 11.11 / 16
-# A packed unit is given this part more than it takes, for weights that are edited.
-_SLACK = 1 / 64
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,23 @@ class Rates:
     decode_bytes_per_second: float = NOMINAL_DECODE_BYTES_PER_SECOND
     source: str = "as measured on one H100, benchmarks/results/codec.json"
 
+    @classmethod
+    def stated(cls, link_bytes_per_second: float, decode_rate: str | None) -> Rates:
+        """Of a link, and of a decoder as ``--decode-rate`` says it.
+
+        Raises:
+            ValueError: If that is no rate.
+        """
+        if decode_rate is None:
+            return cls(link_bytes_per_second)
+        rate = parse_byte_rate(decode_rate, "--decode-rate")
+        return cls(link_bytes_per_second, rate, "as stated")
+
+    @property
+    def with_share(self) -> str:
+        """The same for sizes that were estimated."""
+        return f"packed: {self.sentence}; bf16 in {BF16_SHARE:.3f} of its bytes"
+
     @property
     def sentence(self) -> str:
         """For people, without a full stop."""
@@ -51,11 +64,23 @@ class Rates:
             f"{format_byte_rate(self.decode_bytes_per_second)}, {self.source}"
         )
 
+    def packable(self, transport: str, packed_bytes: Sequence[int]) -> Packable:
+        """What the planner has to know of units that take so much packed."""
+        if transport == "raw":
+            return RAW
+        return Packable(
+            "auto" if transport == "auto" else "packed",
+            packed_bytes,
+            self.decode_bytes_per_second,
+            self.link_bytes_per_second,
+        )
+
 
 class Packing:
     """How the units of one model may travel, and what they take packed.
 
-    Each unit is measured once: weights that are edited later may come to more, and travel raw then.
+    Each weight is read once, and its counts are kept for whoever packs it: weights that are edited
+    later may come to more, and travel raw then.
 
     Args:
         transport: As in `offload`.
@@ -70,6 +95,7 @@ class Packing:
         self.rates = rates or Rates()
         self.remark = remark
         self._known: dict[tuple[str, ...], int] = {}
+        self._counts: dict[str, torch.Tensor | None] = {}  # by name of the parameter
 
     @property
     def basis(self) -> str:
@@ -81,45 +107,67 @@ class Packing:
         if self.transport != "packed_resident":
             return self
         streaming = Packing("packed", self.rates)
-        streaming._known = self._known
+        streaming._known, streaming._counts = self._known, self._counts
         return streaming
 
     def packable(self, specs: Sequence[UnitSpec]) -> Packable:
         """What the planner has to know of these units. Blocks while weights are read."""
         if self.transport == "raw":
             return RAW
-        return Packable(
-            "auto" if self.transport == "auto" else "packed",
-            [self._packed_bytes(spec) for spec in specs],
-            self.rates.decode_bytes_per_second,
-            self.rates.link_bytes_per_second,
-        )
+        packed_bytes = [self._packed_bytes(spec) for spec in specs]
+        return self.rates.packable(self.transport, packed_bytes)
+
+    def take_counts(self, positions: Mapping[str, int]) -> list[torch.Tensor | None]:
+        """What was counted, by the position of each parameter, for weights that are unchanged.
+
+        It is a 500th of the weights, and forgotten with this.
+        """
+        taken: list[torch.Tensor | None] = [None] * len(positions)
+        for name, counts in self._counts.items():
+            if name in positions:
+                taken[positions[name]] = counts
+        self._counts.clear()
+        return taken
 
     def _packed_bytes(self, spec: UnitSpec) -> int:
         key = tuple(name for name, _ in spec.parameters)
         if key not in self._known:
-            self._known[key] = packed_bytes_of([parameter for _, parameter in spec.parameters])
+            self._known[key] = packed_bytes_of(spec.parameters, self._counts)
         return self._known[key]
 
 
-def packed_bytes_of(parameters: Sequence[torch.Tensor]) -> int:
+def packed_bytes_of(
+    parameters: Sequence[tuple[str, torch.Tensor]], counts: dict[str, torch.Tensor | None]
+) -> int:
     """What a unit of these takes packed, slack included; 0 where packing does not pay.
 
     Exact, for which weights are read; of those on ``meta`` an estimate.
+
+    Args:
+        parameters: By name.
+        counts: Of those that have been read; others are added.
     """
-    is_packable = any(parameter.dtype == torch.bfloat16 for parameter in parameters)
-    if not is_packable or any(parameter.is_meta for parameter in parameters):
-        return estimated_bytes(parameters)
-    # As they lie in memory: that is how they are packed.
-    plain = (unpacked(p) if is_packed(p) else p.detach() for p in parameters)
-    flat = [tensor.as_strided((tensor.numel(),), (1,)).cpu() for tensor in plain]
-    return _where_it_pays(_C.packed_room(flat), parameters)
+    tensors = [parameter for _, parameter in parameters]
+    is_packable = any(tensor.dtype == torch.bfloat16 for tensor in tensors)
+    if not is_packable or any(tensor.is_meta for tensor in tensors):
+        return estimated_bytes(tensors)
+    for name, tensor in parameters:
+        if name not in counts:
+            counts[name] = count_exponents(tensor)
+    room = _C.packed_room([tensor.nbytes for tensor in tensors], [counts[n] for n, _ in parameters])
+    return _where_it_pays(room, tensors)
 
 
 def estimated_bytes(parameters: Sequence[torch.Tensor]) -> int:
     """The same from types and sizes alone: what bf16 comes to as a rule."""
     shares = ((p.nbytes, BF16_SHARE if p.dtype == torch.bfloat16 else 1) for p in parameters)
-    return _where_it_pays(with_slack(round(sum(n * share for n, share in shares))), parameters)
+    packed = round(sum(n * share for n, share in shares))
+    return _where_it_pays(_C.packed_room_bytes(packed), parameters)
+
+
+def bf16_bytes(size_bytes: int) -> int:
+    """Likewise of a unit that holds nothing but bf16."""
+    return _C.packed_room_bytes(round(BF16_SHARE * size_bytes))
 
 
 def _where_it_pays(packed: int, parameters: Sequence[torch.Tensor]) -> int:
@@ -127,14 +175,9 @@ def _where_it_pays(packed: int, parameters: Sequence[torch.Tensor]) -> int:
     return packed if packed <= MAX_SHARE * whole else 0
 
 
-def with_slack(packed_bytes: int) -> int:
-    """Room for weights that pack a little worse once they are edited."""
-    return _C.aligned_size(packed_bytes + int(packed_bytes * _SLACK))
-
-
 def staging_bytes(plan: _C.Plan, packed_bytes: Sequence[int]) -> int:
     """The ring that copies of a plan's packed units pass through on the device."""
-    return NUM_SLOTS * max(_sizes_of("packed", plan, packed_bytes), default=0)
+    return plan.staging_slots * max(_sizes_of("packed", plan, packed_bytes), default=0)
 
 
 def packed_resident_bytes(plan: _C.Plan, packed_bytes: Sequence[int]) -> int:

@@ -17,7 +17,7 @@ from torch_offload.config import Config
 from torch_offload.hardware import Peak, peak_named
 from torch_offload.model_files import build_on_meta, dtype_of, find_model, read_config
 from torch_offload.needs import Needs, needs_of
-from torch_offload.packing import BF16_SHARE, Packing, Rates
+from torch_offload.packing import Packing, Rates
 from torch_offload.planning import Planned, cut_model, least_budget, plan_best
 from torch_offload.prediction import Prediction, Scenario, predict_plan
 from torch_offload.rates import format_byte_rate, parse_byte_rate
@@ -285,7 +285,7 @@ class Planner:
             transport=options.transport,  # type: ignore[arg-type]
         )
         self._peak, self._link = _rates(options)
-        self._decoder = _decode_rates(options, self._link)
+        self._decoder = Rates.stated(self._link, options.decode_rate)
         self._packing = Packing(options.transport, self._decoder)
         self._work = Workload(batch=options.batch, tokens=options.tokens, context=options.tokens)
         self._model_config = read_config(find_model(options.model))
@@ -310,7 +310,7 @@ class Planner:
         other = self._fit(budget, Packing(other_way, self._decoder))
         packs = [*self.fit(budget).planned.plan.transports, *other.planned.plan.transports]
         if is_packed := any(way != "raw" for way in packs):
-            basis.append(f"packed: {self._decoder.sentence}; bf16 in {BF16_SHARE:.3f} of its bytes")
+            basis.append(self._decoder.with_share)
         if needs is not None:
             basis.append("cache and activations are reckoned from the config, not measured")
         return PlanReport(
@@ -391,10 +391,3 @@ def _rates(options: PlanOptions) -> tuple[Peak, float]:
     if peak.link_bytes_per_second is None:
         raise ValueError("expected the rate of copies to the device, as --link 25GB/s, got none")
     return peak, peak.link_bytes_per_second
-
-
-def _decode_rates(options: PlanOptions, link: float) -> Rates:
-    if options.decode_rate is None:
-        return Rates(link)
-    rate = parse_byte_rate(options.decode_rate, "--decode-rate")
-    return Rates(link, rate, "as stated")

@@ -283,6 +283,8 @@ def _within(
         resident=resident,
         transports=[transport for _, transport in homes],
         decode_depth_bytes=choice.plan.decode_depth_bytes,
+        one_ring=choice.plan.one_ring,
+        staging_slots=choice.plan.staging_slots,
     )
     streamed = {spec.name for spec, stays in zip(specs, resident, strict=True) if not stays}
     tables = cut.outsiders.tables if gathers else ()

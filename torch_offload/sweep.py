@@ -97,7 +97,8 @@ def _along_depth(base: Scenario) -> Iterator[tuple[str, float, Scenario]]:
 
 
 def _along_budget(base: Scenario) -> Iterator[tuple[str, float, Scenario]]:
-    least = _C.least_budget_bytes(base.units)
+    packable = base.packable
+    least = _C.least_budget_bytes(base.units, packable.transport, packable.packed_bytes)
     whole = sum(unit.size_bytes for unit in base.units)
     for step in range(_BUDGET_STEPS):
         budget = least + (whole - least) * step // (_BUDGET_STEPS - 1)

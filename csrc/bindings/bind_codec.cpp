@@ -17,6 +17,7 @@
 #include "core/error.h"
 #include "core/packed_loader.h"
 #include "core/unit.h"
+#include "params/exponent_counts.h"
 #ifdef TORCH_OFFLOAD_WITH_KERNELS
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -69,6 +70,29 @@ struct PackedUnit {
   std::vector<TensorEntry> entries;
 };
 
+/// What tensors of such sizes take where they are kept packed; counts of those that may be packed.
+std::uint64_t packed_room(const std::vector<std::uint64_t>& sizes_bytes,
+                          const std::vector<std::optional<at::Tensor>>& counts) {
+  if (counts.size() != sizes_bytes.size()) {
+    throw ValueError("expected counts, or None, for each of " + std::to_string(sizes_bytes.size()) +
+                     " tensors, got " + std::to_string(counts.size()));
+  }
+  std::vector<TensorSource> sources;
+  std::uint64_t place_bytes = 0;
+  for (std::size_t i = 0; i < sizes_bytes.size(); ++i) {
+    TensorSource source;
+    source.size_bytes = sizes_bytes[i];
+    source.place_offset = place_bytes;
+    if (counts[i]) {
+      source.type = ElementType::kBf16;
+      source.counts = counts_in(*counts[i], sizes_bytes[i]);
+    }
+    sources.push_back(source);
+    place_bytes += aligned_size(sizes_bytes[i]);
+  }
+  return packed_room_bytes(UnitEncoder(sources, place_bytes, {}).blob_bytes());
+}
+
 UnitEncoder encoder_of(const std::vector<at::Tensor>& tensors, const EncodeOptions& options) {
   std::vector<TensorSource> sources;
   std::uint64_t place_bytes = 0;
@@ -107,12 +131,6 @@ PackedUnit pack(const std::vector<at::Tensor>& tensors, const std::optional<std:
   unit.entries = encoder.entries();
   unit.num_tiles = encoder.num_tiles();
   return unit;
-}
-
-std::uint64_t packed_room(const std::vector<at::Tensor>& tensors) {
-  EncodeOptions options;
-  options.num_threads = threads_or_default(0);
-  return packed_room_bytes(encoder_of(tensors, options).blob_bytes());
 }
 
 void unpack(const at::Tensor& blob, const at::Tensor& place, unsigned num_threads) {
@@ -166,8 +184,20 @@ void bind_codec(py::module_& module) {
   module.def("pack", &pack, py::arg("tensors"), py::arg("codec") = py::none(),
              py::arg("num_threads") = 0, py::arg("max_entry_weights") = 0,
              "Packs tensors as they would lie in a place, each at a multiple of 256 bytes.");
-  module.def("packed_room", &packed_room, py::arg("tensors"),
-             "Bytes that a unit of these tensors takes where it is kept packed. Reads them once.");
+  module.def(
+      "count_exponents",
+      [](const at::Tensor& weights) {
+        const py::gil_scoped_release no_gil;
+        return count_exponents(weights);
+      },
+      py::arg("weights"),
+      "Counts the exponents of each counted_weights of a bfloat16 tensor on the CPU.");
+  module.attr("counted_weights") = kCountedWeights;
+  module.def("packed_room_bytes", &packed_room_bytes, py::arg("packed_bytes"),
+             "What a unit that is packed into so many bytes gets room for.");
+  module.def("packed_room", &packed_room, py::arg("sizes_bytes"), py::arg("counts"),
+             "Bytes that a unit of tensors of such sizes takes where it is kept packed, by what "
+             "count_exponents says of each; None for one that stays as it is. Reads no weight.");
   module.def("unpack", &unpack, py::arg("blob"), py::arg("place"), py::arg("num_threads") = 0,
              "Checks a packed unit and decodes it on the CPU. Blocks until that is done.");
   module.def("unpack_on_gpu", &unpack_on_gpu, py::arg("blob"), py::arg("place"),

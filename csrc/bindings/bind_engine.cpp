@@ -23,6 +23,15 @@ std::vector<ParameterRange> ranges_from(const std::vector<RangePair>& pairs) {
   return ranges;
 }
 
+std::vector<at::Tensor> tensors_or_undefined(const std::vector<std::optional<at::Tensor>>& given) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(given.size());
+  for (const std::optional<at::Tensor>& tensor : given) {
+    tensors.push_back(tensor.value_or(at::Tensor()));
+  }
+  return tensors;
+}
+
 /// Without the GIL on entry. Throws what a filter of warnings makes of it.
 void warn_in_python(const std::string& text) {
   const py::gil_scoped_acquire gil;
@@ -95,7 +104,13 @@ void bind_engine(py::module_& module) {
       .def("copy_resident", &Engine::copy_resident, py::arg("view"), py::arg("destination"))
       .def("lock_files", &Engine::lock_files, py::arg("unit"))
       .def("move_out", &Engine::move_out)
-      .def("pack", &Engine::pack, py::arg("most_bytes"))
+      .def(
+          "pack",
+          [](Engine& engine, const std::vector<std::size_t>& most_bytes,
+             const std::vector<std::optional<at::Tensor>>& counts) {
+            engine.pack(most_bytes, tensors_or_undefined(counts));
+          },
+          py::arg("most_bytes"), py::arg("counts") = std::vector<std::optional<at::Tensor>>{})
       .def(
           "content",
           [](Engine& engine, UnitIndex unit) {
@@ -109,12 +124,7 @@ void bind_engine(py::module_& module) {
       .def(
           "offer_blobs",
           [](Engine& engine, const std::vector<std::optional<at::Tensor>>& blobs) {
-            std::vector<at::Tensor> offered;
-            offered.reserve(blobs.size());
-            for (const std::optional<at::Tensor>& blob : blobs) {
-              offered.push_back(blob.value_or(at::Tensor()));
-            }
-            engine.offer_blobs(std::move(offered));
+            engine.offer_blobs(tensors_or_undefined(blobs));
           },
           py::arg("blobs"))
       .def_property_readonly("blobs_taken", &Engine::blobs_taken)

@@ -63,6 +63,8 @@ void bind_plan(py::module_& module) {
       .def_readonly("depth_bytes", &Plan::depth_bytes)
       .def_readonly("resident_bytes", &Plan::resident_bytes)
       .def_readonly("decode_depth_bytes", &Plan::decode_depth_bytes)
+      .def_readonly("one_ring", &Plan::one_ring)
+      .def_readonly("staging_slots", &Plan::staging_slots)
       .def_property_readonly("transports", [](const Plan& plan) {
         std::vector<const char*> names;
         names.reserve(plan.units.size());
@@ -76,14 +78,18 @@ void bind_plan(py::module_& module) {
       "make_plan",
       [](std::vector<Unit> units, std::optional<std::size_t> depth_bytes,
          std::optional<std::size_t> window_bytes, std::vector<bool> resident,
-         const std::vector<std::string>& transports, std::size_t decode_depth_bytes) {
+         const std::vector<std::string>& transports, std::size_t decode_depth_bytes, bool one_ring,
+         std::size_t staging_slots) {
         const py::gil_scoped_release no_gil;
         return make_plan({std::move(units), std::move(resident), depth_bytes, window_bytes,
-                          parse_transports(transports), decode_depth_bytes});
+                          parse_transports(transports), decode_depth_bytes, one_ring,
+                          staging_slots});
       },
       py::arg("units"), py::arg("depth_bytes") = py::none(), py::arg("window_bytes") = py::none(),
       py::arg("resident") = std::vector<bool>{}, py::arg("transports") = std::vector<std::string>{},
-      py::arg("decode_depth_bytes") = 0, "Gives each streamed unit a range of one window. Pure.");
+      py::arg("decode_depth_bytes") = 0, py::arg("one_ring") = false,
+      py::arg("staging_slots") = kStagingSlots,
+      "Gives each streamed unit a range of one window. Pure.");
   module.def("aligned_size", &aligned_size, py::arg("size_bytes"),
              "size_bytes rounded up to the alignment of every slice and place, 256 bytes.");
 }

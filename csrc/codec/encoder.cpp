@@ -15,7 +15,6 @@ namespace torch_offload {
 
 namespace {
 
-constexpr std::uint64_t kChunkWeights = std::uint64_t{64} * kTileWeights;
 constexpr std::uint64_t kRawChunkBytes = std::uint64_t{4} << 20U;
 constexpr std::uint32_t kNumKnown = kEscapeCode + kNumPaletteEntries - kEscapePalette;  // e33
 
@@ -235,12 +234,17 @@ UnitEncoder::UnitEncoder(const std::vector<TensorSource>& tensors, std::uint64_t
   header_.unpacked_bytes = unpacked_bytes;
   header_.num_tensors = static_cast<std::uint32_t>(entries_.size());
 
-  // Count all chunks of all tensors that may be packed, then choose a codec for each.
+  // Count all chunks of all tensors that may be packed, unless it was done, then choose a codec for
+  // each.
   std::vector<ExponentCounts> counts(chunks_.size());
   parallel_for(chunks_.size(), options_.num_threads, [&](std::size_t index) {
     const Chunk& chunk = chunks_[index];
-    count_exponents(sources_[chunk.entry] + 2 * chunk.first_weight, chunk.num_weights,
-                    counts[index]);
+    if (const ExponentCounts* counted = counted_[chunk.entry]) {
+      counts[index] = counted[chunk.first_weight / kCountedWeights];
+    } else {
+      count_exponents(sources_[chunk.entry] + 2 * chunk.first_weight, chunk.num_weights,
+                      counts[index]);
+    }
   });
   std::uint64_t end = sizeof(BlobHeader) + entries_.size() * sizeof(TensorEntry);
   std::uint64_t num_tiles = 0;
@@ -277,6 +281,8 @@ UnitEncoder::UnitEncoder(const std::vector<TensorSource>& tensors, std::uint64_t
 void UnitEncoder::add(const TensorSource& tensor) {
   const bool may_be_packed = tensor.type == ElementType::kBf16 && tensor.size_bytes % 2 == 0 &&
                              options_.codec != Codec::kRaw;
+  check_internal(tensor.counts == nullptr || options_.max_entry_weights == kMaxEntryWeights,
+                 "exponents counted by other pieces than those to be packed");
   // A piece but the last holds whole tiles, so that none is shared.
   const std::uint64_t piece_bytes =
       2 * std::max<std::uint64_t>(options_.max_entry_weights / kTileWeights, 1) * kTileWeights;
@@ -285,13 +291,16 @@ void UnitEncoder::add(const TensorSource& tensor) {
     entry.place_offset = tensor.place_offset + at;
     entry.size_bytes = std::min(piece_bytes, tensor.size_bytes - at);
     entries_.push_back(entry);
-    sources_.push_back(tensor.bytes + at);
+    // Without bytes only sizes are asked for.
+    sources_.push_back(tensor.bytes == nullptr ? nullptr : tensor.bytes + at);
+    counted_.push_back(tensor.counts == nullptr ? nullptr
+                                                : tensor.counts + at / 2 / kCountedWeights);
     const std::uint64_t num_weights = may_be_packed ? entry.size_bytes / 2 : 0;
-    for (std::uint64_t first = 0; first < num_weights; first += kChunkWeights) {
+    for (std::uint64_t first = 0; first < num_weights; first += kCountedWeights) {
       Chunk chunk;
       chunk.entry = entries_.size() - 1;
       chunk.first_weight = first;
-      chunk.num_weights = std::min(kChunkWeights, num_weights - first);
+      chunk.num_weights = std::min(kCountedWeights, num_weights - first);
       chunks_.push_back(chunk);
     }
   }

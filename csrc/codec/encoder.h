@@ -11,12 +11,19 @@
 
 namespace torch_offload {
 
+/// Exponents are counted by so many weights of a tensor, the last of which may be fewer.
+constexpr std::uint64_t kCountedWeights = std::uint64_t{64} * kTileWeights;
+static_assert(kMaxEntryWeights % kCountedWeights == 0);
+
 /// One tensor of a unit, as it lies in the master.
 struct TensorSource {
   const std::byte* bytes = nullptr;
   std::uint64_t size_bytes = 0;
   std::uint64_t place_offset = 0;  ///< Where it belongs in the unit's place.
   ElementType type = ElementType::kOther;
+  /// Of bf16: the exponents of each kCountedWeights, if they have been counted before. Without
+  /// `bytes` they tell what the blob takes, and nothing can be encoded.
+  const ExponentCounts* counts = nullptr;
 };
 
 struct EncodeOptions {
@@ -30,11 +37,13 @@ struct EncodeOptions {
 
 /// Writes a unit as a packed blob; see Note [The packed format].
 ///
-/// Reads the tensors twice: the constructor counts exponents and so knows the size of the blob,
-/// `encode` writes it. The result depends on the tensors and the codec alone, not on the threads.
+/// Reads the tensors twice: the constructor counts the exponents of those whose counts are not
+/// given, and so knows the size of the blob, `encode` writes it. The result depends on the tensors
+/// and the codec alone, not on the threads.
 ///
 /// Blocking:  both do all their work before they return.
-/// Lifetime:  the tensors must stay as they are in between.
+/// Lifetime:  the tensors must stay as they are in between, and since they were counted. Counts may
+///            go once the constructor has returned.
 class UnitEncoder {
  public:
   /// Throws: ValueError for tensors that overlap in the place, lie outside of it, or at an offset
@@ -72,8 +81,9 @@ class UnitEncoder {
   EncodeOptions options_;
   BlobHeader header_;
   std::vector<TensorEntry> entries_;
-  std::vector<const std::byte*> sources_;  // by entry
-  std::vector<Chunk> chunks_;              // of the packed entries, in order
+  std::vector<const std::byte*> sources_;       // by entry
+  std::vector<const ExponentCounts*> counted_;  // by entry, of its first chunk; none: to be counted
+  std::vector<Chunk> chunks_;                   // of the packed entries, in order
 };
 
 }  // namespace torch_offload

@@ -7,6 +7,7 @@
 #include "core/device.h"
 #include "core/device_memory.h"
 #include "core/loader.h"
+#include "core/plan.h"
 #include "core/steps.h"
 
 namespace torch_offload {
@@ -20,8 +21,9 @@ struct PackedSource {
 };
 
 /// What a packed unit gets room for, where it is kept: weights pack a little worse after an edit.
+/// Merges and other scales change their size by a 400th at the most, and small ones by some bytes.
 constexpr std::size_t packed_room_bytes(std::size_t packed_bytes) {
-  return aligned_size(packed_bytes + packed_bytes / 64);
+  return aligned_size(packed_bytes + packed_bytes / 256 + 1024);
 }
 
 /// Streams that decoders run on; made when they are first needed.
@@ -52,7 +54,7 @@ class PackedLoader : public Loader {
  public:
   struct Options {
     std::size_t slot_bytes = 0;  ///< The largest unit that is copied packed fits in; 0: none is.
-    std::size_t num_slots = 2;   ///< One is filled while another is decoded.
+    std::size_t num_slots = kStagingSlots;
     /// What each unit that stays packed may take on the device, in one allocation; 0: it does not
     /// stay. Empty: none does.
     std::vector<std::size_t> resident_bytes = {};

@@ -147,7 +147,7 @@ void Pipeline::adopt(Plan plan, std::vector<EventId> events) {
 void Pipeline::note_lanes() {
   has_copied_units_ = has_packed_units_ = false;
   for (const UnitIndex unit : streamed_units(plan_)) {
-    (plan_.stays_packed(unit) ? has_packed_units_ : has_copied_units_) = true;
+    (is_in_packed_lane(unit) ? has_packed_units_ : has_copied_units_) = true;
   }
 }
 

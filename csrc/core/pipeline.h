@@ -200,6 +200,9 @@ class Pipeline {
   void announce_ahead();
   bool prefetch(UnitIndex unit, Lane& lane);
   std::vector<StreamId> writers() const;
+  bool is_in_packed_lane(UnitIndex unit) const {
+    return plan_.stays_packed(unit) && !plan_.one_ring;
+  }
   void note_lanes();
   void forget_expectations();
   void give_own_place(UnitIndex unit);
@@ -221,8 +224,8 @@ class Pipeline {
   std::array<StreamId, kNumKinds> copy_streams_{kNoStream, kNoStream};     // equal in `shared`
   std::array<StreamId, kNumKinds> compute_streams_{kNoStream, kNoStream};  // `split` only
   EventId handover_ = kNoEvent;    // recorded on the stream left, waited for by the one entered
-  bool has_copied_units_ = false;  // units of the plan that come by copies,
-  bool has_packed_units_ = false;  // and units that stay packed on the device
+  bool has_copied_units_ = false;  // units of the plan that come by copies, or share their ring,
+  bool has_packed_units_ = false;  // and units that stay packed and have a ring of their own
   UnitIndex current_ = kNoUnit;    // the unit acquired last; copies run ahead of it
   std::uint64_t pass_ = 0;
   std::uint32_t nesting_ = 0;             // wrapped calls under way; guarded by owner_

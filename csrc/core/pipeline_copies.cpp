@@ -107,10 +107,13 @@ void Pipeline::onload_on_demand(UnitIndex unit) {
   onload(unit);
 }
 
-// Note [Two lanes]
+// Note [Two lanes, or one ring]
 // A unit that stays packed on the device needs no link, one that is copied does. Each kind has its
 // own places and its own depth, and runs ahead for itself: else the places of units that the
 // decoder fills in no time would stand between the link and the next unit that it could bring.
+// Where a plan has one ring for both, all come in the order of their use: a unit brought ahead of
+// others would hold bytes that these need first. Packed copies run ahead all the same, in the
+// staging ring.
 
 /// Brings units ahead along the expected order, as far as policy, depth and places allow.
 void Pipeline::prefetch_ahead() {
@@ -130,7 +133,7 @@ void Pipeline::prefetch_ahead() {
                             plan_.units[unit].layer_index != plan_.units[current_].layer_index)) {
       return;
     }
-    Lane& lane = plan_.stays_packed(unit) ? packed : copied;
+    Lane& lane = is_in_packed_lane(unit) ? packed : copied;
     lane.is_over = lane.is_over || !prefetch(unit, lane);
   }
 }

@@ -79,14 +79,15 @@ bool runs_ahead(const Ring& ring, std::size_t depth_bytes) {
   return true;
 }
 
-/// The units that have places, not placed yet: those that stay packed, or the others.
+/// The units that have places, not placed yet: of the ring of those that stay packed, or of the
+/// others.
 Ring ring_of(const PlanRequest& request, bool stays_packed) {
   Ring ring;
   for (std::size_t i = 0; i < request.units.size(); ++i) {
     const bool is_resident = !request.resident.empty() && request.resident[i];
-    const bool unit_stays_packed =
-        !request.transports.empty() && request.transports[i] == Transport::kPackedResident;
-    if (!is_resident && unit_stays_packed == stays_packed) {
+    const bool is_in_second = !request.one_ring && !request.transports.empty() &&
+                              request.transports[i] == Transport::kPackedResident;
+    if (!is_resident && is_in_second == stays_packed) {
       ring.order.push_back(static_cast<UnitIndex>(i));
       ring.sizes.push_back(request.units[i].size_bytes);
     }
@@ -190,6 +191,9 @@ void check_request(const PlanRequest& request) {
   check_units(request.units);
   check_answers(request, request.resident.size(), "resident to say whether it stays");
   check_answers(request, request.transports.size(), "transports to say how it travels");
+  if (request.staging_slots == 0) {
+    throw ValueError("expected at least one staging slot for packed copies, got 0");
+  }
   for (std::size_t i = 0; i < request.transports.size() && i < request.resident.size(); ++i) {
     if (request.resident[i] && request.transports[i] != Transport::kRaw) {
       throw ValueError("expected unit '" + request.units[i].name +
@@ -304,6 +308,8 @@ std::optional<Plan> try_make_plan(const PlanRequest& request, std::size_t most_w
   Plan plan = plan_from(request, copied, decoded);
   plan.depth_bytes = depth_bytes;
   plan.decode_depth_bytes = request.decode_depth_bytes;
+  plan.one_ring = request.one_ring;
+  plan.staging_slots = request.staging_slots;
   return plan;
 }
 

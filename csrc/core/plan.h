@@ -23,6 +23,9 @@ const char* name_of(Transport transport);
 /// Throws: ValueError that lists the names there are.
 Transport parse_transport(const std::string& name);
 
+/// Of the staging ring, unless a plan does with less: one is filled while another is decoded.
+constexpr std::size_t kStagingSlots = 2;
+
 struct PlanRequest {
   std::vector<Unit> units;  ///< In the order in which a forward is expected to call them.
   /// Which units stay on the device as they are, one answer for each. Default: none does.
@@ -38,6 +41,10 @@ struct PlanRequest {
   /// How many bytes may be decoded ahead of the unit in use from packed ones that stay on the
   /// device. The next such unit may be in any case.
   std::size_t decode_depth_bytes = 0;
+  /// Whether units that stay packed share the ring of those that are copied, and with it the depth.
+  bool one_ring = false;
+  /// Packed copies that the staging ring has room for.
+  std::size_t staging_slots = kStagingSlots;
 };
 
 /// Where every unit lives on the device. See Note [One window, fixed places].
@@ -50,6 +57,8 @@ struct Plan {
   std::size_t resident_bytes = 0;      ///< Of the units that stay on the device as they are.
   std::vector<Transport> transports;   ///< By unit; empty: all are raw.
   std::size_t decode_depth_bytes = 0;  ///< As depth_bytes, for units that stay packed.
+  bool one_ring = false;               ///< Whether these share the ring of those that are copied.
+  std::size_t staging_slots = kStagingSlots;  ///< Of the ring that packed copies pass through.
 
   /// Whether the unit stays on the device as it is.
   bool is_resident(UnitIndex unit) const { return !places[unit].has_value(); }
@@ -69,11 +78,14 @@ std::vector<std::vector<UnitIndex>> overlaps_of(
 /// order, and the window is the smallest ring in which, the seam from one pass to the next
 /// included, every copy can start `depth_bytes` ahead of its use, and that of the next unit in any
 /// case. Behind it lies a second ring for units that stay packed, so that places which the decoder
-/// fills in no time do not keep copies from running ahead. Which units are to stay, and how, is the
-/// caller's business, or choose_plan's.
+/// fills in no time do not keep copies from running ahead; with `one_ring` they lie in the first,
+/// and all come in the order of their use: less memory, for packed copies that run ahead in the
+/// staging ring in any case. Which units are to stay, and how, is the caller's business, or
+/// choose_plan's.
 ///
 /// Throws: ValueError if a unit is empty or unaligned, if `resident` or `transports` are of another
-///         length or do not fit together, or if a unit does not fit the window that is there.
+///         length or do not fit together, if there is no staging slot, or if a unit does not fit
+///         the window that is there.
 Plan make_plan(const PlanRequest& request);
 
 /// The same, or nothing if it needs a window of more than `most_window_bytes`: soon said, where

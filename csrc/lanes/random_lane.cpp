@@ -90,6 +90,7 @@ class RandomSchedule {
         request.transports[i] = request.resident[i] ? Transport::kRaw : request.transports[i];
       }
       request.decode_depth_bytes = draw(20) * kSlice;
+      request.one_ring = draw(3) == 0;
       return make_plan(request);
     }
     // Places that no planner would choose: safety must not hang on the plan's kindness.

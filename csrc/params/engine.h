@@ -75,13 +75,16 @@ class Engine : private Loader {
   ///
   /// With packed masters the blobs are the masters, and what is raw is plain.
   ///
+  /// `counts` has what count_exponents has made of parameters, by their position, since when they
+  /// have not changed: those are not counted again. Undefined, or not there: they are.
+  ///
   /// Blocking:  reads and writes all bytes, on all cores; page-locks the packed ones, of those that
   ///            stay only where they are masters; waits for those that stay to be on the device.
   /// Throws:    ValueError unless `most_bytes` has an answer for each unit; StateError during a
   ///            forward or after an earlier call; NotImplementedError if the device cannot decode;
   ///            MemoryError. Plain masters are then copied raw; packed ones are packed by the next
   ///            forward.
-  void pack(const std::vector<std::size_t>& most_bytes);
+  void pack(const std::vector<std::size_t>& most_bytes, std::vector<at::Tensor> counts = {});
   /// What a unit's blob is made from: where each parameter lies in the place, and its bytes.
   struct ParameterContent {
     std::string name;
@@ -243,6 +246,7 @@ class Engine : private Loader {
   std::vector<TensorSource> sources_of(const UnitParameters& entry,
                                        std::vector<at::Tensor>& unpacked) const;
   KeptBlob offered_blob(UnitIndex unit) const;
+  const ExponentCounts* counts_of(std::size_t parameter) const;
   void pack_beside_masters();
   std::vector<std::optional<UnitPacker>> packers_within_limits();
   void make_room_for(const std::vector<std::size_t>& rooms);
@@ -297,6 +301,7 @@ class Engine : private Loader {
   std::unique_ptr<PackedLoader> packed_;
   PackedStreams packed_streams_;                // of the device: they outlive the loader
   std::vector<std::size_t> most_packed_bytes_;  // of the last pack()
+  std::vector<at::Tensor> counts_;              // by parameter, during a pack() that was given any
   pybind11::object packed_class_of_;            // none: masters are plain
   bool are_masters_ready_ = false;              // packed, or plain, as copies need them
   std::vector<at::Tensor> offered_blobs_;       // by unit, while they are packed

@@ -8,6 +8,8 @@
 // from it. A unit for which there is no room any more is raw from then on, and the plan says so.
 // Where masters are packed, Note [Packed masters] says what takes the place of all this.
 
+#include <c10/util/ScopeExit.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <exception>
@@ -17,6 +19,7 @@
 #include "codec/parallel.h"
 #include "core/error.h"
 #include "params/engine.h"
+#include "params/exponent_counts.h"
 
 namespace py = pybind11;
 
@@ -30,7 +33,7 @@ UnitPacker Engine::packer_of(UnitIndex unit, std::vector<at::Tensor>& unpacked) 
           offered_blob(unit)};
 }
 
-void Engine::pack(const std::vector<std::size_t>& most_bytes) {
+void Engine::pack(const std::vector<std::size_t>& most_bytes, std::vector<at::Tensor> counts) {
   check_at_rest("pack()");
   pipeline();
   if (most_bytes.size() != units_.size()) {
@@ -49,12 +52,23 @@ void Engine::pack(const std::vector<std::size_t>& most_bytes) {
   }
   const bool is_first = most_packed_bytes_.empty();
   most_packed_bytes_ = most_bytes;
+  counts_ = std::move(counts);
+  // They are of the weights as they are now.
+  const auto forget_counts = c10::make_scope_exit([this] { counts_.clear(); });
   if (packs_masters()) {
     // At first they are made of what the parameters are: copies, as plain masters are.
     pack_masters(/*keeps_shared=*/!is_first);
   } else {
     pack_beside_masters();
   }
+}
+
+/// None where the parameter is to be counted.
+const ExponentCounts* Engine::counts_of(std::size_t parameter) const {
+  if (parameter >= counts_.size() || !counts_[parameter].defined()) {
+    return nullptr;
+  }
+  return counts_in(counts_[parameter], parameters_[parameter].size_bytes());
 }
 
 void Engine::pack_beside_masters() {
@@ -113,6 +127,7 @@ void Engine::make_room_for(const std::vector<std::size_t>& rooms) {
   }
   PackedLoader::Options options;
   options.has_decode_stream = policy_of(pipeline_->options().mode).has_copy_stream;
+  options.num_slots = pipeline_->plan().staging_slots;
   options.streams = packed_streams_;
   options.resident_bytes.assign(units_.size(), 0);
   std::vector<std::size_t> pieces(units_.size() + 1, 0);

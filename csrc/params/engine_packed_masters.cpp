@@ -56,7 +56,8 @@ std::vector<TensorSource> Engine::sources_of(const UnitParameters& entry,
     }
     tensors.push_back({bytes, parameter.size_bytes(), *offset++,
                        parameter.parameter().scalar_type() == at::kBFloat16 ? ElementType::kBf16
-                                                                            : ElementType::kOther});
+                                                                            : ElementType::kOther,
+                       counts_of(i)});
   }
   return tensors;
 }

@@ -1,10 +1,10 @@
 #include "planner/packing.h"
 
 #include <algorithm>
+#include <functional>
 #include <map>
+#include <set>
 #include <utility>
-
-#include "core/packed_loader.h"
 
 namespace torch_offload {
 
@@ -13,6 +13,10 @@ namespace {
 // Parts of the layers that are tried, of those that stay and of those that stream.
 constexpr std::uint32_t kQuarters = 4;
 constexpr std::uint32_t kEighths = 8;
+
+// Of sizes of a slot below that of the largest unit. Units come in few sizes: these are the ones of
+// whole modules.
+constexpr std::size_t kMostSmallerSlots = 2;
 
 /// A row's layers, to be told one after the other whether they are among those chosen.
 class Spread {
@@ -55,6 +59,22 @@ std::pair<std::uint32_t, std::uint32_t> Packer::count_layers(const ResidentSet& 
   return {count(keeps), count(streams)};
 }
 
+/// Slots that hold some of the units that stream, but not the largest.
+std::vector<std::size_t> Packer::smaller_slots(const ResidentSet& set) const {
+  std::set<std::size_t, std::greater<>> sizes;
+  for (UnitIndex unit = 0; unit < layer_of_.size(); ++unit) {
+    if (!set.resident[unit] && packed_bytes_[unit] > 0) {
+      sizes.insert(aligned_size(packed_bytes_[unit]));
+    }
+  }
+  std::vector<std::size_t> slots(sizes.begin(), sizes.end());
+  if (!slots.empty()) {
+    slots.erase(slots.begin());
+  }
+  slots.resize(std::min(slots.size(), kMostSmallerSlots));
+  return slots;
+}
+
 std::vector<Packing> Packer::packings_of(const ResidentFamily& family,
                                          const ResidentSet& set) const {
   const auto [kept, streamed] = count_layers(set);
@@ -84,6 +104,11 @@ std::vector<Packing> Packer::packings_of(const ResidentFamily& family,
       packings.push_back({kept, plain_layers, streamed, packed_layers});
     }
   }
+  if (policy_ == PackingPolicy::kWherePays && streamed > 0) {
+    for (const std::size_t slot_bytes : smaller_slots(set)) {
+      packings.push_back({kept, /*plain_layers=*/0, streamed, streamed, slot_bytes});
+    }
+  }
   return packings;
 }
 
@@ -109,7 +134,8 @@ void Packer::pack(const ResidentSet& set, const Packing& packing, Homes& homes) 
       homes.resident[unit] = stays_plain;
       homes.transports[unit] = stays_plain ? Transport::kRaw : Transport::kPackedResident;
     } else {
-      const bool travels_packed = ask(is_packed[layer], packed) && can_be_packed;
+      const bool has_slot = aligned_size(packed_bytes_[unit]) <= packing.most_slot_bytes;
+      const bool travels_packed = ask(is_packed[layer], packed) && can_be_packed && has_slot;
       homes.resident[unit] = false;
       homes.transports[unit] = travels_packed ? Transport::kPacked : Transport::kRaw;
     }
@@ -118,7 +144,6 @@ void Packer::pack(const ResidentSet& set, const Packing& packing, Homes& homes) 
 
 HeldBytes Packer::held_by(const Homes& homes) const {
   HeldBytes held;
-  std::size_t slot_bytes = 0;
   for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
     const std::size_t size_bytes = units_[unit].size_bytes;
     const std::size_t packed_bytes = aligned_size(packed_bytes_[unit]);
@@ -131,7 +156,7 @@ HeldBytes Packer::held_by(const Homes& homes) const {
         }
         break;
       case Transport::kPacked:
-        slot_bytes = std::max(slot_bytes, packed_bytes);
+        held.slot = std::max(held.slot, packed_bytes);
         held.largest_copied = std::max(held.largest_copied, size_bytes);
         break;
       case Transport::kPackedResident:
@@ -140,7 +165,6 @@ HeldBytes Packer::held_by(const Homes& homes) const {
         break;
     }
   }
-  held.staging = PackedLoader::Options{}.num_slots * slot_bytes;
   return held;
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -16,10 +17,11 @@ namespace torch_offload {
 /// How a resident set is packed: some of the layers that stay do so as they are, the others packed,
 /// and some of the layers that stream travel packed. Both are spread evenly.
 struct Packing {
-  std::uint32_t kept_layers = 0;      ///< Layers with units that stay.
-  std::uint32_t plain_layers = 0;     ///< So many of them are not packed.
-  std::uint32_t streamed_layers = 0;  ///< Layers with units that do not stay.
-  std::uint32_t packed_layers = 0;    ///< So many of them travel packed.
+  std::uint32_t kept_layers = 0;           ///< Layers with units that stay.
+  std::uint32_t plain_layers = 0;          ///< So many of them are not packed.
+  std::uint32_t streamed_layers = 0;       ///< Layers with units that do not stay.
+  std::uint32_t packed_layers = 0;         ///< So many of them travel packed,
+  std::size_t most_slot_bytes = SIZE_MAX;  ///< but for units that take more: the ring is smaller.
 };
 
 /// Where the bytes of each unit are before anything has an address.
@@ -39,14 +41,16 @@ struct Homes {
 struct HeldBytes {
   std::size_t resident = 0;         ///< Units that stay as they are.
   std::size_t packed_resident = 0;  ///< Units that stay packed.
-  std::size_t staging = 0;          ///< The ring that packed copies pass through.
+  std::size_t slot = 0;             ///< The largest unit that travels packed, in the staging ring.
   // What the window must have room for.
   std::size_t largest_copied = 0;
   std::size_t largest_decoded = 0;  ///< Of the units that stay packed.
 
-  std::size_t total() const { return resident + packed_resident + staging; }
+  std::size_t total(std::size_t staging_slots) const {
+    return resident + packed_resident + staging_slots * slot;
+  }
   /// No plan with these homes takes less.
-  std::size_t least() const { return total() + largest_copied + largest_decoded; }
+  std::size_t least() const { return total(1) + std::max(largest_copied, largest_decoded); }
 };
 
 /// Lists and makes the ways to pack resident sets of some units.
@@ -65,6 +69,7 @@ class Packer {
 
  private:
   std::pair<std::uint32_t, std::uint32_t> count_layers(const ResidentSet& set) const;
+  std::vector<std::size_t> smaller_slots(const ResidentSet& set) const;
 
   const std::vector<Unit>& units_;
   std::vector<std::size_t> packed_bytes_;

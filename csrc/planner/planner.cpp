@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "core/error.h"
-#include "core/packed_loader.h"
 #include "planner/search.h"
 
 namespace torch_offload {
@@ -98,7 +97,7 @@ std::size_t least_budget_bytes(const PlannerRequest& request) {
   if (request.packing != PackingPolicy::kAlways) {
     return window;
   }
-  return std::min(all, window + PackedLoader::Options{}.num_slots * packed);
+  return std::min(all, window + packed);
 }
 
 }  // namespace torch_offload

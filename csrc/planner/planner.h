@@ -98,7 +98,7 @@ Choice choose_plan(const PlannerRequest& request);
 Choice choose_transports(const PlannerRequest& request, const Plan& plan);
 
 /// The least `budget_bytes` that choose_plan accepts for these units: a window for the largest, and
-/// a ring for the largest packed one where all that streams is to travel packed.
+/// a staging slot for the largest packed one where all that streams is to travel packed.
 std::size_t least_budget_bytes(const PlannerRequest& request);
 
 }  // namespace torch_offload

@@ -81,6 +81,21 @@ void Search::add_candidates(const ResidentFamily& family, bool packed, std::size
   }
 }
 
+/// The roomiest first.
+std::vector<Passage> Search::passages_of(const Homes& homes) const {
+  const HeldBytes held = packer_.held_by(homes);
+  std::vector<Passage> passages{{}};
+  if (held.slot != 0) {
+    passages.push_back({false, 1});
+  }
+  if (held.largest_copied != 0 && held.largest_decoded != 0) {
+    for (std::size_t i = 0, count = passages.size(); i < count; ++i) {
+      passages.push_back({true, passages[i].staging_slots});
+    }
+  }
+  return passages;
+}
+
 std::vector<Layout> Search::layouts_of(const Homes& homes) const {
   std::size_t largest = 0;
   std::size_t total = 0;
@@ -116,11 +131,14 @@ std::vector<Layout> Search::layouts_of(const Homes& homes) const {
   }
   std::sort(depths.begin(), depths.end());
   depths.erase(std::unique(depths.begin(), depths.end()), depths.end());
-  std::vector<Layout> layouts{{true, 0}};
-  for (const std::size_t depth : depths) {
-    const bool is_asked_for = depth <= request_.depth_bytes.value_or(SIZE_MAX);
-    if (is_asked_for && (depth < total || depth == 0)) {
-      layouts.push_back({false, depth});
+  std::vector<Layout> layouts;
+  for (const Passage& passage : passages_of(homes)) {
+    layouts.push_back({passage, true, 0});
+    for (const std::size_t depth : depths) {
+      const bool is_asked_for = depth <= request_.depth_bytes.value_or(SIZE_MAX);
+      if (is_asked_for && (depth < total || depth == 0)) {
+        layouts.push_back({passage, false, depth});
+      }
     }
   }
   return layouts;
@@ -131,7 +149,9 @@ std::vector<Layout> Search::layouts_of(const Homes& homes) const {
 std::optional<Plan> Search::lay_out(const Homes& homes, const Layout& layout,
                                     std::size_t budget_bytes) const {
   const HeldBytes held = packer_.held_by(homes);
-  const std::size_t room = budget_bytes - std::min(budget_bytes, held.total());
+  const auto [one_ring, staging_slots] = layout.passage;
+  const std::size_t held_bytes = held.total(staging_slots);
+  const std::size_t room = budget_bytes - std::min(budget_bytes, held_bytes);
   std::size_t num_placed = 0;
   std::size_t num_copied = 0;
   for (UnitIndex unit = 0; unit < request_.units.size(); ++unit) {
@@ -140,7 +160,9 @@ std::optional<Plan> Search::lay_out(const Homes& homes, const Layout& layout,
   }
   const std::size_t ahead =
       layout.is_single || num_copied < 2 ? 0 : std::min(layout.depth_bytes, held.largest_copied);
-  if (held.total() > budget_bytes || held.largest_copied + ahead + held.largest_decoded > room) {
+  const std::size_t least = one_ring ? std::max(held.largest_copied + ahead, held.largest_decoded)
+                                     : held.largest_copied + ahead + held.largest_decoded;
+  if (held_bytes > budget_bytes || least > room) {
     return std::nullopt;
   }
   PlanRequest planned;
@@ -148,8 +170,10 @@ std::optional<Plan> Search::lay_out(const Homes& homes, const Layout& layout,
   planned.resident = homes.resident;
   planned.transports = homes.transports;
   planned.depth_bytes = layout.depth_bytes;
+  planned.one_ring = one_ring;
+  planned.staging_slots = staging_slots;
   if (layout.is_single) {
-    planned.window_bytes = held.largest_copied + decoded_window_bytes(homes, held);
+    planned.window_bytes = single_window_bytes(homes, held, one_ring);
     if (*planned.window_bytes > room) {
       return std::nullopt;
     }
@@ -158,21 +182,23 @@ std::optional<Plan> Search::lay_out(const Homes& homes, const Layout& layout,
   if (!plan) {
     return std::nullopt;
   }
-  if (num_placed > 1) {
-    for (UnitIndex unit = 0; unit < plan->units.size(); ++unit) {
-      if (!plan->is_resident(unit) && plan->overlaps[unit].empty() &&
-          (homes.is_copied(unit) ? num_copied : num_placed - num_copied) > 1) {
-        return std::nullopt;
-      }
+  for (UnitIndex unit = 0; unit < plan->units.size(); ++unit) {
+    const std::size_t num_decoded = num_placed - num_copied;
+    const std::size_t num_in_ring =
+        one_ring ? num_placed : (homes.is_copied(unit) ? num_copied : num_decoded);
+    if (!plan->is_resident(unit) && plan->overlaps[unit].empty() && num_in_ring > 1) {
+      return std::nullopt;
     }
   }
   return plan;
 }
 
-/// What the places of units that stay packed take, one unit at a time where nothing is copied.
-std::size_t Search::decoded_window_bytes(const Homes& homes, const HeldBytes& held) const {
-  if (held.largest_copied == 0 || held.largest_decoded == 0) {
-    return held.largest_decoded;
+/// The window for one unit at a time; beside it, in a ring of their own, those that stay packed are
+/// decoded while a kernel runs.
+std::size_t Search::single_window_bytes(const Homes& homes, const HeldBytes& held,
+                                        bool one_ring) const {
+  if (one_ring || held.largest_copied == 0 || held.largest_decoded == 0) {
+    return std::max(held.largest_copied, held.largest_decoded);
   }
   PlanRequest decoded;
   decoded.units = request_.units;
@@ -183,7 +209,7 @@ std::size_t Search::decoded_window_bytes(const Homes& homes, const HeldBytes& he
     decoded.resident[unit] = !is_decoded;
     decoded.transports[unit] = is_decoded ? Transport::kPackedResident : Transport::kRaw;
   }
-  return make_plan(decoded).window_bytes;
+  return held.largest_copied + make_plan(decoded).window_bytes;
 }
 
 // --- the search --------------------------------------------------------------------------------
@@ -231,11 +257,11 @@ void Search::try_plan(Plan plan, const Homes& homes, const std::string& rule) {
   }
   if (is_first || is_better) {
     const HeldBytes held = packer_.held_by(homes);
+    choice_.staging_bytes = plan.staging_slots * held.slot;
     choice_.plan = std::move(plan);
     choice_.rule = full_rule;
     choice_.forward_ns = std::move(forward_ns);
     choice_.score_ns = score_ns;
-    choice_.staging_bytes = held.staging;
     choice_.packed_resident_bytes = held.packed_resident;
     choice_is_packed_ = is_packed;
   }
@@ -311,12 +337,14 @@ Choice Search::with_budget(std::size_t budget_bytes) {
     try_all(/*packed=*/true, budget_bytes);
   }
   if (choice_.num_simulated == 0) {
-    throw ValueError(
-        "expected a budget of at least " + std::to_string(least_budget_bytes(request_)) +
-        " bytes, a window for the largest unit" +
-        (request_.packing == PackingPolicy::kAlways ? " and a ring for two packed ones" : "") +
-        ", got " + std::to_string(budget_bytes) +
-        "; raise gpu_budget, or use granularity='module', whose units are smaller");
+    throw ValueError("expected a budget of at least " +
+                     std::to_string(least_budget_bytes(request_)) +
+                     " bytes, a window for the largest unit" +
+                     (request_.packing == PackingPolicy::kAlways
+                          ? " and a staging slot for the largest packed one"
+                          : "") +
+                     ", got " + std::to_string(budget_bytes) +
+                     "; raise gpu_budget, or use granularity='module', whose units are smaller");
   }
   return take_choice();
 }
@@ -348,7 +376,8 @@ Choice Search::without_budget() {
     try_plan(*plan, homes, kNothingStays);
     ++num_simulated;
     best_ns = tried.empty() ? choice_.score_ns : std::min(best_ns, choice_.score_ns);
-    const std::size_t device_bytes = plan->window_bytes + packer_.held_by(homes).staging;
+    const std::size_t device_bytes =
+        plan->window_bytes + plan->staging_slots * packer_.held_by(homes).slot;
     tried.push_back({*std::move(plan), &homes, choice_.score_ns, device_bytes});
   }
   const Tried* smallest = nullptr;

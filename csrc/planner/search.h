@@ -16,9 +16,16 @@
 
 namespace torch_offload {
 
+/// Where units and packed copies pass through, however much of it there is.
+struct Passage {
+  bool one_ring = false;  // see PlanRequest
+  std::size_t staging_slots = kStagingSlots;
+};
+
 /// One way to lay out the units that pass through the window: a depth, or room for one at a time.
 struct Layout {
-  bool is_single = false;  // nothing is copied or decoded while a kernel runs
+  Passage passage;
+  bool is_single = false;  // nothing is brought into the window while a kernel runs
   std::size_t depth_bytes = 0;
 };
 
@@ -47,11 +54,12 @@ class Search {
   void make_homes(const Candidate& candidate, Homes& homes) const;
   void try_all(bool packed, std::size_t budget_bytes);
   bool may_win(double least_ns) const;
+  std::vector<Passage> passages_of(const Homes& homes) const;
   std::vector<Layout> layouts_of(const Homes& homes) const;
   std::optional<Plan> lay_out(const Homes& homes, const Layout& layout,
                               std::size_t budget_bytes) const;
   void try_plan(Plan plan, const Homes& homes, const std::string& rule);
-  std::size_t decoded_window_bytes(const Homes& homes, const HeldBytes& held) const;
+  std::size_t single_window_bytes(const Homes& homes, const HeldBytes& held, bool one_ring) const;
   std::vector<Homes> ways_to_pack(const ResidentFamily& family, const ResidentSet& set) const;
   Choice take_choice();
 

@@ -28,6 +28,7 @@ class SimLoader : public Loader {
     const Plan& plan = request.plan;
     PackedLoader::Options options;
     options.has_decode_stream = policy_of(request.options.mode).has_copy_stream;
+    options.num_slots = plan.staging_slots;
     options.resident_bytes.assign(units_.size(), 0);
     bool is_any_packed = false;
     std::size_t size_bytes = 0;

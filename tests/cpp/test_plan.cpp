@@ -319,6 +319,39 @@ TEST(PlanTest, UnitsThatStayPackedLieInARingOfTheirOwn) {
   }
 }
 
+/// As if they were all copied.
+TEST(PlanTest, InOneRingAllLieInTheOrderOfTheirUse) {
+  std::mt19937 random(7);
+  for (int round = 0; round < 200; ++round) {
+    PlanRequest request = request_of(random_units(random, 1 + random() % 20, 1 + random() % 30),
+                                     random() % 40 * kSlice);
+    const Plan raw = make_plan(request);
+    for (std::size_t unit = 0; unit < request.units.size(); ++unit) {
+      request.transports.push_back(random() % 2 == 0 ? Transport::kPackedResident
+                                                     : Transport::kPacked);
+    }
+    request.one_ring = true;
+    request.decode_depth_bytes = random() % 40 * kSlice;  // says nothing here
+    request.staging_slots = 1;
+    const Plan plan = make_plan(request);
+    expect_valid(plan);
+    EXPECT_TRUE(plan.one_ring);
+    EXPECT_EQ(plan.staging_slots, 1U);
+    for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
+      EXPECT_EQ(plan.places[unit]->begin, raw.places[unit]->begin);
+    }
+    EXPECT_EQ(plan.window_bytes, raw.window_bytes);
+    request.window_bytes = plan.window_bytes + 5 * kSlice;
+    expect_valid_places(make_plan(request));
+  }
+}
+
+TEST(PlanTest, NoStagingSlotThrows) {
+  PlanRequest request = request_of(layers_of(2, 1, 1));
+  request.staging_slots = 0;
+  EXPECT_THROW(make_plan(request), ValueError);
+}
+
 TEST(PlanTest, DecodersRunOneUnitAheadByDefault) {
   PlanRequest request = request_of(layers_of(4, 2, 5));
   request.transports.assign(8, Transport::kPackedResident);

@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "core/error.h"
-#include "core/packed_loader.h"
 #include "planner/planner.h"
 #include "planner_requests.h"
 
@@ -98,7 +97,7 @@ TEST_P(PackingPolicyTest, NeverExceedsItsBudgetAndEveryByteHasOneHome) {
     const Bytes bytes = bytes_of(request, plan);
     EXPECT_EQ(bytes.resident, plan.resident_bytes);
     EXPECT_EQ(bytes.packed_resident, choice.packed_resident_bytes);
-    EXPECT_EQ(PackedLoader::Options{}.num_slots * bytes.slot, choice.staging_bytes);
+    EXPECT_EQ(plan.staging_slots * bytes.slot, choice.staging_bytes);
     EXPECT_LE(plan.window_bytes + plan.resident_bytes + choice.packed_resident_bytes +
                   choice.staging_bytes,
               *request.budget_bytes)
@@ -169,12 +168,56 @@ TEST(PlannerPackingTest, AutoIsNeverSlowerThanTheBestRawPlan) {
 }
 
 TEST(PlannerPackingTest, ATokenWithinThreeFifthsOfTheWeightsIsMoreThanTwiceAsFast) {
-  PlannerRequest request = request_of(llama_layers(80), {0.02});
-  request.budget_bytes = total_bytes(request.units) / 5 * 3;
-  allow_packing(request, PackingPolicy::kWherePays);
+  struct Case {
+    std::vector<Unit> units;
+    double most;  // of the best raw plan's time
+  };
+  for (const Case& one : {Case{llama_layers(80), 0.30}, Case{llama_layers(16), 0.45},
+                          Case{llama_leaves(16), 0.35}, Case{llama_leaves(80), 0.28}}) {
+    for (const PackingPolicy policy : {PackingPolicy::kWherePays, PackingPolicy::kAlways}) {
+      PlannerRequest request = request_of(one.units, {0.02});
+      request.budget_bytes = total_bytes(request.units) / 5 * 3;
+      const double raw_ns = choose_plan(request).score_ns;
+      allow_packing(request, policy);
+      const Choice choice = choose_plan(request);
+      EXPECT_LT(choice.score_ns, one.most * raw_ns) << one.units.size() << choice.rule;
+      EXPECT_GT(choice.packed_resident_bytes, total_bytes(request.units) / 4);
+    }
+  }
+}
+
+/// With little room each unit has its place in turn, and a slot for one packed copy is enough.
+TEST(PlannerPackingTest, LeastBudgetSharesOnePlaceAndOneSlot) {
+  PlannerRequest request = request_of(llama_layers(16), {0.02});
+  allow_packing(request, PackingPolicy::kAlways);
+  const std::size_t slot = aligned_size(request.packed_bytes[1]);
+  request.budget_bytes = 1344 * kMiB + slot;
+  EXPECT_EQ(least_budget_bytes(request), *request.budget_bytes);
   const Choice choice = choose_plan(request);
-  EXPECT_LT(choice.score_ns, 0.45 * choice.raw_score_ns) << choice.rule;
-  EXPECT_GT(choice.packed_resident_bytes, total_bytes(request.units) / 4);
+  EXPECT_EQ(choice.plan.staging_slots, 1U);
+  EXPECT_EQ(choice.staging_bytes, slot);
+  EXPECT_EQ(choice.plan.window_bytes, 1344 * kMiB);
+  *request.budget_bytes += slot;
+  EXPECT_LT(choose_plan(request).score_ns, choice.score_ns);
+}
+
+TEST(PlannerPackingTest, LargeUnitsTravelRawWhereASmallSlotLeavesMoreRoom) {
+  int num_so = 0;
+  for (std::size_t percent = 54; percent <= 62; ++percent) {
+    PlannerRequest request = request_of(llama_leaves(16), {0.02});
+    request.budget_bytes = total_bytes(request.units) / 100 * percent;
+    allow_packing(request, PackingPolicy::kAlways);
+    const double all_packed_ns = choose_plan(request).score_ns;
+    request.packing = PackingPolicy::kWherePays;
+    const Choice choice = choose_plan(request);
+    const Bytes bytes = bytes_of(request, choice.plan);
+    if (bytes.streamed_raw > 0) {
+      ++num_so;
+      EXPECT_LT(choice.score_ns, all_packed_ns) << choice.rule;
+      EXPECT_LT(bytes.slot, 128 * kMiB);
+    }
+  }
+  EXPECT_GT(num_so, 0);
 }
 
 TEST(PlannerPackingTest, WhatFitsPackedIsNotStreamed) {

@@ -98,6 +98,40 @@ TEST(SimulatePackedTest, UnitsOfAllSortsKeepTheirOrder) {
   }
 }
 
+/// Every other unit travels packed, through a window for one unit that all of them share.
+SimRequest in_one_place(std::size_t staging_slots) {
+  std::vector<Transport> turns = all(Transport::kPacked);
+  for (std::size_t unit = 1; unit < turns.size(); unit += 2) {
+    turns[unit] = Transport::kPackedResident;
+  }
+  SimRequest request = request_of(turns, 10);
+  PlanRequest planned;
+  planned.units = request.plan.units;
+  planned.transports = turns;
+  planned.window_bytes = kUnitBytes;
+  planned.depth_bytes = 0;
+  planned.one_ring = true;
+  planned.staging_slots = staging_slots;
+  request.plan = make_plan(planned);
+  return request;
+}
+
+TEST(SimulatePackedTest, InOneRingUnitsComeInOrderAndPackedCopiesRunAhead) {
+  constexpr std::int64_t kNumCopied = kNumUnits / 2;
+  const SimResult two = simulate(in_one_place(2));
+  EXPECT_EQ(steady_ns(two), kNumCopied * static_cast<std::int64_t>(kPackedBytes))
+      << "the link never waits for the one place";
+  const SimResult one = simulate(in_one_place(1));
+  EXPECT_EQ(steady_ns(one), kNumCopied * (static_cast<std::int64_t>(kPackedBytes) + kDecodeNs))
+      << "with one slot it waits for each decoder";
+  for (const SimResult* result : {&two, &one}) {
+    EXPECT_TRUE(HazardChecker().check(result->log).empty());
+    EXPECT_EQ(result->stats.onloads, 4 * kNumUnits + 1)
+        << "but the next pass's first, each came once a use: none ahead of others that need its "
+           "bytes";
+  }
+}
+
 TEST(SimulatePackedTest, TheSameRequestGivesTheSameTimes) {
   const SimRequest request = request_of(all(Transport::kPacked), 700);
   EXPECT_EQ(simulate(request).pass_end_ns, simulate(request).pass_end_ns);

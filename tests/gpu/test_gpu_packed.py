@@ -12,7 +12,8 @@ from torch import nn
 import torch_offload
 from tests.gpu.harness import assert_all_equal, offloaded, requested_bytes
 from tests.python.dropin import tiny_llama
-from torch_offload import Handle
+from torch_offload import _C, Handle, packing
+from torch_offload.exponents import count_exponents
 from torch_offload.selfcheck.delays import RandomDelays
 from torch_offload.selfcheck.schedules import MODES
 
@@ -133,3 +134,39 @@ def test_device_memory_is_what_the_handle_says_within_every_budget(device: torch
             seen |= {unit.transport for unit in handle.units if unit.place}
         assert seen >= {"packed", "packed_resident"}
     assert requested_bytes(device) == before
+
+
+# --- sizes of weights that lie on the device -----------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, _C.counted_weights, 17 * _C.counted_weights + 5])
+def test_exponents_counted_on_the_device_are_those_of_the_host(
+    device: torch.device, size: int
+) -> None:
+    words = torch.randint(-(2**15), 2**15, (size,), generator=torch.Generator().manual_seed(size))
+    flat = words.to(torch.int16).view(torch.bfloat16)
+    counts = count_exponents(flat.to(device))
+    assert counts is not None
+    assert counts.is_cpu
+    assert torch.equal(counts, _C.count_exponents(flat))
+
+
+def test_weights_are_counted_on_their_device_and_planned_as_packed(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bf16_llama().to(device)
+    must = logits(torch_offload.align(copy.deepcopy(model)), device)
+    counted: list[torch.device] = []
+
+    def counting(parameter: torch.Tensor) -> torch.Tensor | None:
+        counted.append(parameter.device)
+        return count_exponents(parameter)
+
+    monkeypatch.setattr(packing, "count_exponents", counting)
+    with offloaded(model, device, transport="packed") as handle:
+        assert {one.type for one in counted} == {device.type}
+        for unit in handle.units:
+            if unit.transport == "packed":
+                tensors = [model.get_parameter(name).detach().view(-1) for name in unit.parameters]
+                assert unit.copied_bytes == _C.pack(tensors).blob.numel()
+        assert torch.equal(logits(model, device), must)

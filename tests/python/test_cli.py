@@ -253,9 +253,31 @@ def test_simulate_a_profile_with_another_mode(call: Call, tmp_path: Path) -> Non
     assert forward_ms["pipeline"] == pytest.approx(8 * 178.36, rel=0.01)
 
 
+def test_simulate_a_profile_with_packed_transport(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    profile_from(pipeline_log(8), 8).save(path)
+    found = {}
+    for transport in ("raw", "packed", "auto"):
+        result = call("simulate", "--profile", path, "--transport", transport, "--json", "-")
+        assert result.status == 0, result.said
+        found[transport] = json.loads(result.out)
+    assert set(found["raw"]["transports"]) == {"raw"}
+    assert set(found["packed"]["transports"]) == {"packed"}
+    assert 0.69 < found["packed"]["streamed_bytes"] / found["raw"]["streamed_bytes"] < 0.72
+    assert found["auto"]["forward_ms"] <= 1.001 * found["raw"]["forward_ms"]
+    assert any("taken for" in line for line in found["packed"]["basis"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("--transport", "packed"), "--model or --profile beside --transport"),
+        (("--decode-rate", "1TB/s"), "--model or --profile beside --decode-rate"),
+        (("--model", "CONFIG", "--gpu", "h100", "--transport", "zip"), "got 'zip'"),
+        (
+            ("--model", "CONFIG", "--gpu", "h100", "--transport", "auto", "--decode-rate", "0GB/s"),
+            "--decode-rate as a rate",
+        ),
         (("--layers", "0"), "layers between 1 and"),
         (("--mha-h2d", "-3"), "mha-h2d as a duration"),
         (("--mha-h2d", "nan"), "mha-h2d as a duration"),

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +22,7 @@ from tests.python.dropin import (
     streamed,
     tiny_stack,
 )
+from tests.python.interrupts import interrupting, needs_timer
 
 _NUM_FORWARDS = 1000
 
@@ -72,49 +70,19 @@ def assert_equal_weights(model: torch.nn.Module, plain: torch.nn.Module) -> None
         assert torch.equal(model.get_parameter(name).to(parameter.device), parameter), name
 
 
-@contextmanager
-def _alarm(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    former = signal.signal(signal.SIGALRM, handler)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
-
-
-class _Timer:
-    """Raises KeyboardInterrupt in the main thread, once, a moment after it was set."""
-
-    def __init__(self) -> None:
-        self._is_armed = False
-
-    def handler(self, signum: int, frame: FrameType | None) -> None:
-        if self._is_armed:
-            self._is_armed = False
-            raise KeyboardInterrupt
-
-    def run(self, call: Callable[[], Any], seconds: float) -> bool:
-        """Calls, and returns whether it was interrupted."""
-        try:
-            self._is_armed = True
-            signal.setitimer(signal.ITIMER_REAL, seconds)
-            call()
-            self._is_armed = False
-        except KeyboardInterrupt:
-            return True
-        return False
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
+@needs_timer
 @pytest.mark.parametrize("mode", ["pipeline", "sync"])
 def test_thousand_forwards_interrupted_at_random_moments(device: torch.device, mode: str) -> None:
     model = tiny_stack(6)
     plain = plain_on(model, device)
     x = rows(device)
     generator = random.Random(20)
-    timer = _Timer()
     count = _NUM_FORWARDS if mode == "pipeline" else _NUM_FORWARDS // 10
-    with streamed(model, device, mode=mode) as handle, torch.no_grad(), _alarm(timer.handler):
+    with (
+        streamed(model, device, mode=mode) as handle,
+        torch.no_grad(),
+        interrupting() as interrupts,
+    ):
         assert_streams_like_plain(model, plain, handle, lambda m: m(x))
         must = plain(x)
         started = time.perf_counter()
@@ -123,7 +91,7 @@ def test_thousand_forwards_interrupted_at_random_moments(device: torch.device, m
         seconds = (time.perf_counter() - started) / 20
         interrupted = right = 0
         while interrupted < count:
-            if timer.run(lambda: model(x), generator.uniform(0.02, 0.98) * seconds + 1e-6):
+            if interrupts(lambda: model(x), generator.uniform(0.02, 0.98) * seconds + 1e-6):
                 interrupted += 1
                 expect.assert_at_rest(handle)
             if interrupted % 10 == 0:

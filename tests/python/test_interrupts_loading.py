@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import gc
-import random
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -20,13 +17,14 @@ import torch_offload
 from tests.python import expect
 from tests.python.checkpoints import load, load_plain
 from tests.python.dropin import assert_streams_like_plain, plain_on, rows, tiny_llama, tiny_stack
+from tests.python.interrupts import interrupt_often, needs_timer
 from torch_offload import _C
 from torch_offload.devices import devices_made_by
 
 IDS = torch.tensor([[3, 60, 7, 3]])
 COUNT = 30
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
+pytestmark = needs_timer
 
 
 @pytest.fixture(autouse=True)
@@ -42,70 +40,6 @@ def quick_collections() -> Iterator[None]:
     yield
     gc.callbacks[:] = callbacks
     gc.unfreeze()
-
-
-class Interrupts:
-    """Calls something again and again, interrupting it at random moments of its duration.
-
-    The interrupt is a KeyboardInterrupt from a signal handler, as Ctrl-C is.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-        self._is_armed = False
-
-    def _strike(self, signum: int, frame: FrameType | None) -> None:
-        if not self._is_armed:
-            return
-        if frame is not None and "weakref" in Path(frame.f_code.co_filename).name:
-            signal.setitimer(signal.ITIMER_REAL, 1e-4)  # Python would swallow it there
-            return
-        self._is_armed = False
-        raise KeyboardInterrupt
-
-    def _is_interrupted(self, call: Callable[[], Any], seconds: float) -> bool:
-        grad = torch.is_grad_enabled()
-        try:
-            self._is_armed = True
-            signal.setitimer(signal.ITIMER_REAL, seconds)
-            call()
-            self._is_armed = False
-        except KeyboardInterrupt:
-            torch.set_grad_enabled(grad)  # it may strike within the exit of torch.no_grad()
-            return True
-        finally:
-            self._is_armed = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        return False
-
-    def run(
-        self,
-        call: Callable[[], Any],
-        undo: Callable[[], Any],
-        check: Callable[[], None],
-        count: int,
-    ) -> None:
-        """Until so many calls were interrupted; `undo` follows a call that was not, `check` all."""
-        for _ in range(2):  # the first one imports
-            began = time.perf_counter()
-            call()
-            seconds = time.perf_counter() - began
-            undo()
-            check()
-        former = signal.signal(signal.SIGALRM, self._strike)
-        try:
-            interrupted = 0
-            for _ in range(40 * count):
-                if self._is_interrupted(call, self._random.uniform(1e-5, seconds)):
-                    interrupted += 1
-                else:
-                    undo()
-                check()
-                if interrupted == count:
-                    return
-            pytest.fail(f"only {interrupted} calls were interrupted")
-        finally:
-            signal.signal(signal.SIGALRM, former)
 
 
 @contextmanager
@@ -158,7 +92,8 @@ def test_interrupted_offload_leaves_the_model_as_it_was(options: dict[str, Any])
             expect.assert_unchanged(model, before, same_memory=False)
             assert_nothing_is_locked(devices)
 
-        Interrupts(1).run(
+        interrupt_often(
+            1,
             lambda: torch_offload.offload(model, device, **options),
             lambda: torch_offload.handle_of(model).remove(),  # type: ignore[union-attr]
             check,
@@ -206,7 +141,7 @@ def test_interrupted_offload_from_checkpoint_leaves_the_model_as_it_was(tmp_path
             for slots in (module._parameters, module._buffers)
             for name, tensor in slots.items()
         ]
-        Interrupts(2).run(offload, undo, check, COUNT)
+        interrupt_often(2, offload, undo, check, COUNT)
     torch_offload.offload_from_checkpoint(model, tmp_path, "cpu")
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, source(IDS).logits)
@@ -235,7 +170,8 @@ def test_interrupted_from_pretrained_leaves_nothing_behind(tmp_path: Path) -> No
             assert_nothing_is_locked(devices)
             assert mapped(tmp_path) == []
 
-        Interrupts(3).run(
+        interrupt_often(
+            3,
             lambda: loaded.append(load(type(source), tmp_path, torch.device("cpu"))),
             loaded.clear,
             check,
@@ -271,7 +207,7 @@ def test_interrupted_replan_leaves_one_of_both_plans(tmp_path: Path, from_files:
         with torch.no_grad():
             assert torch.equal(model(IDS).logits, plain(IDS).logits)
 
-    Interrupts(4).run(replan, lambda: None, check, 4 * COUNT)
+    interrupt_often(4, replan, lambda: None, check, 4 * COUNT)
     handle.remove()
     assert_at_class_methods(model)
     assert not model._state_dict_pre_hooks, "saving would still ask us"

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -231,8 +231,8 @@ def test_units_that_are_as_they_were_are_taken_beside_stale_ones(tmp_path: Path)
         def __getattr__(self, name: str) -> Any:
             return getattr(self._engine, name)
 
-        def pack(self, most_bytes: Sequence[int]) -> None:
-            plain(self._engine, most_bytes)
+        def pack(self, *args: Any) -> None:
+            plain(self._engine, *args)
             taken.extend(self._engine.blobs_taken)
 
     keep = packed_cache.PackedCache.pack
@@ -240,7 +240,7 @@ def test_units_that_are_as_they_were_are_taken_beside_stale_ones(tmp_path: Path)
         patch.setattr(
             packed_cache.PackedCache,
             "pack",
-            lambda self, engine, most_bytes: keep(self, Spy(engine), most_bytes),
+            lambda self, engine, *args: keep(self, Spy(engine), *args),
         )
         with pytest.warns(RuntimeWarning, match=_ANEW):
             offload(model, HOST, transport="packed", packed_cache=tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -297,9 +298,80 @@ def test_experts_count_as_far_as_tokens_choose_them(tmp_path: Path) -> None:
     assert many.prediction.scenario.compute_ns[ffn] == pytest.approx(flop_ns, rel=0.05)
 
 
+def test_packed_model_copies_seven_tenths_and_says_at_which_rates(config: Path) -> None:
+    raw = estimate(ModelRequest(model=config, gpu="h200", link="55.2GB/s"))
+    packed = estimate(
+        ModelRequest(
+            model=config,
+            gpu="h200",
+            link="55.2GB/s",
+            transport="packed",
+            decode_rate="1640GB/s",
+        )
+    )
+    share = packed.prediction.streamed_bytes / raw.prediction.streamed_bytes
+    assert 0.69 < share < 0.71
+    assert packed.prediction.forward_ms == pytest.approx(
+        share * raw.prediction.forward_ms, rel=0.01
+    )
+    assert packed.prediction.scenario.packable.decode_bytes_per_second == 1640e9
+    assert any("decoder at 1,640 GB/s" in line or "1640" in line for line in packed.basis)
+    shown = Console(width=200, record=True, file=io.StringIO())
+    shown.print(packed)
+    text = shown.export_text()
+    assert "32 travel packed" in text
+    assert "staging ring" in text
+
+
+@pytest.mark.parametrize("transport", ["auto", "packed"])
+def test_packed_model_within_a_budget_is_faster_and_within_it(config: Path, transport: str) -> None:
+    asked = {"model": config, "gpu": "h200", "link": "55.2GB/s", "gpu_budget": "17GB"}
+    raw = estimate(ModelRequest(**asked))
+    packed = estimate(ModelRequest(**asked, transport=transport))
+    assert packed.prediction.forward_ms < 0.6 * raw.prediction.forward_ms
+    assert packed.prediction.device_bytes <= 17e9
+    assert packed.prediction.packed_resident_bytes > 5e9
+    document = packed.to_json()
+    assert document["packed_resident_bytes"] == packed.prediction.packed_resident_bytes
+    assert "packed_resident" in document["transports"]
+
+
+def test_float32_model_is_simulated_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**LLAMA, "dtype": "float32", "num_hidden_layers": 2}))
+    asked = {"model": path, "gpu": "h200", "link": "55.2GB/s"}
+    raw, packed = (estimate(ModelRequest(**asked, transport=way)) for way in ("raw", "packed"))
+    assert packed.prediction.forward_ms == raw.prediction.forward_ms
+    assert set(packed.prediction.plan.transports) == {"raw"}
+
+
+def test_sweep_over_budgets_of_a_packed_model_stays_within_each(config: Path) -> None:
+    found = estimate(
+        ModelRequest(
+            model=config, gpu="h200", link="55.2GB/s", gpu_budget="12GB", transport="packed"
+        )
+    )
+    points = scenarios_along("budget", found.prediction.scenario)
+    swept = sweep_along("budget", points).points
+    assert all(point.prediction.device_bytes <= point.position for point in swept)
+    times = [point.prediction.forward_ms for point in swept]
+    assert times[-1] < 0.2 * times[0]
+
+
 @pytest.mark.parametrize(
     ("request_of", "message"),
     [
+        ({"gpu": "h100", "transport": "zip"}, "transport to be one of"),
+        ({"gpu": "h100", "transport": "packed_resident"}, "--transport raw, auto or packed"),
+        ({"gpu": "h100", "decode_rate": "1TB/s"}, "--decode-rate beside --transport packed"),
+        (
+            {"gpu": "h100", "transport": "packed", "decode_rate": "fast"},
+            "--decode-rate as a rate such as",
+        ),
+        (
+            {"gpu": "h100", "transport": "packed", "gpu_budget": "3GB"},
+            "the least window with a slot for packed copies",
+        ),
         ({}, "compute times: --gpu h100"),
         ({"gpu": "abacus"}, "one of h100, h200"),
         ({"gpu": "a100"}, "as --link 25GB/s"),

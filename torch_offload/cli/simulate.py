@@ -70,6 +70,13 @@ def simulate(
     granularity: Annotated[str, typer.Option(help="sublayer, layer or module.")] = "sublayer",
     mode: Annotated[str, typer.Option(help="sync, streams, events or pipeline.")] = "pipeline",
     streams: Annotated[str, typer.Option(help="Stream layout: shared or split.")] = "shared",
+    transport: Annotated[
+        str, typer.Option(help="raw, packed, or auto: packed units where that is faster.")
+    ] = "raw",
+    decode_rate: Annotated[
+        str | None,
+        typer.Option(help="What comes out of the decoder, as 1600GB/s; else as one H100's."),
+    ] = None,
     sweep: Annotated[
         str | None, typer.Option(metavar="AXES", help="Some of depth,layout,budget.")
     ] = None,
@@ -90,6 +97,7 @@ def simulate(
             "--sweep": sweep, "--out": out, "--gpu": gpu, "--gpu-budget": gpu_budget,
             "--link": link, "--depth": depth, "--peak": peak, "--context": context,
             "--memory-rate": memory_rate, "--efficiency": efficiency,
+            "--decode-rate": decode_rate, "--transport": None if transport == "raw" else transport,
         }  # fmt: skip
         if wrong := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"expected --model or --profile beside {wrong[0]}, got neither")
@@ -126,6 +134,8 @@ def simulate(
         granularity=granularity,
         mode=mode,
         streams=streams,
+        transport=transport,
+        decode_rate=decode_rate,
     )
     _estimate(request, sweep, out, json_target)
 
