@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -94,6 +95,24 @@ def install(
     except BaseException:
         installation.undo(model)
         raise
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_Method = Callable[Concatenate["_Installation", _P], _T]
+
+
+def _at_rest(call: str) -> Callable[[_Method[_P, _T]], _Method[_P, _T]]:
+    """Lets no forward begin, and no other thread change anything, while the method runs."""
+
+    def keep(method: _Method[_P, _T]) -> _Method[_P, _T]:
+        @wraps(method)
+        def kept(self: _Installation, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+            return self._engine.at_rest(call, partial(method, self, *args, **kwargs))
+
+        return kept
+
+    return keep
 
 
 class _Installation:
@@ -311,6 +330,7 @@ class _Installation:
         vars(model)[HANDLE_KEY] = handle  # the last thing that can be interrupted
         return handle
 
+    @_at_rest("remove()")
     def undo(self, model: nn.Module) -> None:
         """Gives the plain model back, from whatever point was reached. Blocks while copying."""
         elsewhere = self._engine.move_out()
@@ -418,6 +438,7 @@ class _Installation:
             self._apply(model, planned, may_be_raw=True)
         return before - self._weights_bytes()
 
+    @_at_rest("replan()")
     def _apply(self, model: nn.Module, planned: Planned, *, may_be_raw: bool = False) -> None:
         """Moves what changes its home, and nothing else. Blocks until that is done.
 

@@ -161,6 +161,7 @@ void bind_engine(py::module_& module) {
       .def("bytes_in_files", &Engine::bytes_in_files, py::arg("unit"))
       .def("attach_log", &Engine::attach_log, py::arg("log"), py::arg("times") = false)
       .def("close", &Engine::close)
+      .def("at_rest", &Engine::at_rest, py::arg("call"), py::arg("function"))
       .def_property_readonly("is_closed", &Engine::is_closed)
       .def_property_readonly("in_pass",
                              [](const Engine& engine) { return engine.pipeline().in_pass(); })

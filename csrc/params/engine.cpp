@@ -98,6 +98,7 @@ Engine::~Engine() { let_go(); }
 /// Drains first; then the parameters, which keep their masters alive; then the masters, and the
 /// device.
 void Engine::let_go() {
+  std::unique_ptr<Pipeline> pipeline = std::move(pipeline_);  // at once: nobody else is to find it
   {
     const py::gil_scoped_release no_gil;
     try {
@@ -105,7 +106,7 @@ void Engine::let_go() {
     } catch (const std::exception& error) {
       std::fprintf(stderr, "torch_offload: the op log has no times: %s\n", error.what());
     }
-    if (pipeline_ != nullptr && !pipeline_->drain()) {
+    if (pipeline != nullptr && !pipeline->drain()) {
       masters_->leak();
       if (packed_ != nullptr) {
         packed_->leak();
@@ -119,7 +120,7 @@ void Engine::let_go() {
         }
       }
     }
-    pipeline_.reset();
+    pipeline.reset();
     drop_packed();
   }
   units_.clear();
@@ -146,11 +147,20 @@ Plan Engine::plan() const {
   return pipeline_->plan();
 }
 
-void Engine::check_at_rest(const char* call) const {
-  if (!is_closed() && pipeline_->in_pass()) {
-    throw StateError(std::string("expected ") + call +
-                     " between forwards, got it while one is running; call it afterwards");
+Engine::Rest::Rest(const Engine& engine, const std::string& call) : engine_(engine) {
+  const bool is_mine = engine.rests_ == 0 || engine.rests_of_ == std::this_thread::get_id();
+  if ((!engine.is_closed() && engine.pipeline_->in_pass()) || !is_mine) {
+    throw StateError("expected " + call + " between forwards, got it while " +
+                     (is_mine ? "one is running" : "another thread changes the model") +
+                     "; call it afterwards");
   }
+  engine.rests_of_ = std::this_thread::get_id();
+  ++engine.rests_;
+}
+
+py::object Engine::at_rest(const std::string& call, const py::function& function) {
+  const Rest rest(*this, call);
+  return function();
 }
 
 // --- in and out --------------------------------------------------------------------------------
@@ -210,7 +220,7 @@ void Engine::adopt_at_the_end(StreamedParameter& parameter) {
 }
 
 std::vector<std::string> Engine::move_out() {
-  check_at_rest("remove()");
+  const Rest rest(*this, "remove()");
   std::vector<std::string> moved_elsewhere;
   std::vector<std::size_t> moved_out;
   try {
@@ -250,7 +260,7 @@ std::vector<std::string> Engine::move_out() {
 }
 
 void Engine::refresh() {
-  check_at_rest("refresh()");
+  const Rest rest(*this, "refresh()");
   find_edits();
   if (packs_masters() && !are_masters_ready_) {
     pack_masters(/*keeps_shared=*/true);  // memory was missing when it was tried
@@ -268,7 +278,7 @@ void Engine::refresh() {
 }
 
 void Engine::attach_log(std::shared_ptr<OpLog> log, bool with_times) {
-  check_at_rest("attach_log()");
+  const Rest rest(*this, "attach_log()");
   if (log != nullptr) {
     std::vector<std::string> names;
     for (const Unit& unit : pipeline().plan().units) {
@@ -293,7 +303,7 @@ void Engine::detach_log() {
 }
 
 void Engine::close() {
-  check_at_rest("remove()");
+  const Rest rest(*this, "remove()");
   let_go();  // a handle that is kept must keep neither weights nor masters
 }
 
@@ -309,7 +319,7 @@ std::vector<std::string> Engine::parameter_names(UnitIndex unit) const {
 }
 
 std::vector<std::pair<std::string, c10::Stream>> Engine::streams() {
-  check_at_rest("streams");
+  const Rest rest(*this, "streams");
   std::vector<std::pair<std::string, c10::Stream>> streams;
   if (torch_device_.is_cpu()) {
     return streams;

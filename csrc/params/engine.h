@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "codec/unit_packer.h"
@@ -167,6 +168,11 @@ class Engine : private Loader {
   /// moved out keep their masters alive. Throws: StateError during a forward.
   void close();
   bool is_closed() const { return pipeline_ == nullptr; }
+  /// Calls `function` and keeps forwards, and other threads' changes, out meanwhile: they get a
+  /// StateError. For what takes several steps between two forwards; each call here that lets go of
+  /// the GIL keeps them out by itself.
+  /// Throws: what it raised; StateError, of `call`, during a forward or another thread's change.
+  pybind11::object at_rest(const std::string& call, const pybind11::function& function);
 
   /// Throws: StateError after close().
   const Pipeline& pipeline() const;
@@ -229,6 +235,19 @@ class Engine : private Loader {
     StreamedParameter* end_;
   };
 
+  /// Keeps forwards and other threads' changes out of its scope, which begins and ends with the GIL
+  /// held: that guards what is counted.
+  class Rest {
+   public:
+    Rest(const Engine& engine, const std::string& call);
+    Rest(const Rest&) = delete;
+    Rest& operator=(const Rest&) = delete;
+    ~Rest() { --engine_.rests_; }
+
+   private:
+    const Engine& engine_;
+  };
+
   /// A place that somebody else may still show.
   struct DroppedPlace {
     const StreamedParameter* parameter;
@@ -286,7 +305,6 @@ class Engine : private Loader {
   void adopt_edits(UnitIndex unit);
   void end_pass();
   pybind11::object outside_window(const pybind11::handle& output, bool& has_graph) const;
-  void check_at_rest(const char* call) const;
   void detach_log();
 
   std::shared_ptr<Device> device_;
@@ -307,6 +325,8 @@ class Engine : private Loader {
   std::vector<at::Tensor> offered_blobs_;       // by unit, while they are packed
   std::vector<UnitIndex> blobs_taken_;
   std::shared_ptr<OpLog> log_;  // attached to the device; or none
+  mutable std::uint32_t rests_ = 0;
+  mutable std::thread::id rests_of_;  // while there are any
   std::uint64_t cpu_ns_ = 0;
   bool has_warned_of_backward_ = false;
 };

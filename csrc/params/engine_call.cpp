@@ -68,6 +68,11 @@ py::object Engine::call(UnitIndex unit, const py::handle& call_plain, const py::
 
 void Engine::acquire(CallToken& token, UnitIndex unit) {
   const Stopwatch stopwatch(cpu_ns_);
+  if (rests_ > 0) {
+    throw StateError(
+        "expected one forward at a time per offloaded model, and none while its plan changes, got "
+        "a call in the middle of a change; guard the model with a lock, or call it afterwards");
+  }
   pipeline();
   const bool begins_pass = !pipeline_->in_pass();
   pipeline_->enter();  // first of all: it refuses a second thread before anything is read

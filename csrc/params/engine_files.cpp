@@ -100,7 +100,7 @@ bool Engine::leave_file_if_edited(std::size_t index) {
 }
 
 std::vector<std::string> Engine::find_edits() {
-  check_at_rest("a search for edits");
+  const Rest rest(*this, "a search for edits");
   pipeline();
   std::vector<std::string> names;
   for (UnitIndex unit = 0; unit < units_.size(); ++unit) {

@@ -15,7 +15,7 @@ namespace py = pybind11;
 namespace torch_offload {
 
 std::vector<Engine::ParameterContent> Engine::content(UnitIndex unit) {
-  check_at_rest("content()");
+  const Rest rest(*this, "content()");
   pipeline();
   const UnitParameters& entry = units_.at(unit);
   take_found(entry);
@@ -50,7 +50,7 @@ KeptBlob Engine::offered_blob(UnitIndex unit) const {
 }
 
 at::Tensor Engine::packed_blob(UnitIndex unit) const {
-  check_at_rest("packed_blob()");
+  const Rest rest(*this, "packed_blob()");
   pipeline();
   const UnitParameters& entry = units_.at(unit);
   if (!is_packed(unit)) {

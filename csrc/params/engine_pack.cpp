@@ -34,7 +34,7 @@ UnitPacker Engine::packer_of(UnitIndex unit, std::vector<at::Tensor>& unpacked) 
 }
 
 void Engine::pack(const std::vector<std::size_t>& most_bytes, std::vector<at::Tensor> counts) {
-  check_at_rest("pack()");
+  const Rest rest(*this, "pack()");
   pipeline();
   if (most_bytes.size() != units_.size()) {
     throw ValueError("expected what each of the " + std::to_string(units_.size()) +

@@ -14,7 +14,7 @@ namespace py = pybind11;
 namespace torch_offload {
 
 std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges) {
-  check_at_rest("recut()");
+  const Rest rest(*this, "recut()");
   std::vector<UnitParameters> units = cut(plan, ranges);
   const std::vector<std::size_t> sizes = master_sizes(plan, ranges);
   std::vector<std::size_t> leaving;  // the device

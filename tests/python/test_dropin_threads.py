@@ -141,6 +141,48 @@ def test_two_models_in_two_threads_at_once_equal_plain(device: torch.device) -> 
             assert all(torch.equal(one, must) for one in results[index])
 
 
+def test_forward_in_the_middle_of_a_change_is_refused_and_the_change_is_made(
+    device: torch.device,
+) -> None:
+    model = tiny_stack()
+    plain = plain_on(model, device)
+    x = rows(device)
+    stop = threading.Event()
+    outputs: list[torch.Tensor] = []
+    others: list[Exception] = []
+
+    @torch.no_grad()
+    def call() -> None:
+        while not stop.is_set():
+            try:
+                outputs.append(model(x.clone()))
+            except StateError:
+                time.sleep(1e-4)
+            except Exception as error:
+                others.append(error)
+
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    with streamed(model, device) as handle:
+        thread = threading.Thread(target=call)
+        thread.start()
+        made = 0
+        deadline = time.monotonic() + 30
+        while made < 100 and time.monotonic() < deadline:
+            try:
+                handle.replan(gpu_budget=int((0.6 if made % 2 else 0.9) * size))
+            except StateError:  # during a forward
+                time.sleep(1e-4)
+            else:
+                made += 1
+        stop.set()
+        thread.join()
+    assert not others
+    assert made == 100
+    with torch.no_grad():
+        must = plain(x)
+    assert all(torch.equal(one, must) for one in outputs)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_child_forward_raises_and_exit_is_clean(device: torch.device) -> None:
