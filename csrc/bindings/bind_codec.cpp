@@ -83,9 +83,9 @@ std::uint64_t packed_room(const std::vector<std::uint64_t>& sizes_bytes,
     TensorSource source;
     source.size_bytes = sizes_bytes[i];
     source.place_offset = place_bytes;
-    if (counts[i]) {
+    if (const std::optional<at::Tensor>& counted = counts[i]) {
       source.type = ElementType::kBf16;
-      source.counts = counts_in(*counts[i], sizes_bytes[i]);
+      source.counts = counts_in(*counted, sizes_bytes[i]);
     }
     sources.push_back(source);
     place_bytes += aligned_size(sizes_bytes[i]);

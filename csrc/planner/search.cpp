@@ -298,13 +298,16 @@ void Search::try_all(bool packed, std::size_t budget_bytes) {
       }
       make_homes(candidate, homes);
       const std::vector<Layout> layouts = layouts_of(homes);
+      const double least_of_one_slot_ns = costs_.least_ns(homes, /*staging_slots=*/1);
       for (std::size_t i = 0; i < layouts.size(); ++i) {
         const auto key = std::make_pair(candidate.family, i);
         const auto found = tried.find(key);
         const bool skips = is_first_round
                                ? found != tried.end()
                                : found != tried.end() && found->second == candidate.position;
-        if (skips || !may_win(candidate.least_ns)) {
+        const double least_ns =
+            layouts[i].passage.staging_slots == 1 ? least_of_one_slot_ns : candidate.least_ns;
+        if (skips || !may_win(least_ns)) {
           continue;
         }
         if (std::optional<Plan> plan = lay_out(homes, layouts[i], budget_bytes)) {

@@ -50,9 +50,10 @@ std::int64_t UnitCosts::packed_copy_ns(UnitIndex unit) const {
          static_cast<std::int64_t>(packed * 1e9 / request_.link_bytes_per_second);
 }
 
-double UnitCosts::least_ns(const Homes& homes) const {
+double UnitCosts::least_ns(const Homes& homes, std::size_t staging_slots) const {
   double copies_ns = 0;
   double decodes_ns = 0;
+  double slot_ns = 0;  // of the one slot: filled, decoded, filled ...
   for (UnitIndex unit = 0; unit < homes.resident.size(); ++unit) {
     switch (homes.transport(unit)) {
       case Transport::kRaw:
@@ -61,16 +62,18 @@ double UnitCosts::least_ns(const Homes& homes) const {
       case Transport::kPacked:
         copies_ns += packed_ns_[unit];
         decodes_ns += decode_ns_[unit];
+        slot_ns += packed_ns_[unit] + decode_ns_[unit];
         break;
       case Transport::kPackedResident:
         decodes_ns += decode_ns_[unit];
         break;
     }
   }
+  const double link_ns = staging_slots == 1 ? std::max(copies_ns, slot_ns) : copies_ns;
   double sum_ns = 0;
   for (std::size_t i = 0; i < compute_ns_.size(); ++i) {
-    sum_ns += request_.forwards[i].weight *
-              std::max({copies_ns, compute_ns_[i] + decodes_ns, launch_ns_});
+    sum_ns +=
+        request_.forwards[i].weight * std::max({link_ns, compute_ns_[i] + decodes_ns, launch_ns_});
   }
   return sum_ns;
 }

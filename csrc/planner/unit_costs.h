@@ -16,8 +16,8 @@ class UnitCosts {
   explicit UnitCosts(const PlannerRequest& request);
 
   /// No plan with these homes is faster: neither the copies, nor what the SMs do, nor launching
-  /// takes less.
-  double least_ns(const Homes& homes) const;
+  /// takes less. With one staging slot a packed copy waits for the decoder of the one before it.
+  double least_ns(const Homes& homes, std::size_t staging_slots = kStagingSlots) const;
   /// Copies of each unit, as it travels; nothing where the rate of the link says it.
   std::optional<std::vector<std::int64_t>> copy_ns(const Homes& homes) const;
   /// Units of one forward, as they are used.

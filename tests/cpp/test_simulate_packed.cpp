@@ -107,7 +107,7 @@ SimRequest in_one_place(std::size_t staging_slots) {
   SimRequest request = request_of(turns, 10);
   PlanRequest planned;
   planned.units = request.plan.units;
-  planned.transports = turns;
+  planned.transports = std::move(turns);
   planned.window_bytes = kUnitBytes;
   planned.depth_bytes = 0;
   planned.one_ring = true;

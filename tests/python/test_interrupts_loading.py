@@ -24,7 +24,11 @@ from torch_offload.devices import devices_made_by
 IDS = torch.tensor([[3, 60, 7, 3]])
 COUNT = 30
 
-pytestmark = needs_timer
+pytestmark = [
+    needs_timer,
+    # It may strike between the opening of a file and the `with` that closes it, in pathlib too.
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
