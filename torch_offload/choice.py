@@ -12,7 +12,7 @@ from torch_offload import _C
 # bytes, measured on PCIe 5.
 COPY_LATENCY_NS = 5_000
 # Where nobody has measured: only the proportions of kernels and decoder to copies matter, and the
-# latency beside them. The decoder's is that of one H100, benchmarks/results/codec.json.
+# latency beside them. The decoder's is that of one H100, benchmarks/results/h100/codec.json.
 NOMINAL_LINK_BYTES_PER_SECOND = 55.2e9
 NOMINAL_DECODE_BYTES_PER_SECOND = 1637e9
 # Kernels as parts of the copies of everything: a token, and a prompt that takes just as long. In

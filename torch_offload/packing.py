@@ -37,7 +37,7 @@ class Rates:
 
     link_bytes_per_second: float = NOMINAL_LINK_BYTES_PER_SECOND
     decode_bytes_per_second: float = NOMINAL_DECODE_BYTES_PER_SECOND
-    source: str = "as measured on one H100, benchmarks/results/codec.json"
+    source: str = "as measured on one H100, benchmarks/results/h100/codec.json"
 
     @classmethod
     def stated(cls, link_bytes_per_second: float, decode_rate: str | None) -> Rates:

@@ -101,3 +101,18 @@ def test_no_block_is_left_out() -> None:
     }
     counts = {file: count for file, count in counts.items() if count}
     assert counts == {"README.md": 2, "docs/checkpoints.md": 2, "docs/tuning.md": 3}, counts
+
+
+def test_tests_that_design_names_are_where_it_says() -> None:
+    """`test_file`: `name`, `name`: as the invariants list what shows them."""
+    text = (ROOT / "docs" / "design.md").read_text()
+    files = {path.name: path for path in (ROOT / "tests").rglob("test_*") if path.is_file()}
+    named = re.findall(r"`(test_\w+\.(?:py|cpp))`: ((?:`\w+`(?:, )?)+)", text)
+    assert len(named) > 20
+    missing = [
+        f"{file}: {name}"
+        for file, names in named
+        for name in re.findall(r"\w+", names)
+        if file not in files or name not in files[file].read_text()
+    ]
+    assert not missing
