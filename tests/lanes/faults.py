@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import nn
@@ -24,8 +25,9 @@ import torch_offload
 from tests.lanes.leftovers import Devices, Process
 from tests.python import expect
 from torch_offload import _C
+from torch_offload.calls import unwrap
 from torch_offload.devices import devices_made_by
-from torch_offload.selfcheck.lane import Effort, Lane, Tally
+from torch_offload.selfcheck.lane import Effort, Lane, Tally, all_caught
 from torch_offload.selfcheck.subjects import Stack
 
 HOST = torch.device("cpu")
@@ -216,6 +218,11 @@ _QUICK = ("device call, runtime", "operator, KeyboardInterrupt", "hook, RuntimeE
 # The guard of the Python tests takes the product's own reading of a replaced weight, which an
 # interrupt in the middle of it repeats, for a layer's.
 _NOT_QUICK = (("edited forward", "operator, KeyboardInterrupt"),)
+#: In these something of every kind is done wherever units stream.
+_ALWAYS_STRUCK = ("offload", "forward", "edited forward")
+LEFT_BY_OFFLOAD = "left on the device by an offload that failed"
+#: How a failure ended: by an error, by a word of memory that is left, or by another way.
+Outcome = Literal["raised", "told", "mended"]
 PHASES = ("offload", "forward", "edited forward", "replan", "remove")
 
 
@@ -232,7 +239,7 @@ class Trial:
         generator = torch.Generator().manual_seed(4)
         dtype = next(self.model.parameters()).dtype
         self._x = torch.randn(3, case.width, generator=generator).to(dtype)
-        self.got_through = False
+        self.outcome: Outcome | None = None
 
     def build(self) -> nn.Module:
         """A model with the same weights each time."""
@@ -255,7 +262,7 @@ class Trial:
                 before = self._remove(handle, before, plain)
         text = said()
         memory = self.devices.held().memory if self.devices.last is not None else (0, 0, 0)
-        if self._failure.struck in _GIVING_BACK:
+        if self.outcome == "told":
             assert any(memory), "the memory that could not be given back is not counted"
             assert "planted failure" in text or "bad_alloc" in text, "nobody was told"
         else:
@@ -275,16 +282,23 @@ class Trial:
                 result = call()
         except self._failure.error as error:
             self._check_error(error)
+            self.outcome = "raised"
             return True, None
-        struck = self._failure.struck
-        # Draining at the end is tried again; memory that cannot be given back is told of.
-        may_be_mended = struck in _GIVING_BACK or (phase, struck) == ("remove", "synchronize")
-        # Leaves are left uncut where memory is missing, which a warning says.
-        if self._case.granularity == "module" and self._failure.error is torch.OutOfMemoryError:
-            may_be_mended = True
-        assert not struck or may_be_mended, f"the failure of {struck} was swallowed"
-        self.got_through = not struck
+        if self._failure.struck:
+            self.outcome = self._outcome_without_error(phase, self._failure.struck)
         return False, result
+
+    def _outcome_without_error(self, phase: str, struck: str) -> Outcome:
+        if struck in _GIVING_BACK:
+            return "told"
+        # Leaves are left uncut where memory is missing, which a warning says.
+        leaves_uncut = (
+            self._case.granularity == "module" and self._failure.error is torch.OutOfMemoryError
+        )
+        # Draining at the end is tried again.
+        is_mended = leaves_uncut or (phase, struck) == ("remove", "synchronize")
+        assert is_mended, f"the failure of {struck} was swallowed"
+        return "mended"
 
     def _check_error(self, error: BaseException) -> None:
         assert self._failure.struck, f"an error out of nothing: {error!r}"
@@ -297,6 +311,9 @@ class Trial:
             )
         if not failed:
             return handle  # type: ignore[no-any-return]
+        if self.devices.last is not None and self._failure.struck not in _GIVING_BACK:
+            memory = self.devices.held().memory
+            assert memory == (0, 0, 0), f"{LEFT_BY_OFFLOAD}: {memory}"
         expect.assert_unchanged(self.model, before, same_memory=False)
         with devices_made_by(self.devices):
             return torch_offload.offload(self.model, HOST, **self._case.options)
@@ -379,6 +396,55 @@ def _standard_error() -> Iterator[Callable[[], str]]:
             text = file.read().decode(errors="replace")
 
 
+class Silent(Stack):
+    """Keeps failures to itself, and gives a wrong answer instead."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows to rows."""
+        try:
+            return super().forward(x)
+        except RuntimeError:
+            return x
+
+
+class SilentTrial(Trial):
+    """Of such a model."""
+
+    def build(self) -> nn.Module:
+        """As of any other."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(12)
+            return torch_offload.align(Silent(2, 8).eval())  # type: ignore[return-value]
+
+
+class UnwrappedTrial(Trial):
+    """Of a model that nothing is installed in."""
+
+    def _offload(self, before: dict[str, Any]) -> torch_offload.Handle | None:
+        handle = super()._offload(before)
+        assert handle is not None
+        for unit in handle.units:
+            unwrap(self.model.get_submodule(unit.name))
+        return handle
+
+
+class HoardingTrial(Trial):
+    """Of an `offload` that keeps its memory when it fails."""
+
+    def _attempt(self, phase: str, call: Callable[[], Any]) -> tuple[bool, Any]:
+        kept: list[_C.Engine] = []
+
+        def keep(engine: _C.Engine) -> None:
+            kept.append(engine)
+
+        if phase != self._phase:
+            return super()._attempt(phase, call)
+        with mock.patch.object(_C.Engine, "close", keep):
+            failed, handle = super()._attempt(phase, call)
+        self._kept = kept if failed else []
+        return failed, handle
+
+
 class FaultSweep(Lane):
     """Every k of every phase, in each case, for each kind of failure."""
 
@@ -390,23 +456,21 @@ class FaultSweep(Lane):
         self._cases = cases
 
     def control(self) -> Tally:
-        """A model that keeps failures to itself, and gives a wrong answer instead."""
+        """Failures that are kept silent, a model that is not streamed, an offload that hoards."""
+        hoarded = self._control(HoardingTrial, "offload")
+        if not any(LEFT_BY_OFFLOAD in example for example in hoarded.examples):
+            hoarded = Tally()  # other things that it leaves are no sign that devices are asked
+        return all_caught(
+            {
+                "silent": self._control(SilentTrial, "forward"),
+                "unwrapped": self._control(UnwrappedTrial, "forward"),
+                "hoarding": hoarded,
+            }
+        )
 
-        class Silent(Stack):
-            def forward(self, x: torch.Tensor) -> torch.Tensor:
-                try:
-                    return super().forward(x)
-                except RuntimeError:
-                    return x
-
-        class SilentTrial(Trial):
-            def build(self) -> nn.Module:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(12)
-                    return torch_offload.align(Silent(2, 8).eval())  # type: ignore[return-value]
-
+    def _control(self, trial_type: type[Trial], phase: str) -> Tally:
         tally = Tally()
-        self._sweep(tally, SilentTrial, Case(), "forward", lambda at: DeviceCall("runtime", at))
+        self._sweep(tally, trial_type, Case(), phase, lambda at: DeviceCall("runtime", at))
         return tally
 
     def run(self, effort: Effort) -> Tally:
@@ -424,12 +488,17 @@ class FaultSweep(Lane):
         for number, (case, phase, name, make) in enumerate(jobs, 1):
             count = tally.count
             struck |= self._sweep(tally, Trial, case, phase, make)
-            tally.figures.setdefault(phase, {}).setdefault(name, 0)
-            tally.figures[phase][name] += tally.count - count
+            figures = tally.figures.setdefault(phase, {})
+            figures[name] = figures.get(name, 0) + tally.count - count
             effort.progress(number, len(jobs))
         tally.figures["cases"] = len(cases)
         tally.figures["failed_calls"] = sorted(struck)
-        tally.note = f"{len(cases)} ways to stream, {len(struck)} calls failed"
+        outcomes = tally.figures["outcomes"]
+        tally.note = (
+            f"{len(cases)} ways to stream, {len(struck)} calls failed; {outcomes['raised']:,} "
+            f"raised, {outcomes.get('mended', 0):,} done in another way, {outcomes['told']:,} told "
+            "of memory that is left"
+        )
         return tally
 
     @staticmethod
@@ -440,8 +509,9 @@ class FaultSweep(Lane):
         phase: str,
         make: Callable[[int], Failure],
     ) -> set[str]:
-        """Every k until one gets through. Returns what has failed."""
+        """Every k until nothing is left to strike. Returns what has failed."""
         struck = set()
+        outcomes = tally.figures.setdefault("outcomes", {})
         for at in range(1, _MOST_CALLS):
             failure = make(at)
             trial = trial_type(case, phase, failure)
@@ -449,11 +519,15 @@ class FaultSweep(Lane):
                 trial.run()
             except Exception as error:
                 what = f"{case}, {phase}, {failure.error.__name__} at {at} ({failure.struck})"
-                tally.must(False, f"{what}: {error}")
-            else:
-                tally.must(True, "")
+                tally.add_fault(f"{what}: {error}")
+            if not failure.struck:  # nor counted: it was a life without a failure
+                break
+            tally.count += 1
             struck.add(failure.struck)
-            if trial.got_through or not failure.struck:
-                return struck - {""}
-        tally.add_fault(f"{case}, {phase}: no end of calls")
+            if trial.outcome is not None:
+                outcomes[trial.outcome] = outcomes.get(trial.outcome, 0) + 1
+        else:
+            tally.add_fault(f"{case}, {phase}: no end of calls")
+        if phase in _ALWAYS_STRUCK and not struck:
+            tally.add_fault(f"{case}, {phase}: nothing failed, so nothing was streamed")
         return struck
