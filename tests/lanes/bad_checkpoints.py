@@ -183,7 +183,9 @@ def _offloads_or_leaves_alone(where: Path, x: torch.Tensor) -> None:
         onloads = handle.stats.onloads
         handle.remove()
         assert onloads > 0, "nothing was streamed"
-        assert torch.equal(got, torch_offload.align(model)(x)), "streamed other bits"
+        must = torch_offload.align(model)(x)
+    # By their bits: a changed byte of a weight may have made NaN of all of them.
+    assert torch.equal(got.view(torch.int32), must.view(torch.int32)), "streamed other bits"
 
 
 @contextmanager
