@@ -19,7 +19,6 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_offload
 from tests.lanes.leftovers import Devices, Process
@@ -27,6 +26,7 @@ from tests.python import expect
 from torch_offload import _C
 from torch_offload.calls import unwrap
 from torch_offload.devices import devices_made_by
+from torch_offload.selfcheck.failing_operator import FailingOperator
 from torch_offload.selfcheck.lane import Effort, Lane, Tally, all_caught
 from torch_offload.selfcheck.subjects import Stack
 
@@ -147,39 +147,21 @@ class DeviceCall(Failure):
             self.failure.calls_until_failure = 0
 
 
-class _OperatorMode(TorchDispatchMode):
-    def __init__(self, failure: Operator) -> None:
-        super().__init__()
-        self._failure = failure
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._failure.strike(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 class Operator(Failure):
     """The k-th operator of torch: in a layer, between layers, in a copy of a weight."""
 
     def __init__(self, error: type[BaseException], at: int) -> None:
         super().__init__(error, at)
-        self._left = at
-        self._struck = ""
+        self.mode = FailingOperator(at, error)
 
     @property
     def struck(self) -> str:
         """Its name."""
-        return self._struck
-
-    def strike(self, name: str) -> None:
-        """Counts one, which fails if its time has come."""
-        self._left -= 1
-        if self._left == 0:
-            self._struck = name
-            raise self.error(f"planted failure of {name}")
+        return self.mode.failed
 
     def context(self, model: nn.Module) -> AbstractContextManager[Any]:
         """A dispatch mode."""
-        return _OperatorMode(self)
+        return self.mode
 
 
 class Hook(Operator):
@@ -200,7 +182,7 @@ class Hook(Operator):
                 hook.remove()
 
     def _hook(self, name: str) -> Callable[..., None]:
-        return lambda *_: self.strike(name)
+        return lambda *_: self.mode.count(name)
 
 
 def failures(phase: str) -> Iterator[tuple[str, Callable[[int], Failure]]]:
