@@ -45,11 +45,12 @@ class Option:
 
     def a_value(self, choice: random.Random) -> str:
         """One that it may well take."""
-        return choice.choice(_GOOD.get(self.name, _NUMBERS))
+        return choice.choice(GOOD.get(self.name, _NUMBERS))
 
 
 _SIZES = ("0", "4KiB", "40GB", "2GiB")
-_GOOD: dict[str, tuple[str, ...]] = {
+#: Values that options take; all others take numbers.
+GOOD: dict[str, tuple[str, ...]] = {
     "--mode": ("sync", "pipeline", "events", "streams", "sync,pipeline"),
     "--streams": ("shared", "split"),
     "--granularity": ("sublayer", "layer", "module", "auto"),

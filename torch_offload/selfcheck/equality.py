@@ -178,7 +178,7 @@ class StreamedModel:
         for module in modules:
             unwrap(module)
         for weight, master in masters:
-            weight.data = master.to(self._device)
+            weight.data = master.to(self._device, copy=True)
         try:
             yield
         finally:
