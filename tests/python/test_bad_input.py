@@ -76,6 +76,16 @@ def test_option_that_cannot_be_fails(
         torch_offload.offload(model, HOST, **options)
 
 
+def test_deepest_depth_can_be_profiled(device: torch.device) -> None:
+    """It is not to be doubled in search of better options."""
+    model = tiny_stack()
+    with torch.no_grad(), torch_offload.offload(model, device, depth=2**62) as handle:
+        model(rows(device))
+        with handle.profile() as profiler:
+            model(rows(device))
+    assert "bound by" in profiler.sentence
+
+
 @pytest.mark.parametrize(
     ("where", "match"),
     [
