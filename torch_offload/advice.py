@@ -63,7 +63,8 @@ def _candidates(now: Scenario, now_bytes: int, room: int) -> Iterator[tuple[str,
     if now.mode != "pipeline":
         yield "mode='pipeline'", "copying ahead", now.with_(mode="pipeline")
     depth = now.depth_bytes or _C.make_plan(now.units).depth_bytes
-    for factor in (2, 4):
+    is_further_of_use = depth < sum(unit.size_bytes for unit in now.units)
+    for factor in (2, 4) if is_further_of_use else ():
         further = _round_size(factor * depth)
         yield (
             f"depth='{further[0]}'",

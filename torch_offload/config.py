@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -24,6 +24,24 @@ def _check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"expected {what} to be one of {listed}, got {value!r}")
+
+
+def _check_flag(what: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"expected {what} to be True or False, got {value!r}; write {what}=True, or leave it "
+            "out"
+        )
+
+
+def _check_list(what: str, value: object, items: str) -> None:
+    if isinstance(value, str | nn.Module):
+        raise TypeError(f"expected {what} as a list, got one item; write {what}=[...]")
+    # An iterator would be empty when it is asked again.
+    if not isinstance(value, Sequence | Set) or isinstance(value, bytes | bytearray):
+        raise TypeError(
+            f"expected {what} as a list of {items}, got {type(value).__name__}; write {what}=[...]"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +126,11 @@ class Config:
                 "transport='packed', masters='packed')"
             )
         self._check_packed_cache()
-        for what in ("units", "resident"):
-            if isinstance(getattr(self, what), str | nn.Module):
-                raise TypeError(f"expected {what} as a list, got one item; write {what}=[...]")
+        if self.units is not None:
+            _check_list("units", self.units, "names, patterns or modules")
+        _check_list("resident", self.resident, "names or patterns")
+        for what in ("debug", "nvtx", "poison"):
+            _check_flag(what, getattr(self, what))
         check_budget(self.gpu_budget)
         _ = self.depth_bytes, self.headroom_bytes
 

@@ -22,10 +22,18 @@ def check(log: _C.OpLog) -> list[Finding]:
     Returns:
         At most 100 findings; none means that every order the log allows reads what was meant.
 
+    Raises:
+        TypeError: If it is no log.
+
     Example:
         >>> with handle.record() as log:  # doctest: +SKIP
         ...     model(**inputs)
         >>> torch_offload.check(log)  # doctest: +SKIP
         []
     """
+    if not isinstance(log, _C.OpLog):
+        raise TypeError(
+            f"expected an OpLog, got {type(log).__name__}; keep one by `with handle.record() "
+            "as log:` around forwards"
+        )
     return _C.check(log)

@@ -12,7 +12,7 @@ from tests.gpu import models
 from tests.gpu.harness import assert_all_equal, offloaded
 from tests.gpu.streams import Gate, mark
 from torch_offload import Handle
-from torch_offload.selfcheck.delays import copy_streams
+from torch_offload.selfcheck.delays import copy_streams, our_streams
 from torch_offload.selfcheck.schedules import MODES
 
 pytestmark = pytest.mark.needs_cuda
@@ -140,11 +140,7 @@ def test_two_copy_streams_are_held_apart(device: torch.device) -> None:
             block.attn.register_forward_hook(lambda *_: attention.append(mark())),
             model.blocks[-1].mlp.down.register_forward_hook(lambda *_: ffn.append(mark())),
         ]
-        held = torch.cuda.Stream(
-            stream_id=handle.streams["weight_h2d_ffn"].stream_id,
-            device_index=handle.streams["weight_h2d_ffn"].device_index,
-            device_type=handle.streams["weight_h2d_ffn"].device_type,
-        )
+        (held,) = our_streams(handle, "weight_h2d_ffn").values()
         gate = Gate(held)
         output = models.run(model, kwargs)
         gate.assert_holds_back(ffn[0], "the last FFN")

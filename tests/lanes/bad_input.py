@@ -1,4 +1,4 @@
-"""Bad input, by the ten thousand: files, options, sizes, command lines.
+"""Bad input, by the ten thousand: files, options, sizes, plans, command lines.
 
 Each must be taken or refused by an error of the right type that says something, in time. From the
 command line: an exit status, and no traceback. Good input is mutated, so that most of it is almost
@@ -8,213 +8,36 @@ right; the rest is drawn from what breaks parsers.
 from __future__ import annotations
 
 import copy
-import io
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 import torch_offload
-from torch_offload import _C, cli
+from tests.lanes.fuzzed_commands import fuzz_command_line, fuzz_processes
+from tests.lanes.fuzzing import ODD, Fuzz, mutated_bytes, mutated_document, short
+from torch_offload import _C
 from torch_offload.profile_file import profile_to_json, read_profile
 from torch_offload.reference import LayerTimes
-from torch_offload.selfcheck.lane import Effort, Lane, Tally
+from torch_offload.selfcheck.lane import Effort, Lane, Tally, all_caught
 from torch_offload.selfcheck.subjects import Stack
 from torch_offload.simulate import reference_plan, run_layers
 from torch_offload.sizes import parse_size
 from torch_offload.timeline import read_traces, write_timeline
 
 HOST = torch.device("cpu")
-#: What may be raised, besides being taken.
-REFUSALS = (
-    ValueError,
-    TypeError,
-    IndexError,
-    OSError,
-    MemoryError,
-    NotImplementedError,
-    torch_offload.StateError,
-)
-_SECONDS = 20
-_STATUSES = (0, cli.BAD_ANSWER, cli.BAD_INPUT, cli.NOT_HERE)
-
-_ODD: tuple[Any, ...] = (
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    2,
-    3.5,
-    -0.0,
-    float("nan"),
-    float("inf"),
-    float("-inf"),
-    1e308,
-    5e-324,
-    2**31,
-    2**62,
-    2**63,
-    2**64,
-    -(2**63),
-    10**400,
-    "",
-    " ",
-    "0",
-    "-1",
-    "1e9",
-    "nan",
-    "inf",
-    "2GiB",
-    "9" * 400,
-    "9" * 400 + "GiB",
-    "1.5.5GiB",
-    "auto",
-    "pipeline",
-    "sync",
-    "split",
-    "shared",
-    "module",
-    "*",
-    "blocks.*",
-    "[",
-    "\x00",
-    "\udc80",
-    "é\u202e",
-    "%s{0}",
-    "[bold]",
-    "x" * 5000,
-    b"bytes",
-    [],
-    [None],
-    [[]],
-    ["blocks.0"],
-    ["*"],
-    {},
-    {"a": 1},
-    (),
-    object,
-)
-_PLAIN = tuple(
-    v for v in _ODD if v is None or isinstance(v, bool | int | float | str | list | dict)
-)
+#: So many different inputs a full run tries, at least.
+_LEAST = 100_000
 
 
-class _Hang(BaseException):
-    """Something has taken too long."""
-
-
-@contextmanager
-def _in_time() -> Iterator[None]:
-    def strike(signum: int, frame: FrameType | None) -> None:
-        raise _Hang
-
-    former = signal.signal(signal.SIGALRM, strike)
-    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
-
-
-def _short(what: object) -> str:
-    text = ascii(what)
-    return text if len(text) < 200 else text[:200] + "..."
-
-
-def mutated_document(choice: random.Random, document: Any) -> Any:
-    """Plain data with a few places changed, dropped, doubled or exchanged."""
-    document = copy.deepcopy(document)
-    for _ in range(choice.randint(1, 3)):
-        node, keys = document, []
-        while isinstance(node, dict | list) and node:
-            key = choice.choice(list(node) if isinstance(node, dict) else range(len(node)))
-            keys.append((node, key))
-            node = node[key]
-            if choice.random() < 0.2:
-                break
-        if not keys:
-            return choice.choice(_PLAIN)
-        holder, key = keys[-1]
-        action = choice.randrange(5)
-        if action == 0:
-            del holder[key]
-        elif action == 1 and isinstance(holder, list):
-            holder.insert(key, copy.deepcopy(holder[key]))
-        elif action == 2 and isinstance(holder[key], int | float) and abs(holder[key]) < 2**64:
-            holder[key] = holder[key] * choice.choice([-1, 0, 2, 1e9, 1e300])
-        else:
-            holder[key] = copy.deepcopy(choice.choice(_PLAIN))
-    return document
-
-
-def mutated_bytes(choice: random.Random, text: bytes) -> bytes:
-    """A file with a few bytes changed, cut off, or repeated."""
-    data = bytearray(text)
-    for _ in range(choice.randint(1, 4)):
-        if not data:
-            break
-        at = choice.randrange(len(data))
-        action = choice.randrange(5)
-        if action == 0:
-            data[at] = choice.randrange(256)
-        elif action == 1:
-            del data[at:]
-        elif action == 2:
-            data[at:at] = data[at : at + choice.randint(1, 20)]
-        elif action == 3:
-            del data[at : at + choice.randint(1, 20)]
-        else:
-            data[at:at] = choice.choice([b"[" * 3000, b"{", b'"', b"\x00", b"\xff", b"9" * 500])
-    return bytes(data)
-
-
-class Fuzz:
-    """One kind of input: draws, tries, and tells of what should not be."""
-
-    def __init__(self, tally: Tally, seed: int) -> None:
-        self.tally = tally
-        self.choice = random.Random(seed)
-
-    def attempt(self, what: str, given: object, call: Callable[[], object]) -> bool:
-        """Calls. Returns whether the input was taken."""
-        self.tally.count += 1
-        taken = self.tally.figures.setdefault("taken", {})
-        refused = self.tally.figures.setdefault("refused", {})
-        try:
-            with _in_time():
-                call()
-        except REFUSALS as error:
-            refused[what] = refused.get(what, 0) + 1
-            if not str(error).strip():
-                self.tally.add_fault(f"{what} of {_short(given)}: a silent {type(error).__name__}")
-            return False
-        except _Hang:
-            self.tally.add_fault(f"{what} of {_short(given)}: hangs for {_SECONDS} s")
-            return False
-        except Exception as error:
-            self.tally.add_fault(
-                f"{what} of {_short(given)}: {type(error).__name__}: {_short(str(error))}"
-            )
-            return False
-        taken[what] = taken.get(what, 0) + 1
-        return True
-
-
-def _a_profile() -> Any:
+def a_profile() -> Any:
     from tests.python.fake_log import pipeline_log
     from tests.python.test_profile import profile_from
 
@@ -231,11 +54,11 @@ def fuzz_files(tally: Tally, count: int, seed: int, folder: Path) -> None:
     """Profiles and timelines: their data, and their bytes."""
     fuzz = Fuzz(tally, seed)
     sources = [
-        ("profile", _a_profile(), read_profile),
+        ("profile", a_profile(), read_profile),
         ("timeline", _a_timeline(folder), read_traces),
     ]
     texts = [json.dumps(document).encode() for _, document, _ in sources]
-    for number in range(count):
+    for number in fuzz.draws(count):
         index = number % 2
         what, document, read = sources[index]
         path = folder / f"{what}.json"
@@ -253,219 +76,222 @@ def fuzz_sizes(tally: Tally, count: int, seed: int) -> None:
     fuzz = Fuzz(tally, seed)
     letters = "0123456789.eE+- kKmMgGtTiIbB\t\n٣_x/"
     fields = list(torch_offload.Config.__dataclass_fields__)
-    for number in range(count):
+    for number in fuzz.draws(count):
         if number % 2:
             value: Any = "".join(fuzz.choice.choices(letters, k=fuzz.choice.randint(0, 12)))
-            if fuzz.choice.random() < 0.3:
-                value = fuzz.choice.choice(_ODD)
+            kind = fuzz.choice.random()
+            if kind < 0.5:
+                unit = fuzz.choice.choice(["", " ", "B", "kb", "MiB", " GiB", "TB", "XB"])
+                value = f"{fuzz.choice.uniform(0, 99):.{fuzz.choice.randrange(4)}f}{unit}"
+            elif kind < 0.6:
+                value = fuzz.choice.choice(ODD)
             fuzz.attempt("size", value, lambda value=value: parse_size(value, "depth"))  # type: ignore[misc]
         else:
-            chosen = fuzz.choice.sample(fields, fuzz.choice.randint(1, 3))
-            options = {name: fuzz.choice.choice(_ODD) for name in chosen}
+            options = _good_options(fuzz.choice)
+            for name in fuzz.choice.sample(fields, fuzz.choice.randint(0, 2)):
+                options[name] = fuzz.choice.choice(ODD)
             fuzz.attempt("config", options, lambda o=options: torch_offload.Config(**o))  # type: ignore[misc]
 
 
-def fuzz_offload(tally: Tally, count: int, seed: int) -> None:
-    """Options of `offload`, on a model that must be what it was, or work."""
-    fuzz = Fuzz(tally, seed)
-    torch.manual_seed(seed)
-    model: Any = torch_offload.align(Stack(2, 8).eval())
-    plain = copy.deepcopy(model)
-    x = torch.randn(2, 8)
-    names = [name for name, _ in model.named_modules()] + ["blocks.*", "*.attn", "*", "blocks.9"]
+def _good_options(choice: random.Random) -> dict[str, Any]:
+    """A few options of `offload` that can be, though not all of them together."""
     good: dict[str, tuple[Any, ...]] = {
         "mode": ("pipeline", "sync", "events", "streams"),
         "streams": ("shared", "split"),
         "granularity": ("sublayer", "layer", "module", "auto"),
-        "depth": (0, "1KiB", None, 10**9),
-        "gpu_budget": (None, 5000, "4KiB", 0.5, "50%", 10**6),
-        "headroom": (0, "1KiB"),
+        "transport": ("raw", "auto", "packed", "packed_resident"),
+        "masters": ("plain", "packed"),
+        "packed_cache": (None, "packed"),
+        "depth": (0, "1KiB", None, 10**9, choice.randrange(2**20)),
+        "gpu_budget": (None, 5000, "4KiB", 0.5, 10**6, choice.randrange(2**20), "auto"),
+        "headroom": (0, "1KiB", choice.randrange(2**30)),
         "on_oom": ("raise", "shrink"),
         "debug": (False, True),
+        "nvtx": (False, True),
     }
-    must = plain(x)
-    for _ in range(count):
-        options: dict[str, Any] = {}
-        for name in fuzz.choice.sample(list(good), fuzz.choice.randint(1, 4)):
-            odd = fuzz.choice.random() < 0.25
-            options[name] = fuzz.choice.choice(_ODD if odd else good[name])
-        for name in ("units", "resident"):
-            if fuzz.choice.random() < 0.3:
-                items = fuzz.choice.choices([*names, model.blocks[0], *_ODD], k=2)
-                options[name] = items if fuzz.choice.random() < 0.7 else fuzz.choice.choice(_ODD)
+    chosen = choice.sample(list(good), choice.randint(1, 5))
+    options = {name: choice.choice(good[name]) for name in chosen}
+    if choice.random() < 0.9:  # make them fit each other
+        if options.get("masters") == "packed" or options.get("packed_cache"):
+            options["transport"] = choice.choice(("auto", "packed", "packed_resident"))
+        if options.get("mode") == "sync":
+            options["streams"] = "shared"
+    return options
 
-        def call(options: dict[str, Any] = options) -> None:
-            with torch_offload.offload(model, HOST, **options) as handle:
-                if not torch.equal(model(x), must):
-                    raise AssertionError("the outputs differ")
-                handle.describe(fuzz.choice.choice([0, "attn", -1, 10**9, "blocks.0.mlp"]))
+
+def _a_model(packs: bool) -> tuple[Any, torch.Tensor]:
+    """A model and its input; one that packs is in bf16, and wide enough for packing to pay."""
+    torch.manual_seed(4)
+    if packs:
+        return torch_offload.align(Stack(2, 128).eval().bfloat16()), torch.randn(2, 128).bfloat16()
+    return torch_offload.align(Stack(2, 8).eval()), torch.randn(2, 8)
+
+
+class FuzzedOffload:
+    """One model that is offloaded with all kinds of options, and must be what it was, or work."""
+
+    def __init__(self, fuzz: Fuzz, packs: bool) -> None:
+        self._fuzz = fuzz
+        self._model, self._x = _a_model(packs)
+        self._before = copy.deepcopy(self._model.state_dict())
+        with torch.no_grad():
+            self._must = self._model(self._x)
+        names = [name for name, _ in self._model.named_modules()]
+        self._names = [*names, "blocks.*", "*.attn", "*", "blocks.9"]
+
+    def _draw(self) -> tuple[dict[str, Any], dict[str, Any], object]:
+        choice = self._fuzz.choice
+        options = _good_options(choice)
+        for name in list(options):
+            if choice.random() < 0.06:
+                options[name] = choice.choice(ODD)
+        for name in ("units", "resident"):
+            if choice.random() < 0.15:
+                items = choice.choices([*self._names, self._model.blocks[0], *ODD], k=2)
+                if choice.random() < 0.5:
+                    items = choice.choices(self._names, k=choice.randint(1, 2))
+                options[name] = items if choice.random() < 0.8 else choice.choice(ODD)
+        replanned = {}
+        if choice.random() < 0.3:
+            for name in ("gpu_budget", "depth"):
+                size = choice.choice([None, "4KiB", choice.randrange(2**20)])
+                replanned[name] = choice.choice(ODD) if choice.random() < 0.2 else size
+        odd_units = [-1, 10**9, "attn", "nowhere"]
+        unit = choice.choice(odd_units) if choice.random() < 0.1 else 0
+        return options, replanned, unit
+
+    def attempt(self) -> bool:
+        """Draws options and tries them. Returns whether the model is as it was."""
+        options, replanned, unit = self._draw()
+        given = (options, replanned, unit)
+
+        def call() -> None:
+            with torch_offload.offload(self._model, HOST, **options) as handle:
+                self._forward(handle)
+                if replanned:
+                    handle.replan(**replanned)
+                    self._forward(handle)
+                with handle.profile() as profiler:
+                    self._forward(handle)
+                if _streams(handle):
+                    str(profiler.sentence)
+                    handle.timeline("timeline.txt")
+                handle.describe(unit)  # type: ignore[arg-type]
 
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            fuzz.attempt("offload", options, call)
-            if torch_offload.handle_of(model) is not None or not torch.equal(model(x), must):
-                tally.add_fault(f"offload of {_short(options)}: the model is not what it was")
+            self._fuzz.attempt("offload", given, call)
+            if fault := self._what_is_left():
+                self._fuzz.tally.add_fault(f"offload of {short(given)}: {fault}")
+        return not fault
+
+    def _forward(self, handle: torch_offload.Handle) -> None:
+        if not torch.equal(self._model(self._x), self._must):
+            raise AssertionError("the outputs differ")
+        if _streams(handle) and handle.stats.onloads == 0:
+            raise AssertionError("nothing was streamed")
+
+    def _what_is_left(self) -> str:
+        if torch_offload.handle_of(self._model) is not None:
+            return "the model is still offloaded"
+        now = self._model.state_dict()
+        if now.keys() != self._before.keys() or any(
+            not torch.equal(now[name], self._before[name]) for name in now
+        ):
+            return "the model is not what it was"
+        if not torch.equal(self._model(self._x), self._must):
+            return "the plain outputs differ"
+        return ""
+
+
+def _streams(handle: torch_offload.Handle) -> bool:
+    return any(unit.place is not None for unit in handle.units)
+
+
+def fuzz_offload(tally: Tally, count: int, seed: int, folder: Path) -> None:
+    """Options of `offload` and `replan`, of models that pack and that do not."""
+    fuzz = Fuzz(tally, seed)
+    models = [FuzzedOffload(fuzz, packs=False), FuzzedOffload(fuzz, packs=True)]
+    with _inside(folder):
+        for _ in fuzz.draws(count):
+            if not models[fuzz.choice.random() < 0.4].attempt():
                 return
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def fuzz_calls(tally: Tally, count: int, seed: int) -> None:
     """Plans, simulations and the checker, with numbers that cannot be."""
     fuzz = Fuzz(tally, seed)
-    numbers = (0, 1, 2, 255, 256, 2**20, 2**40, 2**62, 2**63, -1, 2**64, 0.5, "a", None)
-    for number in range(count):
-        pick = fuzz.choice.choice
-        if number % 3 == 0:
-            sizes = [pick(numbers) for _ in range(fuzz.choice.randint(0, 4))]
-            depth, budget = pick(numbers), pick(numbers)
-
-            def plan(sizes: Any = sizes, depth: Any = depth, budget: Any = budget) -> object:
-                units = [_C.Unit(f"u{i}", s, i // 2, "mha") for i, s in enumerate(sizes)]
-                return _C.make_plan(units, depth, budget)
-
-            fuzz.attempt("plan", (sizes, depth, budget), plan)
-        elif number % 3 == 1:
-            passes = [[pick((0, 1, 2, 3, 4, 2**32 - 1)) for _ in range(3)] for _ in range(2)]
-            rate, engines = pick((1e9, 0.0, -1.0, float("nan"), 1e-300, None)), pick((1, 0, -1, 9))
-            costs_ns = [pick((0, 1000, -1, 2**62, 10**15)) for _ in range(4)]
-
-            def run(p: Any = passes, r: Any = rate, e: Any = engines, c: Any = costs_ns) -> object:
-                costs = _C.SimCosts(copy_bytes_per_second=r, compute_ns=c, num_copy_engines=e)
-                return _C.simulate(reference_plan(LayerTimes(), 2), "pipeline", "split", costs, p)
-
-            fuzz.attempt("simulate", (passes, rate, engines, costs_ns), run)
-        else:
-            log = pick([*_ODD, _C.OpLog()])
-            fuzz.attempt("check", log, lambda log=log: torch_offload.check(log))  # type: ignore[misc]
+    choice = fuzz.choice
+    tries = (_try_plan, _try_simulation, _try_check)
+    for number in fuzz.draws(count):
+        tries[number % len(tries)](fuzz, choice)
 
 
-_OPTIONS: dict[str, tuple[str, ...]] = {
-    "simulate": (
-        *("--mha-h2d", "--mha-compute", "--ffn-h2d", "--ffn-compute", "--layers", "--batch"),
-        *("--model", "--profile", "--tokens", "--context", "--gpu", "--link", "--gpu-budget"),
-        *("--depth", "--granularity", "--mode", "--streams", "--sweep", "--out", "--json"),
-    ),
-    "timeline": (
-        *("--mode", "--compare", "--layers", "--passes", "--streams", "--ahead"),
-        *("--copy-engines", "--mha-h2d", "--trace", "--from-ms", "--to-ms", "--out"),
-    ),
-    "plan": ("--gpu-budget", "--gpu-memory", "--batch", "--tokens", "--gpu", "--link", "--json"),
-    "compare": ("--device", "--batch", "--tokens", "--rounds", "--methods", "--gpu-budget"),
-    "selfcheck": ("--lanes", "--threads"),
-    "doctor": ("--json",),
-    "demo": (),
-    "bench": (),
-    "": ("--version", "--help", "-h", "--install-completion"),
-    "nonsense": (),
-}
-#: Without an argument that is wrong, these would run for long.
-_MUST_BE_REFUSED = {
-    "selfcheck": ["--lanes", "none"],
-    "demo": None,
-    "bench": None,
-    "doctor": ["--x"],
-}
+def _try_plan(fuzz: Fuzz, choice: random.Random) -> None:
+    numbers = (0, 1, 2, 255, 256, 2**20, 2**40, 2**62, 2**63, 2**64 - 1)
+
+    def size() -> int:
+        return choice.choice(numbers) if choice.random() < 0.1 else 256 * choice.randrange(1, 2**16)
+
+    sizes = [size() for _ in range(choice.randint(0, 4))]
+    depth, budget = (None if choice.random() < 0.3 else size() for _ in range(2))
+
+    def plan() -> object:
+        units = [_C.Unit(f"u{i}", s, i // 2, "mha") for i, s in enumerate(sizes)]
+        return _C.make_plan(units, depth, budget)
+
+    fuzz.attempt("plan", (sizes, depth, budget), plan)
 
 
-def _command(choice: random.Random, folder: Path) -> list[str]:
-    name = choice.choice(list(_OPTIONS))
-    values = [
-        *("0", "1", "2", "3", "-1", "1e9", "nan", "inf", "", " ", "1.5", "9" * 400, "2GiB"),
-        *("sync", "pipeline", "split", "shared", "module", "h100", "sync,pipeline", "batch"),
-        *("cpu", "cuda:7", "meta", "\udc80", "é", "-", "--", "[red]", "{}", "/", "/nowhere/x.json"),
-        *(str(folder / file) for file in ("profile.json", "timeline.json", "config.json", "o.txt")),
-        str(folder),
-    ]
-    words = [name] if name else []
-    for _ in range(choice.randint(0, 3)):
-        if _OPTIONS[name] and choice.random() < 0.85:
-            words.append(choice.choice(_OPTIONS[name]))
-        if choice.random() < 0.85:
-            words.append(choice.choice(values))
-    forced = _MUST_BE_REFUSED.get(name, [])
-    if forced is None:
-        return [name, "--help"]
-    return words + forced
+def _try_simulation(fuzz: Fuzz, choice: random.Random) -> None:
+    """Mostly one that can be."""
 
+    def odd(value: Any, *others: Any) -> Any:
+        return choice.choice(others) if choice.random() < 0.04 else value
 
-def _ends_well(status: int, error: str) -> str:
-    if status not in _STATUSES:
-        return f"exit status {status}"
-    if "Traceback" in error:
-        return "a traceback"
-    if status == cli.BAD_INPUT and not error.strip():
-        return "refused without a word"
-    if "shows where" in error:
-        return error.strip()
-    return ""
+    passes = [[odd(choice.randrange(4), 4, 2**32 - 1) for _ in range(3)] for _ in range(2)]
+    rate = odd(choice.choice((1e9, 25e9)), 0.0, -1.0, float("nan"), 1e-300, None)
+    engines = odd(choice.choice((1, 2)), 0, -1, 9)
+    costs_ns = [odd(choice.randrange(10**6), -1, 2**62, 10**15) for _ in range(odd(4, 0, 3, 5))]
+    mode = odd(choice.choice(("pipeline", "events", "streams", "sync")), "", "x")
+    streams = odd(choice.choice(("shared", "split")), "y")
 
-
-def _a_config(folder: Path) -> None:
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "model_type": "llama",
-                "architectures": ["LlamaForCausalLM"],
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "vocab_size": 64,
-                "dtype": "float32",
-            }
+    def run() -> object:
+        costs = _C.SimCosts(
+            copy_bytes_per_second=rate, compute_ns=costs_ns, num_copy_engines=engines
         )
-    )
+        plan = reference_plan(LayerTimes(), 2)
+        return _C.simulate(plan, mode, streams, costs, passes)
+
+    fuzz.attempt("simulate", (passes, rate, engines, costs_ns, mode, streams), run)
 
 
-def fuzz_command_line(tally: Tally, count: int, seed: int, folder: Path) -> None:
-    """All subcommands, in this process."""
-    fuzz = Fuzz(tally, seed)
-    _a_config(folder)
-    for _ in range(count):
-        words = _command(fuzz.choice, folder)
-        error = io.StringIO()
+def _try_check(fuzz: Fuzz, choice: random.Random) -> None:
+    """Logs of forwards that went any way, which are right, and what is no log."""
+    if choice.random() < 0.02:
+        odd = choice.choice(ODD)
+        fuzz.attempt("check", odd, lambda: torch_offload.check(odd))
+        return
+    passes = [[choice.randrange(4) for _ in range(choice.randint(1, 6))] for _ in range(2)]
+    mode = choice.choice(("pipeline", "events", "streams"))
 
-        def call(words: list[str] = words, error: io.StringIO = error) -> None:
-            with redirect_stderr(error), redirect_stdout(io.StringIO()):
-                status = cli.main(words)
-            if fault := _ends_well(status, error.getvalue()):
-                raise AssertionError(fault)
+    def check() -> None:
+        costs = _C.SimCosts(copy_bytes_per_second=1e9, compute_ns=[1000] * 4)
+        run = _C.simulate(reference_plan(LayerTimes(), 2), mode, "split", costs, passes)
+        if torch_offload.check(run.log):
+            raise AssertionError("a hazard in the log of a right run")
 
-        before = os.getcwd()
-        os.chdir(folder)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                fuzz.attempt("command line", words, call)
-        finally:
-            os.chdir(before)
-
-
-def fuzz_processes(tally: Tally, count: int, seed: int, folder: Path) -> None:
-    """The same, each in a process of its own."""
-    fuzz = Fuzz(tally, seed)
-    _a_config(folder)
-    root = Path(__file__).resolve().parents[2]
-    for _ in range(count):
-        words = [w.replace("\x00", "") for w in _command(fuzz.choice, folder)]
-
-        def call(words: list[str] = words) -> None:
-            done = subprocess.run(
-                [sys.executable, "-m", "torch_offload", *words],
-                cwd=folder,
-                env={**os.environ, "PYTHONPATH": str(root)},
-                capture_output=True,
-                timeout=120,
-                check=False,
-            )
-            if fault := _ends_well(done.returncode, done.stderr.decode(errors="replace")):
-                raise AssertionError(fault)
-
-        tally.count += 1
-        try:
-            call()
-        except (AssertionError, subprocess.TimeoutExpired) as error:
-            tally.add_fault(f"process {_short(words)}: {error}")
+    fuzz.attempt("check", (passes, mode), check)
 
 
 class BadInput(Lane):
@@ -473,17 +299,14 @@ class BadInput(Lane):
 
     name = "bad input"
     tried = "mutated files, odd options, sizes, plans and command lines: typed errors, in time"
-    counts = "inputs"
+    counts = "different inputs"
 
     def control(self) -> Tally:
-        """A reader that trusts its file."""
-        tally = Tally()
-        fuzz = Fuzz(tally, 5)
-        document = _a_profile()
-        for _ in range(200):
-            changed = mutated_document(fuzz.choice, document)
-            fuzz.attempt("profile", changed, lambda c=changed: c["units"][0]["times"].keys())  # type: ignore[misc]
-        return tally
+        """For each judge what it must not let through."""
+        from tests.lanes.bad_input_controls import planted_in_bad_input
+
+        with tempfile.TemporaryDirectory() as name:
+            return all_caught(planted_in_bad_input(Path(name)))
 
     def run(self, effort: Effort) -> Tally:
         """Quick: some 2,000; full: 100,000 and more."""
@@ -491,16 +314,18 @@ class BadInput(Lane):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             parts: list[tuple[str, int, int, Callable[[int], None]]] = [
-                ("files", 1000, 60_000, lambda n: fuzz_files(tally, n, 1, folder)),
-                ("sizes", 1000, 25_000, lambda n: fuzz_sizes(tally, n, 2)),
+                ("files", 1000, 62_000, lambda n: fuzz_files(tally, n, 1, folder)),
+                ("sizes", 1000, 26_000, lambda n: fuzz_sizes(tally, n, 2)),
                 ("calls", 300, 12_000, lambda n: fuzz_calls(tally, n, 3)),
-                ("offload", 60, 2_000, lambda n: fuzz_offload(tally, n, 4)),
+                ("offload", 60, 2_000, lambda n: fuzz_offload(tally, n, 4, folder)),
                 ("command lines", 40, 1_500, lambda n: fuzz_command_line(tally, n, 5, folder)),
-                ("processes", 0, 20, lambda n: fuzz_processes(tally, n, 6, folder)),
+                ("processes", 2, 20, lambda n: fuzz_processes(tally, n, 6, folder)),
             ]
             for number, (what, quick, full, run) in enumerate(parts, 1):
                 before = tally.count
                 run(effort.pick(quick, full))
                 tally.figures[what] = tally.count - before
                 effort.progress(number, len(parts))
+        if effort.full and tally.count < _LEAST:
+            tally.add_fault(f"only {tally.count:,} different inputs, expected {_LEAST:,}")
         return tally

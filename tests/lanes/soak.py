@@ -1,4 +1,4 @@
-"""Many forwards of changing shapes between random edits: right bits, and nothing grows."""
+"""Many forwards of changing shapes between random edits: bits and copies right, nothing grows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 import torch_offload
+from tests.lanes.edits import EditedPasses
 from tests.lanes.leftovers import Devices, Process
 from tests.python import expect
+from torch_offload.calls import unwrap
 from torch_offload.devices import devices_made_by
-from torch_offload.selfcheck.lane import Effort, Lane, Tally
+from torch_offload.selfcheck.lane import Effort, Lane, Tally, all_caught
 from torch_offload.selfcheck.subjects import Stack
 
 HOST = torch.device("cpu")
@@ -33,65 +35,116 @@ _WAYS: tuple[dict[str, Any], ...] = (
 # Until the units are cut and the order is learned.
 _WARM_UP = 5
 
-Edit = Callable[[random.Random, torch_offload.Handle, list[nn.Module]], None]
+
+class Streamed:
+    """A streamed model beside its plain one."""
+
+    def __init__(self, options: dict[str, Any], choice: random.Random) -> None:
+        self.choice = choice
+        self.model: Any = torch_offload.align(Stack(4, _WIDTH).eval())
+        self.plain: Any = torch_offload.align(copy.deepcopy(self.model))
+        self.handle = torch_offload.offload(self.model, HOST, **options)
+        self.passes = EditedPasses(self.handle)
+        self._cuts_leaves = options.get("granularity") == "module"
+
+    @property
+    def both(self) -> tuple[Any, Any]:
+        """The streamed model, and the plain one."""
+        return self.model, self.plain
+
+    def weight(self) -> str:
+        """The name of one parameter or other."""
+        return self.choice.choice([name for name, _ in self.plain.named_parameters()])
+
+    def forward(self, x: torch.Tensor) -> int:
+        """One forward of both. Returns how many copies it took.
+
+        Raises:
+            AssertionError: If they differ, or it did not copy what it must.
+        """
+        must = self.plain(x)
+        if self._cuts_leaves:  # in the first forward, of which the oracle can know nothing
+            self._cuts_leaves = False
+            assert torch.equal(self.model(x), must), "differs"
+            return 0
+        with self.passes.watched() as calls:
+            output = self.model(x)
+        assert torch.equal(output, must), "differs"
+        assert len(calls.passes) == 1, "was not streamed"
+        return calls.passes[0].onloads
 
 
-def _in_place(choice: random.Random, handle: torch_offload.Handle, models: list[nn.Module]) -> None:
-    name = choice.choice([name for name, _ in models[0].named_parameters()])
-    for model in models:
+Edit = Callable[[Streamed], None]
+
+
+def _in_place(streamed: Streamed) -> None:
+    name = streamed.weight()
+    for model in streamed.both:
         model.get_parameter(name).mul_(0.99)
+    streamed.passes.edited([name])
 
 
-def _one_element(
-    choice: random.Random, handle: torch_offload.Handle, models: list[nn.Module]
-) -> None:
+def _one_element(streamed: Streamed) -> None:
     """Which no counter shows: it needs `refresh`."""
-    name = choice.choice([name for name, _ in models[0].named_parameters()])
-    value = choice.uniform(-1, 1)
-    for model in models:
+    name, value = streamed.weight(), streamed.choice.uniform(-1, 1)
+    for model in streamed.both:
         model.get_parameter(name).data.view(-1)[-1] = value
-    handle.refresh()
+    streamed.handle.refresh()
+    streamed.passes.refreshed()
 
 
-def _replaced(choice: random.Random, handle: torch_offload.Handle, models: list[nn.Module]) -> None:
-    block, seed = choice.randrange(4), choice.randrange(2**31)
+def _replaced(streamed: Streamed) -> None:
+    block, seed = streamed.choice.randrange(4), streamed.choice.randrange(2**31)
     values = torch.randn(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(seed)) / 8
-    for model in models:
+    for model in streamed.both:
         model.blocks[block].attn.weight = nn.Parameter(values.clone())
-    torch_offload.align(models[1])
+    torch_offload.align(streamed.plain)
+    streamed.passes.replaced([f"blocks.{block}.attn.weight"])
 
 
-def _loaded(choice: random.Random, handle: torch_offload.Handle, models: list[nn.Module]) -> None:
-    state = {name: value * 1.01 for name, value in models[1].state_dict().items()}
-    for model in models:
+def _loaded(streamed: Streamed) -> None:
+    state = {name: value * 1.01 for name, value in streamed.plain.state_dict().items()}
+    for model in streamed.both:
         model.load_state_dict(state)
+    streamed.passes.edited(list(state))
 
 
-def _refresh(choice: random.Random, handle: torch_offload.Handle, models: list[nn.Module]) -> None:
-    handle.refresh()
+def _unseen(streamed: Streamed) -> None:
+    """Of the plain model alone, as if it were missed."""
+    streamed.plain.get_parameter("blocks.0.attn.weight").data.view(-1)[1] += 1.0
 
 
-_EDITS: tuple[Edit, ...] = (_in_place, _one_element, _replaced, _loaded, _refresh)
+def _unwrapped(streamed: Streamed) -> None:
+    """As if nothing had ever been installed: the bits stay right."""
+    for unit in streamed.handle.units:
+        unwrap(streamed.model.get_submodule(unit.name))
+
+
+def _passed_by(streamed: Streamed) -> None:
+    """The same, behind wrappers that look as if they were ours."""
+    for unit in streamed.handle.units:
+        module = streamed.model.get_submodule(unit.name)
+        unwrap(module)
+        vars(module)["_call_impl"] = module._call_impl
+
+
+_EDITS: tuple[Edit, ...] = (_in_place, _one_element, _replaced, _loaded)
 
 
 class Soak(Lane):
     """So many forwards, shared out to all ways to stream."""
 
     name = "soak"
-    tried = "forwards of changing shapes and orders, random edits with refresh: bits and counters"
+    tried = "forwards of changing shapes and orders, random edits: bits, copies and counters"
     counts = "forwards bit-equal"
 
     def control(self) -> Tally:
-        """An edit of one element that the streamed model does not get, as if it were missed."""
-
-        def unseen(
-            choice: random.Random, handle: torch_offload.Handle, models: list[nn.Module]
-        ) -> None:
-            models[1].get_parameter("blocks.0.attn.weight").data.view(-1)[1] += 1.0
-
-        tally = Tally()
-        self._soak(tally, {"gpu_budget": None}, 40, seed=1, edits=(unseen,))
-        return tally
+        """An edit of one element that the streamed model does not get, and models not streamed."""
+        controls = {}
+        for plant in (_unseen, _unwrapped, _passed_by):
+            tally = controls[plant.__name__] = Tally()
+            self._soak(tally, {"depth": 0, "gpu_budget": None}, 40, seed=1, edits=(plant,))
+        return all_caught(controls)
 
     def run(self, effort: Effort) -> Tally:
         """Quick: 400 forwards; full: 10,000."""
@@ -100,7 +153,10 @@ class Soak(Lane):
         for number, way in enumerate(_WAYS, 1):
             self._soak(tally, {"depth": 0, "gpu_budget": None} | way, share, seed=number)
             effort.progress(number, len(_WAYS))
-        tally.note = f"{tally.figures['edits']:,} edits; counters as at the start"
+        tally.note = (
+            f"{tally.figures['edits']:,} edits; {tally.figures['copies']:,} copies as must be; "
+            "counters as at the start"
+        )
         return tally
 
     @torch.no_grad()
@@ -115,34 +171,38 @@ class Soak(Lane):
         choice = random.Random(seed)
         process, devices = Process.now(), Devices()
         torch.manual_seed(seed)
-        model: Any = torch_offload.align(Stack(4, _WIDTH).eval())
-        plain: Any = torch_offload.align(copy.deepcopy(model))
-        num_edits = 0
+        num_edits = num_copies = 0
         with warnings.catch_warnings(), devices_made_by(devices):
             warnings.filterwarnings("ignore", "torch_offload: the first forward called")
-            handle = torch_offload.offload(model, HOST, **options)
+            streamed = Streamed(options, choice)
             for number in range(count):
                 if number == _WARM_UP:
                     held, running = devices.held(), Process.now()
                 if number > _WARM_UP and choice.random() < 0.3:
-                    choice.choice(edits)(choice, handle, [model, plain])
+                    choice.choice(edits)(streamed)
                     num_edits += 1
                 if choice.random() < 0.1:
-                    model.sequence = plain.sequence = choice.choices(range(4), k=4)
+                    sequence = choice.choices(range(4), k=4)
+                    streamed.model.sequence = streamed.plain.sequence = sequence
                 x = torch.randn(choice.randint(1, 9), _WIDTH)
-                tally.must(torch.equal(model(x), plain(x)), f"{options}: forward {number} differs")
-            expect.assert_at_rest(handle)
+                tally.count += 1
+                try:
+                    num_copies += streamed.forward(x)
+                except AssertionError as error:
+                    tally.add_fault(f"{options}: forward {number}: {error}")
+            expect.assert_at_rest(streamed.handle)
             if devices.held() != held:
                 tally.add_fault(f"{options}: holds {devices.held()}, was {held}")
             if gained := running.gained():
                 tally.add_fault(f"{options}: has {gained} while offloaded")
-            handle.remove()
+            streamed.handle.remove()
         if devices.held().memory != (0, 0, 0):
             tally.add_fault(f"{options}: left {devices.held()}")
-        for name, parameter in plain.named_parameters():
-            if not torch.equal(model.get_parameter(name), parameter):
+        for name, parameter in streamed.plain.named_parameters():
+            if not torch.equal(streamed.model.get_parameter(name), parameter):
                 tally.add_fault(f"{options}: {name} has other values after remove()")
         devices.last = None
         if gained := process.gained():
             tally.add_fault(f"{options}: left {gained}")
-        tally.figures["edits"] = tally.figures.get("edits", 0) + num_edits
+        for figure, by in (("edits", num_edits), ("copies", num_copies)):
+            tally.figures[figure] = tally.figures.get(figure, 0) + by

@@ -43,6 +43,7 @@ def observed_uncut(handle: torch_offload.Handle) -> Iterator[list[int]]:
         units=[],
         whole_before=frozenset(i for i in streamed if handle._engine.is_whole(i)),
         copied_in_vain=frozenset(),
+        in_vain_if_evicted=frozenset(),
         is_edited=False,
         before=before,
     )

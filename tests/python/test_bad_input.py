@@ -51,6 +51,16 @@ HOST = torch.device("cpu")
         ({"units": ["blocks.0", "blocks.0.mlp"]}, ValueError, r"blocks\.0\.mlp"),
         ({"units": ["attn"]}, ValueError, r"attn"),
         ({"units": [3]}, TypeError, r"units.*int"),
+        ({"units": 7}, TypeError, r"expected units as a list of names.*got int; write units=\["),
+        ({"units": iter(["*.mlp"])}, TypeError, r"expected units as a list.*got list_iterator"),
+        ({"units": {"*.mlp": 1}}, TypeError, r"expected units as a list.*got dict"),
+        ({"resident": float("inf")}, TypeError, r"expected resident as a list.*got float"),
+        ({"resident": b"embed"}, TypeError, r"expected resident as a list.*got bytes"),
+        ({"resident": None}, TypeError, r"expected resident as a list.*got NoneType"),
+        ({"debug": "*"}, TypeError, r"expected debug to be True or False, got '\*'; write debug="),
+        ({"debug": None}, TypeError, r"expected debug to be True or False, got None"),
+        ({"debug": 1}, TypeError, r"expected debug to be True or False, got 1"),
+        ({"nvtx": "x"}, TypeError, r"expected nvtx to be True or False, got 'x'"),
         ({"units": [nn.Linear(2, 2)]}, ValueError, r"Linear"),
         ({"resident": ["nope"]}, ValueError, r"nope"),
         ({"resident": "embed"}, TypeError, r"resident=\[\.\.\.\]"),
@@ -64,6 +74,16 @@ def test_option_that_cannot_be_fails(
     model = tiny_stack()
     with refused(model, kind, match):
         torch_offload.offload(model, HOST, **options)
+
+
+def test_deepest_depth_can_be_profiled(device: torch.device) -> None:
+    """It is not to be doubled in search of better options."""
+    model = tiny_stack()
+    with torch.no_grad(), torch_offload.offload(model, device, depth=2**62) as handle:
+        model(rows(device))
+        with handle.profile() as profiler:
+            model(rows(device))
+    assert "bound by" in profiler.sentence
 
 
 @pytest.mark.parametrize(

@@ -105,3 +105,8 @@ def test_finding_names_both_ops_bytes_and_the_way_out() -> None:
     assert finding.first is not None
     assert f"op {finding.first} (copy of unit 0" in finding.message
     assert "let stream 'compute' wait for event" in finding.message
+
+
+def test_what_is_no_log_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"expected an OpLog, got str; keep one"):
+        torch_offload.check("log")  # type: ignore[arg-type]

@@ -199,5 +199,7 @@ def test_real_ranges_are_harmless_without_a_profiler(
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with torch_offload.offload(model, inputs.device, nvtx=True):
-            model(inputs)
+        must = torch_offload.align(copy.deepcopy(model)).to(inputs.device)(inputs)
+        with torch_offload.offload(model, inputs.device, nvtx=True) as handle:
+            assert torch.equal(model(inputs), must)
+            assert handle.stats.onloads > 0

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -227,13 +228,16 @@ def test_model_that_dies_in_a_forked_child_waits_for_nothing(
     handle = offload(model, device, **options)
     with torch.inference_mode():
         model(tokens(device))
+    model_reference = weakref.ref(model)
     child = os.fork()
     if child == 0:
         try:
             del model, handle
             gc.collect()
-        finally:
-            os._exit(7)
+            is_dead = model_reference() is None
+        except BaseException:
+            is_dead = False
+        os._exit(7 if is_dead else 8)
     deadline = time.monotonic() + 30
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -65,8 +65,7 @@ _ORDERS = list(itertools.permutations(["model", "handle", "output"]))
 @pytest.mark.usefixtures("collector_off")
 @pytest.mark.parametrize(
     ("options", "order"),
-    [("default", order) for order in _ORDERS]
-    + [(other, _ORDERS[0]) for other in list(_OPTIONS)[1:]],
+    [("default", order) for order in _ORDERS] + [(other, _ORDERS[0]) for other in _OPTIONS],
 )
 @pytest.mark.parametrize("forwards", [0, 2])
 def test_del_in_any_order_frees_everything(

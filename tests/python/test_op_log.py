@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import torch_offload
-from tests.python.dropin import rows, streamed, tiny_stack
+from tests.python.dropin import plain_on, rows, streamed, tiny_stack
 from torch_offload import _C, StateError
 
 _TIMED = {"copy", "fill", "read", "read_end", "wait", "synchronize"}
@@ -88,12 +88,13 @@ def test_log_can_be_kept_for_a_while_and_cleared(device: torch.device) -> None:
 
 def test_log_dropped_by_its_user_is_kept_by_the_engine(device: torch.device) -> None:
     model = tiny_stack()
+    must = _forward(plain_on(model, device), device)
     with streamed(model, device) as handle:
         handle._engine.attach_log(_C.OpLog(), times=True)
         gc.collect()
-        _forward(model, device)
+        assert torch.equal(_forward(model, device), must)
         handle._engine.attach_log(None)
-        _forward(model, device)
+        assert torch.equal(_forward(model, device), must)
 
 
 def test_remove_ends_the_log(device: torch.device) -> None:

@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from torch_offload.selfcheck import (
     run_lanes,
     stream_sanitizer,
 )
-from torch_offload.selfcheck.equality import Case, Equality, VisibleRaces
+from torch_offload.selfcheck.equality import Case, Equality, StreamedModel, VisibleRaces
 from torch_offload.selfcheck.overlap import Overlap
 from torch_offload.selfcheck.plants import PLANTS, Plant
 from torch_offload.selfcheck.races import PublishedRaces, TriedRaces
@@ -227,6 +228,25 @@ def test_lane_passes(lane: Lane, least: int) -> None:
     assert result.control is True
     assert result.count >= least
     assert told[-1][0] == told[-1][1], "progress ends before the lane does"
+
+
+def test_equality_that_compares_nothing_is_found_blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards = StreamedModel.forwards
+
+    def right(*args: Any, **kwargs: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(must, must) for _, must in forwards(*args, **kwargs)]
+
+    monkeypatch.setattr(StreamedModel, "forwards", right)
+    result = _run(Equality(HOST))
+    assert (result.verdict, result.control) == ("failed", False)
+    assert "(no waits)" in result.reason
+
+
+def test_equality_that_counts_no_copies_is_found_blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equality.Uses, "counts", lambda _: (1, 1))
+    result = _run(Equality(HOST))
+    assert (result.verdict, result.control) == ("failed", False)
+    assert "(not streamed)" in result.reason
 
 
 def test_published_races_are_all_caught() -> None:

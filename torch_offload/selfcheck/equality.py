@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from torch_offload import _C
+from torch_offload.calls import unwrap
 from torch_offload.config import Config
 from torch_offload.devices import devices_made_by
 from torch_offload.offload import offload_with
 from torch_offload.selfcheck.delays import RandomDelays, copy_streams, delay
-from torch_offload.selfcheck.lane import Effort, Lane, Tally
+from torch_offload.selfcheck.lane import Effort, Lane, Tally, all_caught
 from torch_offload.selfcheck.schedules import MODES
 from torch_offload.selfcheck.subjects import SUBJECTS, Subject
 from torch_offload.selfcheck.uses import Uses
@@ -30,8 +31,13 @@ _GRANULARITIES = ("sublayer", "layer", "module")
 _WIDTH_CUDA, _WIDTH_HOST = 256, 16
 # Of copies on the host device.
 _LONGEST_DELAY_US = 500
+# Of those that a fault is to be seen beside.
+_CONTROL_DELAY_US = 20_000
 # Long against the submission of a forward.
 _FAULT_DELAY_MS = 60
+
+#: Brackets the forwards that something is planted in.
+Plant = Callable[[], AbstractContextManager[None]]
 
 
 def _width(device: torch.device) -> int:
@@ -82,6 +88,9 @@ class StreamedModel:
         self._fault = _C.DeviceFault(fault)
         self._model: Any = align(copy.deepcopy(_prototype(case.subject, _width(device))))
 
+    def __str__(self) -> str:
+        return str(self._case)
+
     @contextmanager
     def offloaded(self, longest_delay_us: int = _LONGEST_DELAY_US) -> Iterator[StreamedModel]:
         """Offloads the model, with poisoned places, and removes it at the end."""
@@ -104,8 +113,15 @@ class StreamedModel:
             with offload_with(self._model, self._device, config) as self.handle:
                 yield self
 
-    def forwards(self, count: int, first_seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def forwards(
+        self, count: int, first_seed: int = 0, plant: Plant = nullcontext
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Runs forwards of other inputs each, all submitted before any is looked at.
+
+        Args:
+            count: How many.
+            first_seed: Of the first one's input.
+            plant: Brackets the streamed ones.
 
         Returns:
             What the streamed model gave, and what the plain one gives.
@@ -118,11 +134,12 @@ class StreamedModel:
         self._synchronize()
         delays = RandomDelays(self.handle, self._seed)
         outputs = []
-        with delays.inside(self._model):
-            for x in inputs:
-                delays.before_forward()
-                outputs.append(self._model(x))
-        self._synchronize()
+        with plant():
+            with delays.inside(self._model):
+                for x in inputs:
+                    delays.before_forward()
+                    outputs.append(self._model(x))
+            self._synchronize()
         return list(zip(outputs, musts, strict=True))
 
     def forward_with_fault(
@@ -135,17 +152,38 @@ class StreamedModel:
         """
         x = self._case.subject.rows(_width(self._device), seed, self._device)
         self._synchronize()
+        with self.held_back(held, armed=armed):
+            output = self._model(x)
+            self._synchronize()
+        return output, _plain(self._case.subject, self._device)(x)
+
+    @contextmanager
+    def held_back(self, held: str, *, armed: bool) -> Iterator[None]:
+        """Holds copies or kernels back; inside, the fault is switched on, or not."""
         if self._device.type == "cuda":
             caller = [torch.cuda.current_stream(self._device)]
             for stream in copy_streams(self.handle) if held == "copies" else caller:
                 delay(stream, _FAULT_DELAY_MS)
         self._fault.is_armed = armed
         try:
-            output = self._model(x)
-            self._synchronize()
+            yield
         finally:
             self._fault.is_armed = False
-        return output, _plain(self._case.subject, self._device)(x)
+
+    @contextmanager
+    def unwrapped(self) -> Iterator[None]:
+        """Nothing is streamed: units compute the right bits with weights that never left."""
+        modules = [self._model.get_submodule(unit.name) for unit in self.handle.units]
+        masters = [(weight, weight.data) for module in modules for weight in module.parameters()]
+        for module in modules:
+            unwrap(module)
+        for weight, master in masters:
+            weight.data = master.to(self._device, copy=True)
+        try:
+            yield
+        finally:
+            for weight, master in masters:
+                weight.data = master
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -168,14 +206,18 @@ class Equality(Lane):
 
     @torch.no_grad()
     def control(self) -> Tally:
-        """A device whose kernels do not wait for copies."""
-        tally = Tally()
+        """A device whose kernels do not wait for copies, and a model that is not streamed."""
+        plants: dict[str, Callable[[StreamedModel], Plant]] = {
+            "no waits": lambda streamed: partial(streamed.held_back, "copies", armed=True),
+            "not streamed": lambda streamed: streamed.unwrapped,
+        }
+        controls = {}
         case = Case(SUBJECTS[0], "pipeline", "shared")
-        with StreamedModel(case, self._device, 0, "compute_waits").offloaded(20_000) as streamed:
-            streamed.forwards(2)
-            output, must = streamed.forward_with_fault("copies", 99, armed=True)
-        tally.must(torch.equal(output, must), "the outputs differ")
-        return tally
+        for name, plant in plants.items():
+            tally = controls[name] = Tally()
+            streamed = StreamedModel(case, self._device, 0, "compute_waits")
+            self._try(tally, streamed, 3, _CONTROL_DELAY_US, plant)
+        return all_caught(controls)
 
     @torch.no_grad()
     def run(self, effort: Effort) -> Tally:
@@ -185,7 +227,8 @@ class Equality(Lane):
         num_forwards = effort.pick(3, 12)
         num_uses = num_copies = 0
         for number, case in enumerate(cases):
-            uses, copies = self._try(tally, case, number, num_forwards)
+            streamed = StreamedModel(case, self._device, number)
+            uses, copies = self._try(tally, streamed, num_forwards)
             num_uses += uses
             num_copies += copies
             effort.progress(number + 1, len(cases))
@@ -193,17 +236,24 @@ class Equality(Lane):
         tally.note = f"{len(cases)} cases; {num_copies:,} copies for {num_uses:,} uses of units"
         return tally
 
-    def _try(self, tally: Tally, case: Case, seed: int, num_forwards: int) -> tuple[int, int]:
-        with StreamedModel(case, self._device, seed).offloaded() as streamed:
+    @staticmethod
+    def _try(
+        tally: Tally,
+        model: StreamedModel,
+        num_forwards: int,
+        longest_delay_us: int = _LONGEST_DELAY_US,
+        plant: Callable[[StreamedModel], Plant] = lambda _: nullcontext,
+    ) -> tuple[int, int]:
+        with model.offloaded(longest_delay_us) as streamed:
             # Leaves are cut, and the order is learned, in the first ones.
             pairs = streamed.forwards(2)
             uses = Uses(streamed.handle)
-            pairs += streamed.forwards(num_forwards - 2, 2)
+            pairs += streamed.forwards(num_forwards - 2, 2, plant(streamed))
             num_uses, num_copies = uses.counts()
         for number, (output, must) in enumerate(pairs):
-            tally.must(torch.equal(output, must), f"{case}: forward {number} differs")
+            tally.must(torch.equal(output, must), f"{model}: forward {number} differs")
         if num_copies < num_uses or num_uses == 0:
-            tally.add_fault(f"{case}: {num_copies} copies for {num_uses} uses of units")
+            tally.add_fault(f"{model}: {num_copies} copies for {num_uses} uses of units")
         return num_uses, num_copies
 
 
@@ -274,7 +324,9 @@ class VisibleRaces(Lane):
     ) -> None:
         for number, fault in enumerate(faults, 1):
             case = Case(SUBJECTS[0], fault.mode, fault.streams)
-            with StreamedModel(case, self._device, 0, fault.kind).offloaded(20_000) as streamed:
+            with StreamedModel(case, self._device, 0, fault.kind).offloaded(
+                _CONTROL_DELAY_US
+            ) as streamed:
                 before = streamed.forwards(2)
                 twin = streamed.forward_with_fault(fault.held, 98, armed=False)
                 output, must = streamed.forward_with_fault(fault.held, 99, armed=armed)

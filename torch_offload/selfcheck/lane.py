@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,16 @@ class Tally:
             self.add_fault(example)
 
 
+def all_caught(controls: Mapping[str, Tally]) -> Tally:
+    """The control of a lane with several plants: one of them that is not caught makes it blind."""
+    caught = Tally()
+    for plant, tally in controls.items():
+        if not tally.num_faults:
+            return Tally(note=plant)
+        caught.add_fault(f"{plant}: {tally.examples[0]}")
+    return caught
+
+
 class Lane(ABC):
     """One way to try whether streaming can go wrong.
 
@@ -96,7 +106,10 @@ class Lane(ABC):
 
     @abstractmethod
     def control(self) -> Tally:
-        """Tries a planted fault. A tally without a fault shows that the lane is blind."""
+        """Tries a planted fault. A tally without a fault shows that the lane is blind.
+
+        Where there are several, `all_caught` makes one tally of them.
+        """
 
     @abstractmethod
     def run(self, effort: Effort) -> Tally:

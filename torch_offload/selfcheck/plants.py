@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_offload._C import StateError
 from torch_offload.calls import unwrap
 from torch_offload.handle import Handle
 from torch_offload.offload import offload
+from torch_offload.selfcheck.failing_operator import FailingOperator
 from torch_offload.selfcheck.subjects import Stack
 from torch_offload.storage import align
 
@@ -247,20 +247,6 @@ def edit_through_data(device: torch.device, planted: bool) -> bool:
 # --- H22: an interrupt between swap and restore ---------------------------------------------------
 
 
-class _InterruptAt(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises at the k-th operator."""
-
-    def __init__(self, k: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._left = k
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._left -= 1
-        if self._left < 0:
-            raise KeyboardInterrupt
-        return func(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def interrupt_between_swap_and_restore(device: torch.device, planted: bool) -> bool:
     """H22: after an interrupt at each operator in turn, every parameter is its master again."""
@@ -275,9 +261,9 @@ def interrupt_between_swap_and_restore(device: torch.device, planted: bool) -> b
 def _is_left_behind(model: nn.Module, device: torch.device) -> bool:
     x = _rows(device)
     at_rest = [parameter.data_ptr() for parameter in model.parameters()]
-    for k in range(1000):
+    for k in range(1, 1000):
         try:
-            with _InterruptAt(k):
+            with FailingOperator(k):
                 model(x)
             return False
         except KeyboardInterrupt:

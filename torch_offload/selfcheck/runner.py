@@ -68,9 +68,13 @@ def run_lane(lane: Lane, effort: Effort) -> LaneResult:
         missing = lane.why_not()
         if missing is not None:
             return result("not run", missing)
-        control = lane.control().num_faults > 0
+        planted = lane.control()
+        control = planted.num_faults > 0
         if not control:
-            return result("failed", "the planted control was not caught: this lane sees nothing")
+            which = f" ({planted.note})" if planted.note else ""
+            return result(
+                "failed", f"the planted control{which} was not caught: this lane sees nothing"
+            )
         tally = lane.run(effort)
     except Exception as error:
         return result("failed", f"{type(error).__name__}: {error}")

@@ -93,13 +93,11 @@ class Subject:
         name: What to call it.
         make: Makes it from its width.
         shape: Of its input, but for the width.
-        skips: Whether it leaves units out, of which `offload` warns.
     """
 
     name: str
     make: Callable[[int], nn.Module] = field(repr=False)
     shape: tuple[int, ...]
-    skips: bool = False
 
     def model(self, width: int) -> nn.Module:
         """Makes the model, aligned, in eval mode, with the same weights at every call."""
@@ -115,7 +113,7 @@ class Subject:
 
 SUBJECTS = (
     Subject("stack", _stack, (8,)),
-    Subject("repeating", _repeating, (8,), skips=True),
+    Subject("repeating", _repeating, (8,)),
     Subject("encoder", _encoder, (2, 6)),
     Subject("translator", _Translator, (2, 6)),
 )
