@@ -72,7 +72,7 @@ class Cut:
     Attributes:
         model: It.
         specs: Units of the layers.
-        outsiders: Heads and tables that may leave the device.
+        outsiders: Heads and tables that may leave the device, should a budget ask for it.
         granularity: How it was cut.
     """
 
@@ -87,23 +87,20 @@ class Cut:
         return planned_units((*self.specs, *self.outsiders.heads))
 
 
-def cut_model(
-    model: nn.Module, config: Config, *, has_budget: bool, knows_leaves: bool = False
-) -> list[Cut]:
+def cut_model(model: nn.Module, config: Config, *, knows_leaves: bool = False) -> list[Cut]:
     """Cuts a model as the options say; for ``granularity="auto"`` in each way that it may be cut.
 
     Args:
         model: With weights or on ``meta``.
         config: Of `offload`.
-        has_budget: Whether heads and tables may leave the device, should a budget ask for it.
         knows_leaves: Whether leaves are to be taken for proven, as in predictions.
     """
     auto = config.granularity == "auto"
     granularity: Granularity = "sublayer" if config.granularity == "auto" else config.granularity
     specs = find_units(model, granularity, config.units, config.resident)
-    # Who names the units says what streams: nothing else does then.
-    finds_outsiders = has_budget and config.units is None
-    outsiders = find_outsiders(model, specs, config.resident) if finds_outsiders else Outsiders()
+    outsiders = Outsiders()
+    if config.units is None:  # who names the units says what streams: nothing else does then
+        outsiders = find_outsiders(model, specs, config.resident)
     leaves = leaf_specs(model, specs) if auto or granularity == "module" else []
     if granularity == "module" and knows_leaves:
         specs = leaves
