@@ -241,6 +241,13 @@ class TestFindOutsiders:
             setattr(model.model.embed_tokens, name, value)
         assert find_outsiders(model, find_units(model)).tables == ()
 
+    def test_weights_that_share_bytes_stay(self) -> None:
+        model = wordy_llama()
+        model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.detach())
+        found = find_outsiders(model, find_units(model))
+        assert found.heads == ()
+        assert found.tables == ()
+
     def test_head_of_another_class_stays(self) -> None:
         model = wordy_llama()
 
