@@ -18,7 +18,7 @@ from torch_offload.choice import Packable
 from torch_offload.config import Config
 from torch_offload.hardware import Peak, peak_named
 from torch_offload.packing import Rates, bf16_bytes, estimated_bytes
-from torch_offload.planning import bytes_outside, cut_model
+from torch_offload.planning import bytes_outside, cut_model, planned_units
 from torch_offload.prediction import Prediction, Scenario, predict
 from torch_offload.profile import Profile, scenario_of, units_of
 from torch_offload.profile_file import read_profile
@@ -192,8 +192,8 @@ def _of_model(request: ModelRequest, config: Config, profile: Profile | None) ->
     link = _link(request, peak, profile)
     model_config = read_config(request.model)
     model = build_on_meta(model_config)
-    cut = cut_model(model, config, has_budget=False, knows_leaves=True)[0]
-    specs, units = cut.specs, cut.units
+    cut = cut_model(model, config, knows_leaves=True)[0]
+    specs, units = cut.specs, planned_units(cut.specs)  # the head is among what stays
     outside = bytes_outside(model, specs, set())
     launch_ns: list[int] = []
     if profile is not None:

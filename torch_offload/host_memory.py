@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,7 +20,10 @@ class _FileMappings:
 
     def __init__(self) -> None:
         ranges = []
-        for line in Path("/proc/self/maps").read_text().splitlines():
+        # Path.read_text() would leave it open where an interrupt strikes between its own frames.
+        with open("/proc/self/maps") as maps:
+            lines = maps.read().splitlines()
+        for line in lines:
             fields = line.split(maxsplit=5)
             if len(fields) == 6 and fields[5].startswith("/"):
                 begin, end = (int(address, 16) for address in fields[0].split("-"))

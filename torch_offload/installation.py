@@ -23,6 +23,7 @@ from torch_offload.debugging import LOGGER
 from torch_offload.devices import make_device
 from torch_offload.execution_device import answer_device, give_class_back
 from torch_offload.file_masters import FileMasters
+from torch_offload.gathering import gather_rows, stop_gathering
 from torch_offload.guards import Probes, guard, unguard
 from torch_offload.handle import HANDLE_KEY, Handle
 from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes
@@ -39,7 +40,6 @@ from torch_offload.planning import Cut, Planned, least_budget, plan_cut, plan_in
 from torch_offload.progress import Progress
 from torch_offload.recording import Recorder
 from torch_offload.storage import ResidentMove
-from torch_offload.tables import wrap_table
 from torch_offload.units import UnitSpec
 
 # transformers compiles the forward by itself for static caches; it asks this method before.
@@ -262,7 +262,8 @@ class _Installation:
             for _, embedding in table.modules:
                 embeddings.append(embedding)
                 self._wrapped.append(weakref.ref(embedding))
-                wrap_table(embedding, self._device, self._table_views.get(table.name))
+                view = self._table_views.get(table.name)
+                gather_rows(embedding, table.name, self._device, view)
         # Above a unit that stays as well: it may be given back when memory runs out.
         inner = {id(spec.module) for spec in planned.specs} | set(map(id, embeddings))
         for module in modules_above(model, inner):
@@ -362,6 +363,7 @@ class _Installation:
         for reference in self._wrapped:
             if (module := reference()) is not None:
                 unwrap(module)
+                stop_gathering(module)
                 give_class_back(module)
         self._wrapped.clear()
         if self._save_hook is not None:

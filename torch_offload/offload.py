@@ -140,12 +140,7 @@ def offload_with(
     config = replace(config, debug=debug_is_asked_for(config.debug))
     report_environment(target, debug=config.debug)
     memory = memory or memory_of(target)
-    cuts = cut_model(
-        model,
-        config,
-        has_budget=config.gpu_budget is not None
-        and not (config.gpu_budget == AUTO and memory is None),
-    )
+    cuts = cut_model(model, config)
     packing = packing_for(config, target)
     budget = _first_budget(cuts[0], config, memory, packing)
     wants_leaves = plan_best(cuts, config, budget, packing).granularity == "module"

@@ -290,7 +290,7 @@ class Planner:
         self._work = Workload(batch=options.batch, tokens=options.tokens, context=options.tokens)
         self._model_config = read_config(find_model(options.model))
         self._model = build_on_meta(self._model_config)
-        self._cuts = cut_model(self._model, self.config, has_budget=True, knows_leaves=True)
+        self._cuts = cut_model(self._model, self.config, knows_leaves=True)
         self.least_bytes = min(least_budget(cut, self._packing) for cut in self._cuts)
         self.weights_bytes = sum(
             tensor.nbytes for tensor in {*self._model.parameters(), *self._model.buffers()}

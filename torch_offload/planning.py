@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from torch_offload import _C
 from torch_offload.choice import RAW, Packable, Times, choose, choose_transports
 from torch_offload.config import Config
 from torch_offload.measured_times import MeasuredTimes
-from torch_offload.packed_parameter import is_packed
 from torch_offload.packing import Packing, packed_resident_bytes, staging_bytes
 from torch_offload.sizes import format_size
+from torch_offload.storage import pieces
 from torch_offload.tables import Outsiders, Table, find_outsiders
 from torch_offload.units import Granularity, UnitSpec, find_units, leaf_units
 
@@ -72,7 +71,7 @@ class Cut:
     Attributes:
         model: It.
         specs: Units of the layers.
-        outsiders: Heads and tables that may leave the device.
+        outsiders: Heads and tables that may leave the device, should a budget ask for it.
         granularity: How it was cut.
     """
 
@@ -87,23 +86,20 @@ class Cut:
         return planned_units((*self.specs, *self.outsiders.heads))
 
 
-def cut_model(
-    model: nn.Module, config: Config, *, has_budget: bool, knows_leaves: bool = False
-) -> list[Cut]:
+def cut_model(model: nn.Module, config: Config, *, knows_leaves: bool = False) -> list[Cut]:
     """Cuts a model as the options say; for ``granularity="auto"`` in each way that it may be cut.
 
     Args:
         model: With weights or on ``meta``.
         config: Of `offload`.
-        has_budget: Whether heads and tables may leave the device, should a budget ask for it.
         knows_leaves: Whether leaves are to be taken for proven, as in predictions.
     """
     auto = config.granularity == "auto"
     granularity: Granularity = "sublayer" if config.granularity == "auto" else config.granularity
     specs = find_units(model, granularity, config.units, config.resident)
-    # Who names the units says what streams: nothing else does then.
-    finds_outsiders = has_budget and config.units is None
-    outsiders = find_outsiders(model, specs, config.resident) if finds_outsiders else Outsiders()
+    outsiders = Outsiders()
+    if config.units is None:  # who names the units says what streams: nothing else does then
+        outsiders = find_outsiders(model, specs, config.resident)
     leaves = leaf_specs(model, specs) if auto or granularity == "module" else []
     if granularity == "module" and knows_leaves:
         specs = leaves
@@ -390,18 +386,10 @@ def bytes_outside(model: nn.Module, specs: Sequence[UnitSpec], gone: set[int]) -
 
     Args:
         model: With weights, or without memory (on ``meta``, packed): then tied weights are one
-            object, not one storage.
+            object; else whatever shares bytes.
         specs: The units.
         gone: ``id``s of parameters that are elsewhere.
     """
     in_units = {id(parameter) for spec in specs for _, parameter in spec.parameters} | gone
-    sizes: dict[tuple[str, int], int] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) in in_units:
-            continue
-        if tensor.is_meta or is_packed(tensor) or tensor.layout is not torch.strided:
-            sizes["object", id(tensor)] = tensor.nbytes
-        else:
-            storage = tensor.untyped_storage()
-            sizes["storage", storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
+    outside = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in in_units]
+    return sum(piece.size_bytes for piece in pieces(outside))

@@ -7,7 +7,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,9 @@ def from_pretrained(
         if not kwargs.get("gguf_file"):
             stored_tensors(Path(folder))  # raises where it is no checkpoint
         kwargs.setdefault("use_safetensors", True)
-    if masters == "arena":
+    stay = nullcontext() if masters == "arena" else _files_stay_on_disk(files)
+    with _outside_inference_mode(), stay:
         loaded = auto_class.from_pretrained(folder, *model_args, **kwargs)
-    else:
-        with _files_stay_on_disk(files):
-            loaded = auto_class.from_pretrained(folder, *model_args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     _keep_views(files)
     offload_with(model, device, config, files=files)
@@ -138,13 +136,22 @@ def offload_from_checkpoint(
     config = _config_of(options, folder, masters)
     slots = _Slots(model)
     try:
-        slots.fill(Path(folder))
-        files.views.update(read_file_tensors(model))
+        with _outside_inference_mode():
+            slots.fill(Path(folder))
+            files.views.update(read_file_tensors(model))
         _keep_views(files)
         return offload_with(model, device, config, files=files)
     except BaseException:
         slots.restore()
         raise
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """Parameters made inside it would be inference tensors, which no mode outside may touch."""
+    grad_is_enabled = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad_is_enabled):
+        yield
 
 
 def _config_of(options: dict[str, Any], folder: str | Path, masters: Masters) -> Config:
@@ -320,13 +327,18 @@ class _Slots:
     def __init__(self, model: nn.Module) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
         self._holders: dict[int, list[tuple[dict[str, Any], str, torch.Tensor]]] = {}
-        for prefix, module in model.named_modules():
+        seen: set[int] = set()
+        # A module that is registered twice has its weights under either name, as in a state dict.
+        for prefix, module in model.named_modules(remove_duplicate=False):
             for slots in (module._parameters, module._buffers):
                 for key, tensor in slots.items():
-                    if tensor is not None:
-                        self._tensors[f"{prefix}.{key}".lstrip(".")] = tensor
+                    if tensor is None:
+                        continue
+                    self._tensors[f"{prefix}.{key}".lstrip(".")] = tensor
+                    if id(module) not in seen:
                         held = (slots, key, tensor)
                         self._holders.setdefault(id(tensor), []).append(held)
+            seen.add(id(module))
         self._filled: set[int] = set()
 
     def fill(self, folder: Path) -> None:
@@ -339,15 +351,15 @@ class _Slots:
                     self._put(name, file_tensor(mapping, entry), path)
                 else:
                     surplus.append(name)
-        missing = [
-            name
-            for name, tensor in self._tensors.items()
-            if tensor.is_meta and id(tensor) not in self._filled
-        ]
+        missing: dict[int, str] = {}  # by one name each
+        for name, tensor in self._tensors.items():
+            if tensor.is_meta and id(tensor) not in self._filled:
+                missing.setdefault(id(tensor), name)
         if missing:
             raise CheckpointError(
-                f"expected all weights of the model in {folder}, got none for {_some(missing)}; "
-                "buffers that no checkpoint holds must be made outside of torch.device('meta')"
+                f"expected all weights of the model in {folder}, got none for "
+                f"{_some([*missing.values()])}; buffers that no checkpoint holds must be made "
+                "outside of torch.device('meta')"
             )
         if surplus:
             LOGGER.warning("%s holds weights that the model has not: %s", folder, _some(surplus))

@@ -36,7 +36,7 @@ def must_stay(model: nn.Module, units: Sequence[nn.Module]) -> set[int]:
     if first is not None:
         stay.add(id(first))
     stay |= _used_by_others(model, units)
-    stay |= _overlapping(model)
+    stay |= overlapping(model)
     for unit in units:
         for parameter in unit.parameters():
             if not is_dense(parameter):
@@ -78,10 +78,10 @@ def _used_by_others(model: nn.Module, units: Sequence[nn.Module]) -> set[int]:
     return shared
 
 
-def _overlapping(model: nn.Module) -> set[int]:
+def overlapping(model: nn.Module) -> set[int]:
     """Tensors of the model, buffers included, whose memory another one of them uses too."""
     tensors = _distinct([*model.parameters(), *model.buffers()])
-    spans = sorted(span for tensor in tensors if (span := _span(tensor)) is not None)
+    spans = sorted(span for tensor in tensors if (span := byte_span(tensor)) is not None)
     overlapping: set[int] = set()
     reach: tuple[str, int] = ("", 0)
     holder = 0
@@ -93,7 +93,7 @@ def _overlapping(model: nn.Module) -> set[int]:
     return overlapping
 
 
-def _span(tensor: torch.Tensor) -> tuple[str, int, int, int] | None:
+def byte_span(tensor: torch.Tensor) -> tuple[str, int, int, int] | None:
     """(device, first byte, end, id) of a tensor; None where it has no address to compare."""
     if nn.parameter.is_lazy(tensor):
         raise ValueError(

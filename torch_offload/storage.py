@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
 
 from torch_offload import _C
+from torch_offload.residency import byte_span
 
 # Kernels choose their path, and so the order of a sum, by the address modulo a cache line.
 _CACHE_LINE_BYTES = 64
@@ -50,10 +53,64 @@ def _distinct(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
             yield tensor
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that move as one: several where they use some bytes together, else just one.
+
+    A storage alone makes no piece: it may hold a whole model, each weight a view of its own bytes.
+
+    Attributes:
+        tensors: In the order of their bytes.
+        size_bytes: From the first byte to the last; of a tensor that is alone, its values.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    size_bytes: int
+
+
+@dataclass
+class _Run:
+    """Tensors of one storage, each of which overlaps one before it."""
+
+    begin: int
+    end: int
+    positions: list[int]
+
+
+def pieces(tensors: Iterable[torch.Tensor]) -> list[Piece]:
+    """Cuts tensors into what must move as one, each by the place of its first tensor."""
+    distinct = list(_distinct(tensors))
+    groups: list[tuple[list[int], int]] = []  # positions, bytes
+    spans: list[tuple[int, int, int, int]] = []
+    for position, tensor in enumerate(distinct):
+        span = byte_span(tensor)
+        if span is None:
+            groups.append(([position], tensor.nbytes))
+        else:
+            _, begin, end, _ = span
+            spans.append((tensor.untyped_storage().data_ptr(), begin, end, position))
+    runs: dict[int, list[_Run]] = defaultdict(list)  # by storage
+    for storage, begin, end, position in sorted(spans):
+        if runs[storage] and begin < runs[storage][-1].end:
+            run = runs[storage][-1]
+            run.end = max(run.end, end)
+            run.positions.append(position)
+        else:
+            runs[storage].append(_Run(begin, end, [position]))
+    for run in chain.from_iterable(runs.values()):
+        is_alone = len(run.positions) == 1
+        size_bytes = distinct[run.positions[0]].nbytes if is_alone else run.end - run.begin
+        groups.append((run.positions, size_bytes))
+    return [
+        Piece(tuple(distinct[position] for position in positions), size_bytes)
+        for positions, size_bytes in sorted(groups, key=lambda group: min(group[0]))
+    ]
+
+
 class ResidentMove:
     """Moves tensors to the device for good, and can take that back.
 
-    Tensors that share a storage still share it afterwards.
+    Tensors that share bytes still share them afterwards.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,29 +134,42 @@ class ResidentMove:
                 has no better way.
             advance: Told of so many bytes more that are there.
         """
-        distinct = list(_distinct(tensors))
-        sharers = Counter(tensor.untyped_storage().data_ptr() for tensor in distinct)
-        moved_storages: dict[int, torch.UntypedStorage] = {}
-        for tensor in distinct:
-            data = tensor.data
-            storage = data.untyped_storage()
-            key = storage.data_ptr()
-            if sharers[key] > 1 and storage.nbytes():
-                if key not in moved_storages:
-                    whole = torch.empty(0, dtype=torch.uint8, device=data.device).set_(storage)
-                    moved_storages[key] = self._moved(whole).untyped_storage()
-                    self.size_bytes += storage.nbytes()
-                moved = torch.empty(0, dtype=data.dtype, device=self._device).set_(
-                    moved_storages[key], data.storage_offset(), data.size(), data.stride()
-                )
+        for piece in pieces(tensors):
+            former = [tensor.data for tensor in piece.tensors]
+            if len(former) > 1:
+                moved = self._moved_together(former, piece.size_bytes)
             else:
-                found = another_way(tensor) if another_way is not None else None
-                moved = self._moved(data) if found is None else found
-                self.size_bytes += moved.nbytes
-            if moved is not data:
-                self._former.append((tensor, data))
-                tensor.data = moved
-            advance(tensor.nbytes)
+                found = another_way(piece.tensors[0]) if another_way is not None else None
+                moved = [self._moved(former[0]) if found is None else found]
+            for tensor, before, after in zip(piece.tensors, former, moved, strict=True):
+                if after is not before:
+                    self._former.append((tensor, before))
+                    tensor.data = after
+                advance(tensor.nbytes)
+            self.size_bytes += piece.size_bytes
+
+    def _moved_together(self, tensors: list[torch.Tensor], size_bytes: int) -> list[torch.Tensor]:
+        """Moves the bytes that a piece's tensors use, and no more of their storage."""
+        first = tensors[0]
+        storage = first.untyped_storage()
+        begin = first.data_ptr() - storage.data_ptr()
+        end = begin + size_bytes
+        # Each offset must stay a multiple of its tensor's elements.
+        begin -= begin % max(tensor.itemsize for tensor in tensors)
+        span = torch.empty(0, dtype=torch.uint8, device=first.device)
+        span = span.set_(storage, begin, (end - begin,), (1,))
+        moved = self._moved(span)
+        if moved is span:
+            return tensors
+        return [
+            torch.empty(0, dtype=tensor.dtype, device=moved.device).set_(
+                moved.untyped_storage(),
+                (tensor.data_ptr() - span.data_ptr()) // tensor.itemsize,
+                tensor.size(),
+                tensor.stride(),
+            )
+            for tensor in tensors
+        ]
 
     def _moved(self, data: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu" and data.device.type == "cpu":

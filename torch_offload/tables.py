@@ -7,19 +7,16 @@ one master with two readers.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from torch_offload import _C
-from torch_offload.residency import is_dense
+from torch_offload.gathering import hands_indices_on
+from torch_offload.residency import is_dense, overlapping
 from torch_offload.selection import select_resident
-from torch_offload.tracing import refuse_tracing
 from torch_offload.units import UnitSpec
 
 # A table or head below this part of the largest unit is nothing large.
@@ -74,7 +71,7 @@ def find_outsiders(
     table_module = _answer(model, "get_input_embeddings")
     head_module = _answer(model, "get_output_embeddings")
     taken = {id(parameter) for spec in specs for _, parameter in spec.parameters}
-    taken |= select_resident(model, resident)
+    taken |= select_resident(model, resident) | overlapping(model)
     least = _LEAST_SHARE * max(spec.num_bytes for spec in specs)
     holders = _holders(model)
     names = {id(module): name for name, module in model.named_modules()}
@@ -143,68 +140,6 @@ def _can_gather(module: object) -> bool:
         and module.max_norm is None
         and not module.sparse
         and not parametrize.is_parametrized(module)
-        and len(module._parameters) == 1
+        and list(module._parameters) == ["weight"]
+        and hands_indices_on(module)
     )
-
-
-def wrap_table(module: nn.Embedding, device: torch.device, view: _C.FileView | None = None) -> None:
-    """Makes every call of an embedding gather its rows on the host, and copy only those.
-
-    Its own forward runs on the device with a small table of just the rows that are asked for, so
-    that whatever it does beside the lookup gives the same bits. Reading the indices blocks the host
-    until they are known: a decoding loop knows them anyway.
-
-    Args:
-        module: The embedding.
-        device: Where it computes.
-        view: Of the checkpoint files that the table may lie in: a file that is not what it was any
-            more is an error before a row is read, as the processor's reading it could kill.
-    """
-    reference = weakref.ref(module)
-    module_type = type(module)
-    call_plain: Callable[..., Any] = module_type._call_impl
-
-    def _call_impl(*args: Any, **kwargs: Any) -> Any:
-        embedding = reference()
-        refuse_tracing(embedding, module_type)
-        assert embedding is not None
-        rest = list(args)
-        key = next((key for key in ("input", "input_ids") if key in kwargs), None)
-        indices = rest[0] if rest else kwargs.get(key or "")
-        if not isinstance(indices, torch.Tensor):
-            return call_plain(embedding, *args, **kwargs)
-        if view is not None and embedding.weight.data_ptr() == view.address:
-            view.check_unchanged()
-        rows, small = _gather(embedding, indices, device)
-        if rest:
-            rest[0] = small
-        else:
-            kwargs = {**kwargs, str(key): small}
-        whole, padding = embedding._parameters["weight"], embedding.padding_idx
-        try:
-            embedding._parameters["weight"] = rows
-            embedding.padding_idx = None  # it says something of gradients only
-            return call_plain(embedding, *rest, **kwargs)
-        finally:
-            embedding._parameters["weight"] = whole
-            embedding.padding_idx = padding
-
-    vars(module)["_call_impl"] = _call_impl
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _gather(
-    embedding: nn.Embedding, indices: torch.Tensor, device: torch.device
-) -> tuple[nn.Parameter, torch.Tensor]:
-    """A table of the rows that are asked for, and the indices into it."""
-    flat = indices.detach().reshape(-1).to("cpu", torch.int64)
-    if flat.numel() and not -1 < int(flat.min()) <= int(flat.max()) < embedding.num_embeddings:
-        raise IndexError(
-            f"expected indices from 0 to {embedding.num_embeddings - 1}, got "
-            f"{int(flat.min())} to {int(flat.max())}"
-        )
-    wanted, positions = torch.unique(flat, return_inverse=True)
-    rows = embedding.weight.detach().index_select(0, wanted)
-    small = positions.to(indices.dtype).view(indices.shape)
-    return nn.Parameter(rows.to(device), requires_grad=False), small.to(indices.device)

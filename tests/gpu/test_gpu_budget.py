@@ -103,7 +103,7 @@ def torch_offload_least(model: nn.Module) -> int:
     from torch_offload.config import Config
     from torch_offload.planning import cut_model, least_budget
 
-    return least_budget(cut_model(model, Config(), has_budget=True)[0])
+    return least_budget(cut_model(model, Config())[0])
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from torch_offload.reads import COMPARES_KINDS
 # The engine itself reads and writes masters, to adopt what a user has replaced; its operators are
 # called from C++, so that the wrapper is the innermost Python frame.
 # A table that stays on the host is read there on purpose.
-_OWN_FRAMES = ("torch_offload/calls.py", "torch_offload/tables.py")
+_OWN_FRAMES = ("torch_offload/calls.py", "torch_offload/gathering.py")
 # Between the caller of an operator and us: this file, the product's own mode that watches the reads
 # of a pass, and what keeps dynamo out of either.
 _MODE_FRAMES = (

@@ -43,7 +43,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
 
 def planned(model: nn.Module, granularity: str, share: float) -> Planned:
     config = Config(granularity=granularity)  # type: ignore[arg-type]  # checked there
-    cuts = cut_model(model, config, has_budget=True, knows_leaves=True)
+    cuts = cut_model(model, config, knows_leaves=True)
     budget = int(share * sum(parameter.nbytes for parameter in model.parameters()))
     found = plan_best(cuts, config, budget)
     assert found.device_bytes <= budget

@@ -97,6 +97,70 @@ def test_tied_weights_stored_once_fill_both(tmp_path: Path, device: torch.device
     assert_streams_the_same(model, plain_on(source, device), _inputs(device))
 
 
+class _Again(nn.Module):
+    """Runs its first block once more, by another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = tiny_stack(num_blocks=4, width=WIDTH)
+        self.again = self.stack.blocks[0]
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.again(self.stack(x))
+
+
+@pytest.mark.parametrize("name", ["again.", "stack.blocks.0."])
+def test_module_of_two_names_is_filled_by_either(
+    tmp_path: Path, device: torch.device, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = _Again().eval()
+    other = {"again.": "stack.blocks.0.", "stack.blocks.0.": "again."}[name]
+    # As safetensors.torch.save_model writes it: shared tensors once, by one of their names.
+    weights = {key: value for key, value in source.state_dict().items() if other not in key}
+    save_file(weights, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = _Again()
+    model.to("meta").eval()
+    with caplog.at_level(logging.WARNING, logger="torch_offload"):
+        handle = torch_offload.offload_from_checkpoint(model, tmp_path, device)
+    assert not caplog.records
+    assert model.again is model.stack.blocks[0]
+    assert bytes_in_files(handle) == streamed_bytes(handle) > 0
+    assert_streams_the_same(model, plain_on(source, device), _inputs(device))
+
+
+def test_module_of_two_names_that_is_missing_is_named_once(tmp_path: Path) -> None:
+    source = _Again().eval()
+    weights = {
+        key: value
+        for key, value in source.state_dict().items()
+        if not key.startswith(("again.", "stack.blocks.0."))
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = _Again()
+    before = list(model.parameters())
+    with pytest.raises(CheckpointError, match=r"none for stack\.blocks\.0\.") as caught:
+        torch_offload.offload_from_checkpoint(model.to("meta"), tmp_path, "cpu")
+    assert "again" not in str(caught.value)
+    assert all(one is other for one, other in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("masters", ["auto", "arena"])
+def test_model_filled_in_inference_mode_is_an_ordinary_one(
+    tmp_path: Path, device: torch.device, masters: Any
+) -> None:
+    source = _Runs().eval()
+    _save(source, tmp_path)
+    model = _on_meta()
+    with torch.inference_mode():
+        handle = torch_offload.offload_from_checkpoint(model, tmp_path, device, masters=masters)
+        assert torch.is_inference_mode_enabled()
+    assert_streams_the_same(model, plain_on(source, device), _inputs(device))
+    handle.remove()
+    assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+
+
 def test_surplus_weights_are_logged(
     tmp_path: Path, device: torch.device, caplog: pytest.LogCaptureFixture
 ) -> None:

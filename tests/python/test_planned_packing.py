@@ -152,7 +152,7 @@ def test_more_budget_is_never_slower(
 def _llama_cut(transport: str = "auto", **sizes: int) -> Cut:
     model = tiny_llama(hidden_size=256, intermediate_size=512, **sizes).bfloat16()
     config = Config(gpu_budget="1GiB", transport=transport)  # type: ignore[arg-type]
-    return cut_model(model, config, has_budget=True)[0]
+    return cut_model(model, config)[0]
 
 
 @settings(deadline=None, max_examples=25)

@@ -61,6 +61,27 @@ def test_family_is_read_in_place(case: Any, tmp_path: Path, device: torch.device
         assert_equal(torch_offload.align(model).to(device)(**inputs), plain(**inputs))
 
 
+@pytest.mark.parametrize("masters", ["auto", "mmap", "arena", "packed"])
+def test_model_loaded_in_inference_mode_is_an_ordinary_one(
+    tmp_path: Path, device: torch.device, masters: str
+) -> None:
+    source = save_llama(tmp_path, torch.bfloat16)
+    options = {"transport": "packed"} if masters == "packed" else {}
+    with torch.inference_mode():
+        model = load(type(source), tmp_path, device, masters=masters, **options)
+        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
+    plain = load_plain(type(source), tmp_path, device)
+    with torch.no_grad():
+        for _ in range(2):
+            assert_equal(model(**_inputs(device)), plain(**_inputs(device)))
+        handle_of(model).remove()
+        for parameter in model.parameters():
+            assert not parameter.is_inference()
+            assert parameter.requires_grad
+            parameter.mul_(2)  # as an inference tensor could not be
+
+
 @pytest.mark.parametrize("granularity", ["sublayer", "layer", "module"])
 @pytest.mark.parametrize("mode", ["pipeline", "sync"])
 def test_options_of_offload_hold(

@@ -124,7 +124,7 @@ def test_every_plan_gives_the_same_bits_within_its_budget(
         must = model(ids)
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         whole = sum(parameter.nbytes for parameter in model.parameters())
-        least = least_budget(cut_model(model, Config(), has_budget=True)[0])
+        least = least_budget(cut_model(model, Config())[0])
         budgets = [least + int(share * 1.2 * max(0, whole - least)) for share in shares]
         options: dict[str, Any] = {
             "gpu_budget": budgets[0],

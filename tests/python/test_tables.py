@@ -29,7 +29,7 @@ def wordy_llama(**changes: Any) -> Any:
 
 
 def least_of(model: nn.Module) -> int:
-    return least_budget(cut_model(model, Config(), has_budget=True)[0])
+    return least_budget(cut_model(model, Config())[0])
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
@@ -154,6 +154,24 @@ def test_replan_brings_the_table_to_the_device_and_back(model: Any) -> None:
     expect.assert_unchanged(model, before, same_memory=False)
 
 
+@pytest.mark.parametrize("budget", [None, "auto", "whole"])
+@torch.no_grad()
+def test_replan_goes_as_low_as_offload_whatever_the_first_budget(model: Any, budget: Any) -> None:
+    must = model(IDS).logits
+    least = least_of(model)
+    if budget == "whole":
+        budget = 2 * sum(p.nbytes for p in model.parameters())
+    with torch_offload.offload(model, HOST, gpu_budget=budget) as handle:
+        assert not handle.explain().gathered
+        assert torch.equal(model(IDS).logits, must)
+        with pytest.raises(ValueError, match=f"at least {least} bytes"):
+            handle.replan(gpu_budget=least - 1)
+        handle.replan(gpu_budget=least)
+        assert handle.explain().gathered
+        assert torch.equal(model(IDS).logits, must)
+        expect.assert_at_rest(handle)
+
+
 class TestDevice:
     """``model.device`` while the first parameter is in host memory."""
 
@@ -222,6 +240,13 @@ class TestFindOutsiders:
         for name, value in change.items():
             setattr(model.model.embed_tokens, name, value)
         assert find_outsiders(model, find_units(model)).tables == ()
+
+    def test_weights_that_share_bytes_stay(self) -> None:
+        model = wordy_llama()
+        model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.detach())
+        found = find_outsiders(model, find_units(model))
+        assert found.heads == ()
+        assert found.tables == ()
 
     def test_head_of_another_class_stays(self) -> None:
         model = wordy_llama()

@@ -38,7 +38,7 @@ FAMILIES = [
 
 
 def cut_of(model: nn.Module, resident: Any = ()) -> Any:
-    return cut_model(model, Config(resident=list(resident)), has_budget=True)[0]
+    return cut_model(model, Config(resident=list(resident)))[0]
 
 
 def tables_of(model: Any) -> list[nn.Parameter]:
