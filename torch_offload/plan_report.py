@@ -291,7 +291,7 @@ class Planner:
         self._model_config = read_config(find_model(options.model))
         self._model = build_on_meta(self._model_config)
         self._cuts = cut_model(self._model, self.config, has_budget=True, knows_leaves=True)
-        self.least_bytes = min(least_budget(cut, self._packing) for cut in self._cuts)
+        self.least_bytes = least_budget(self._cuts[0], self._packing)
         self.weights_bytes = sum(
             tensor.nbytes for tensor in {*self._model.parameters(), *self._model.buffers()}
         )

@@ -180,10 +180,10 @@ def simulated_mismatch() -> Iterator[_Simulated]:
 
 
 class ReaderBlock(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.attn = nn.Linear(16, 16)
-        self.mlp = Reader()
+        self.attn = nn.Linear(width, width)
+        self.mlp = Reader(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.mlp(x + self.attn(x))
