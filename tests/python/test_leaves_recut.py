@@ -76,6 +76,24 @@ class TestFailures:
             assert leaf_cut_of(handle).is_settled
 
 
+@torch.no_grad()
+def test_budget_without_room_beside_leaves_keeps_the_sublayers_and_the_output(
+    device: torch.device,
+) -> None:
+    """A budget that is enough for sublayers, but not for the small weights of so many blocks."""
+    model = nn.Sequential(*(ReaderBlock(64) for _ in range(64))).eval()
+    torch_offload.align(model)
+    forward = checked(model, plain_on(model, device), rows(device, width=64))
+    budget = least_budget(model, device)
+    with offloaded(model, device, gpu_budget=budget) as handle:
+        names = leaf_names(handle)
+        with pytest.warns(UserWarning, match="the units stay as they are, as there is no room"):
+            forward()
+        assert leaf_cut_of(handle).is_settled
+        assert leaf_names(handle) == names
+        forward()
+
+
 class FailOnce:
     """Makes the next forward of a module raise."""
 
