@@ -99,11 +99,11 @@ class LeafCut:
 
     def _cut(self, model: nn.Module) -> None:
         """Cuts the units anew; after a later pass if another thread's has begun already."""
-        self.is_settled = True
         try:
             sublayers = specs_of(model, self._sublayers)
         except StateError as error:  # nor would it work out later
             LOGGER.warning("the units stay as they are: %s", error)
+            self.is_settled = True
             return
         names = {name for name, module in model.named_modules() if module in self._proven}
         units = leaf_units(model, sublayers, names)
@@ -114,9 +114,8 @@ class LeafCut:
             apply(model, units)
         except StateError as error:
             LOGGER.info("kept the plan: %s", error)
-            self.is_settled = False
             return
-        self._is_cut = True
+        self._is_cut = self.is_settled = True
         self._units = {
             name: weakref.ref(unit.module) for unit in units for name, _ in unit.parameters
         }

@@ -22,6 +22,7 @@ from tests.python.leaf_oracle import (
     settle,
     stack_pair,
 )
+from torch_offload import leaves
 
 
 class TestFailures:
@@ -107,6 +108,27 @@ class FailOnce:
 
     def undo(self) -> None:
         del vars(self._module)["forward"]
+
+
+@torch.no_grad()
+def test_interrupted_cut_is_made_after_the_next_pass(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, forward = stack_pair(device)
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with offloaded(model, device) as handle:
+        with monkeypatch.context() as patch:
+            patch.setattr(leaves, "leaf_units", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                forward()
+        assert not leaf_cut_of(handle).is_settled
+        forward()
+        assert leaf_cut_of(handle).is_settled
+        assert "blocks.2.mlp.down" in leaf_names(handle)
+        assert_cut_streams(handle, forward)
 
 
 class TestBudget:

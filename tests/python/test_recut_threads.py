@@ -85,6 +85,26 @@ def test_forward_that_began_before_the_plan_grew_keeps_it_and_the_output() -> No
 
 
 @torch.no_grad()
+def test_handle_that_is_removed_before_the_plan_grew_costs_no_output() -> None:
+    model, x = tiny_stack(6), rows(HOST)
+    must = plain_on(model, HOST)(x)
+    memory = FakeMemory(2 * sum(parameter.nbytes for parameter in model.parameters()))
+    handle = offload_with(model, HOST, Config(gpu_budget="auto", headroom=0), memory)
+    measured = memory.peak_bytes
+
+    def peak_bytes() -> int:
+        thread = threading.Thread(target=handle.remove)
+        thread.start()
+        thread.join()
+        return measured()
+
+    memory.peak_bytes = peak_bytes  # type: ignore[method-assign]
+    assert torch.equal(model(x), must)
+    assert handle.is_removed
+    assert torch.equal(model(x), must)
+
+
+@torch.no_grad()
 def test_forward_that_began_before_the_cut_puts_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = tiny_stack(4), rows(HOST)
     must = plain_on(model, HOST)(x)
