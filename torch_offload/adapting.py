@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
+from torch_offload._C import StateError
 from torch_offload.budget import AUTO
 from torch_offload.config import Config
 from torch_offload.debugging import LOGGER
@@ -112,7 +114,8 @@ class Adaptation:
         is_first = not self._needs
         self._needs[kind] = max(0, self._memory.peak_bytes() - self._allocated_before)
         LOGGER.info("a forward of class %d needs %s", kind, format_size(self._needs[kind]))
-        self._plan_anew(always=is_first)
+        with suppress(StateError):  # another thread has removed the handle meanwhile
+            self._plan_anew(always=is_first)
 
     def _plan_anew(
         self, extra_bytes: int = 0, *, always: bool = False, only_less: bool = False

@@ -81,7 +81,11 @@ def wrap_ancestor(
         if outermost is not None:
             outermost.before(args, kwargs)
         try:
-            output = engine.call_ancestor(call_plain, module, args, kwargs)
+            if leaf_cut is None or not leaf_cut.is_to_be_traced:
+                output = engine.call_ancestor(call_plain, module, args, kwargs)
+            else:
+                with leaf_cut.traced_pass():
+                    output = engine.call_ancestor(call_plain, module, args, kwargs)
         except BaseException as error:
             if isinstance(error, RuntimeError):
                 explainer.explain(error, args, kwargs)

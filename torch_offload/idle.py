@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 
 from torch_offload import _C
+from torch_offload._C import StateError
 
 _LISTED = 6
 
@@ -28,8 +29,11 @@ class IdleUnits:
         """
         if self._has_looked:
             return
+        try:
+            plan = engine.plan
+        except StateError:  # another thread's forward has begun: after that one
+            return
         self._has_looked = True
-        plan = engine.plan
         streamed = [index for index, place in enumerate(plan.places) if place is not None]
         idle = [
             plan.units[index].name for index in streamed if not engine.unit_stats(index).acquired

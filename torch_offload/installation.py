@@ -18,7 +18,6 @@ from torch_offload.adapting import Adaptation
 from torch_offload.budget import AUTO, budget_in_bytes
 from torch_offload.calls import unwrap, wrap_ancestor, wrap_unit
 from torch_offload.config import Config
-from torch_offload.cut_names import CutNames
 from torch_offload.debugging import LOGGER
 from torch_offload.devices import make_device
 from torch_offload.execution_device import answer_device, give_class_back
@@ -28,6 +27,7 @@ from torch_offload.guards import Probes, guard, unguard
 from torch_offload.handle import HANDLE_KEY, Handle
 from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes
 from torch_offload.idle import IdleUnits
+from torch_offload.kept_cut import KeptCut
 from torch_offload.leaves import LeafCut
 from torch_offload.measured_times import MeasuredTimes
 from torch_offload.memory import Memory, total_bytes_of
@@ -135,7 +135,7 @@ class _Installation:
         self._memory = memory
         self._packing = packing
         self._times: MeasuredTimes | None = None  # of the last profile
-        self._cut = CutNames.of(cut)
+        self._cut = KeptCut.of(cut)
         self._placed = Placed.of(planned)
         self._residents = ResidentMove(device)
         self._gathered = ResidentMove(torch.device("cpu"))
@@ -419,17 +419,21 @@ class _Installation:
 
         What does not work out leaves all as it is.
         """
-        cut = self._cut.find(model)
         try:
+            cut = self._cut.find(model)
             budget = max(budget, least_budget(cut, self._packing))
             planned = self._plan(cut, budget)
             if not Placed.of(planned).is_like(self._placed):  # else nothing would move
                 self._apply(model, planned)
-        except (ValueError, *_MEMORY_ERRORS) as error:
+        except (ValueError, _C.StateError, *_MEMORY_ERRORS) as error:
             LOGGER.info("kept the plan: %s", error)
 
     def _shrink(self, model: nn.Module) -> int:
-        """Gives back all resident units. Returns how many bytes that are."""
+        """Gives back all resident units. Returns how many bytes that are.
+
+        Raises:
+            StateError: If another thread's forward has begun.
+        """
         before = self._weights_bytes()
         cut = self._cut.find(model)
         packing = self._packing.streaming()
@@ -486,11 +490,13 @@ class _Installation:
                 if all(known() is not tensor for known, _ in self._former_devices)
             ]
         except BaseException:
-            if not self._lies_as(former.plan):  # an interrupt may strike just behind a success
-                self._engine.recut(former.plan, self._ranges_of(former.parameters))
-                self._pack_again(former, Exception)
-            for move in moves:
-                move.undo()
+            try:
+                if not self._lies_as(former.plan):  # an interrupt may strike just behind a success
+                    self._engine.recut(former.plan, self._ranges_of(former.parameters))
+                    self._pack_again(former, Exception)
+            finally:
+                for move in moves:
+                    move.undo()
             raise
 
         def adopt() -> None:
@@ -537,8 +543,11 @@ class _Installation:
     def _cut_anew(self, model: nn.Module, specs: list[UnitSpec]) -> None:
         """Goes on with other units. Blocks until nothing is in flight.
 
-        Where the device has no room for what becomes resident, a warning says so and the units
-        stay as they are.
+        Where there is no room for what becomes resident, a warning says so and the units stay as
+        they are.
+
+        Raises:
+            StateError: If another thread's forward has begun.
         """
         LOGGER.info("cutting the units anew: %d leaves and sublayers", len(specs))
         cut = replace(self._cut.find(model), specs=tuple(specs), granularity="module")
@@ -550,14 +559,15 @@ class _Installation:
             else:
                 planned = self._plan(cut, budget)
             self._apply(model, planned, may_be_raw=True)
-        except torch.OutOfMemoryError:
+        except (ValueError, *_MEMORY_ERRORS) as error:
             warnings.warn(
-                "torch_offload: the units stay sublayers, as the device has no room for the small "
-                "weights that would stay there beside leaves; lower gpu_budget or free memory",
+                "torch_offload: the units stay as they are, as there is no room for the small "
+                "weights that would stay on the device beside leaves; change gpu_budget or free "
+                f"memory ({error})",
                 stacklevel=2,
             )
             return
-        self._cut = CutNames.of(cut)
+        self._cut = KeptCut.of(cut)
 
 
 def _shown_again(view: _C.FileView | None, tensor: torch.Tensor) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ from torch_offload.hardware import Peak, peak_named
 from torch_offload.model_files import build_on_meta, dtype_of, find_model, read_config
 from torch_offload.needs import Needs, needs_of
 from torch_offload.packing import Packing, Rates
-from torch_offload.planning import Planned, cut_model, least_budget, plan_best
+from torch_offload.planning import Planned, cut_model, least_budget, plan_best, plan_cut
 from torch_offload.prediction import Prediction, Scenario, predict_plan
 from torch_offload.rates import format_byte_rate, parse_byte_rate
 from torch_offload.sizes import format_size, parse_size
@@ -291,7 +291,11 @@ class Planner:
         self._model_config = read_config(find_model(options.model))
         self._model = build_on_meta(self._model_config)
         self._cuts = cut_model(self._model, self.config, knows_leaves=True)
-        self.least_bytes = min(least_budget(cut, self._packing) for cut in self._cuts)
+        # By which the model runs until its leaves are known, and which must fit as well.
+        self._first = cut_model(self._model, self.config)[0]
+        self.least_bytes = max(
+            least_budget(cut, self._packing) for cut in (self._first, self._cuts[0])
+        )
         self.weights_bytes = sum(
             tensor.nbytes for tensor in {*self._model.parameters(), *self._model.buffers()}
         )
@@ -367,6 +371,8 @@ class Planner:
         return self._fit(budget, self._packing)
 
     def _fit(self, budget: int, packing: Packing) -> Fit:
+        if budget < self.least_bytes:
+            plan_cut(self._first, self.config, budget, packing)
         planned = plan_best(self._cuts, self.config, budget, packing)
         work = self._work
         token = Workload(batch=work.batch, tokens=1, context=work.context)

@@ -189,20 +189,16 @@ def plan_best(
     """Plans the cut that does best; the first one where another does not pay.
 
     Raises:
-        ValueError: As `plan_cut`, for the cut that needs least.
+        ValueError: As `plan_cut`, for the first cut: a model runs by that one until leaves are
+            known.
     """
-    plans: list[Planned] = []
-    refusal: ValueError | None = None
-    for cut in cuts:
+    first, *others = cuts
+    chosen = plan_cut(first, config, budget, packing)
+    for cut in others:
         try:
-            plans.append(plan_cut(cut, config, budget, packing))
-        except ValueError as error:
-            refusal = error
-    if not plans:
-        assert refusal is not None
-        raise refusal
-    chosen = plans[0]
-    for planned in plans[1:]:
+            planned = plan_cut(cut, config, budget, packing)
+        except ValueError:  # small weights that stay beside leaves take more than there is
+            continue
         now, then = chosen.choice, planned.choice
         if now and then and _pays(now.forward_ns, then.forward_ns):
             chosen = planned
@@ -368,11 +364,12 @@ def _below_least(cut: Cut, budget: int, packing: Packing) -> str:
     least = least_budget(cut, packing)
     largest = _C.least_budget_bytes(cut.units)
     ring = " and a ring for packed copies" if packing.transport == "packed" else ""
+    finer = "granularity='sublayer' or " if cut.granularity == "layer" else ""
     return (
         f"expected gpu_budget of at least {least} bytes ({format_size(least)}: what always stays, "
         f"and a window for the largest unit, {format_size(min(least, largest))}{ring}), got "
-        f"{budget} bytes ({format_size(budget)}); raise it, or use granularity='module' or "
-        "units=[...] with smaller units"
+        f"{budget} bytes ({format_size(budget)}); raise it, or use {finer}units=[...] with "
+        "smaller units"
     )
 
 

@@ -6,11 +6,12 @@ call a method that is no forward. A trace of one forward tells, before a unit is
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from torch_offload.packed_parameter import is_packed
 
 Stack = tuple[int, ...]
+_Call: TypeAlias = Callable[..., Any]
 
 # Asked by every assignment of `.data`, our own included, and visible in inference mode: it compares
 # the kinds of two tensors and reads no byte of either.
@@ -74,6 +76,10 @@ class ReadTrace:
                 proven.add(name)
         return proven
 
+    def modules(self, names: Iterable[str]) -> list[nn.Module]:
+        """The modules that had these names when the trace began."""
+        return [self._modules[name] for name in names]
+
 
 @contextmanager
 def trace_reads(model: nn.Module) -> Iterator[ReadTrace]:
@@ -84,7 +90,8 @@ def trace_reads(model: nn.Module) -> Iterator[ReadTrace]:
     the start. What it cannot follow: ``weight.data`` of a parameter that has moved meanwhile.
 
     Module calls are seen by a wrapper set as ``_call_impl`` on each instance (forward hooks would
-    switch off fused paths of torch); what stood there before is called inside and put back.
+    switch off fused paths of torch); what stood there before is called inside and put back, except
+    where it has been replaced or taken away meanwhile: a plan that changed keeps its own wrappers.
 
     Args:
         model: The model whose parameters and modules are watched.
@@ -94,26 +101,35 @@ def trace_reads(model: nn.Module) -> Iterator[ReadTrace]:
     """
     trace = ReadTrace(model)
     stack: list[int] = []
-    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    before = {id(module): vars(module).get("_call_impl") for module in modules}
+    wrappers: list[tuple[dict[str, Any], _Call, _Call | None]] = []
     try:
-        for module in modules:
-            _watch(module, trace, stack)
+        for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            traced, before = _traced(module, trace, stack), vars(module).get("_call_impl")
+            # Noted before it is done: an interrupt in between must not leave it behind.
+            wrappers.append((vars(module), traced, before))
+            vars(module)["_call_impl"] = traced
         with _ReadMode(model, trace, stack):
             yield trace
     finally:
-        for module in modules:
-            if before[id(module)] is None:
-                vars(module).pop("_call_impl", None)
+        for attributes, traced, before in wrappers:
+            if attributes.get("_call_impl") is not traced:
+                continue
+            if before is None:
+                del attributes["_call_impl"]
             else:
-                vars(module)["_call_impl"] = before[id(module)]
+                attributes["_call_impl"] = before
 
 
-def _watch(module: nn.Module, trace: ReadTrace, stack: list[int]) -> None:
-    inner: Callable[..., Any] = module._call_impl
+def _traced(module: nn.Module, trace: ReadTrace, stack: list[int]) -> _Call:
+    inner: _Call = module._call_impl
     name = trace._names[id(module)]
+    thread = threading.get_ident()
 
     def traced_call(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return inner(*args, **kwargs)
         stack.append(id(module))
         trace.calls[name] += 1
         try:
@@ -121,7 +137,7 @@ def _watch(module: nn.Module, trace: ReadTrace, stack: list[int]) -> None:
         finally:
             stack.pop()
 
-    vars(module)["_call_impl"] = traced_call
+    return traced_call
 
 
 class _ReadMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

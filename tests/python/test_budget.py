@@ -16,6 +16,7 @@ from torch import nn
 import torch_offload
 from tests.python import expect
 from tests.python.dropin import Stack, tiny_llama
+from tests.python.fake_memory import FakeMemory
 from torch_offload import _C
 from torch_offload.choice import choose
 from torch_offload.config import Config
@@ -23,30 +24,6 @@ from torch_offload.offload import offload_with
 
 MIB = 2**20
 HOST = torch.device("cpu")
-
-
-class FakeMemory:
-    """A device of so many bytes, of which others and forwards take what the test says."""
-
-    def __init__(self, total: int) -> None:
-        self.total_bytes = total
-        self.held_by_others = 0
-        self.weights = lambda: 0
-        self.kept = 0  # a cache that stays between forwards
-        self.activations = 0  # what a forward takes while it runs
-        self.resets = 0
-
-    def allocated_bytes(self) -> int:
-        return self.weights() + self.kept
-
-    def available_bytes(self) -> int:
-        return self.total_bytes - self.held_by_others - self.allocated_bytes()
-
-    def peak_bytes(self) -> int:
-        return self.allocated_bytes() + self.activations
-
-    def reset_peak(self) -> None:
-        self.resets += 1
 
 
 def blocks_of(num_blocks: int = 8, width: int = 64) -> Stack:

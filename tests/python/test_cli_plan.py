@@ -97,6 +97,22 @@ def test_table_and_picture(call: Call, small: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_leaves_need_what_halves_need(small: Path) -> None:
+    """A model runs by its halves until a pass has shown its leaves."""
+    from torch_offload.plan_report import Planner, PlanOptions
+
+    halves, leaves, auto = (
+        Planner(PlanOptions(model=str(small), granularity=granularity))
+        for granularity in ("sublayer", "module", "auto")
+    )
+    assert halves.least_bytes == leaves.least_bytes == auto.least_bytes
+    for planner in (leaves, auto):
+        with pytest.raises(ValueError, match=f"gpu_budget of at least {planner.least_bytes} bytes"):
+            planner.fit(planner.least_bytes - 1)
+        assert planner.fit(planner.least_bytes).planned.device_bytes <= planner.least_bytes
+    assert leaves.fit(leaves.least_bytes).planned.granularity == "module"
+
+
 def test_picture_shows_every_byte_of_the_plan(small: Path) -> None:
     from torch_offload.plan_report import Planner, PlanOptions
     from torch_offload.timeline.plan_chart import plan_chart_of

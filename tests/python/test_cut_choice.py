@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from torch import nn
 
+import torch_offload
+from tests.python.dropin import tiny_llama
+from tests.python.test_leaves_recut import ReaderBlock
 from torch_offload.config import Config
 from torch_offload.model_files import build_on_meta, read_config
-from torch_offload.planning import Planned, cut_model, plan_best
+from torch_offload.planning import Planned, cut_model, least_budget, plan_best
 from torch_offload.prediction import Scenario, run_scenario
 
 # 16 layers of Llama-3.1-70B.
@@ -93,3 +96,37 @@ def test_auto_is_not_slower_than_halves(llama: nn.Module, share: float) -> None:
     assert chosen
     ratios = [then / now for now, then in zip(halves.forward_ns, chosen.forward_ns, strict=True)]
     assert sum(ratios) <= len(ratios)
+
+
+@pytest.mark.parametrize("knows_leaves", [False, True])
+def test_auto_needs_what_halves_need(llama: nn.Module, knows_leaves: bool) -> None:
+    """A model runs by its halves until a pass has shown its leaves."""
+    config = Config(granularity="auto")
+    cuts = cut_model(llama, config, knows_leaves=knows_leaves)
+    assert [cut.granularity for cut in cuts] == ["sublayer", "module"]
+    least, least_of_leaves = map(least_budget, cuts)
+    assert least_of_leaves < least
+    with pytest.raises(ValueError, match=f"gpu_budget of at least {least} bytes"):
+        plan_best(cuts, config, least - 1)
+    assert plan_best(cuts, config, least).device_bytes <= least
+
+
+def test_leaves_for_which_there_is_no_room_leave_the_halves() -> None:
+    """Beside leaves the small weights stay, and of so many blocks they are more than a unit."""
+    model = nn.Sequential(*(ReaderBlock(64) for _ in range(64)))
+    cuts = cut_model(model, Config(granularity="auto"))
+    least, least_of_leaves = map(least_budget, cuts)
+    assert least < least_of_leaves, "the test says nothing"
+    assert plan_best(cuts, Config(granularity="auto"), least).granularity == "sublayer"
+
+
+@pytest.mark.parametrize("granularity", ["sublayer", "layer", "module", "auto"])
+def test_least_that_is_named_is_enough_and_the_advice_would_help(granularity: str) -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="gpu_budget of at least") as caught:
+        torch_offload.offload(model, "cpu", granularity=granularity, gpu_budget=1)  # type: ignore[arg-type]
+    text = str(caught.value)
+    assert "granularity='module'" not in text, "its first pass runs by halves"
+    assert ("granularity='sublayer'" in text) == (granularity == "layer")
+    least = int(text.split("at least ")[1].split()[0])
+    torch_offload.offload(model, "cpu", granularity=granularity, gpu_budget=least).remove()  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from tests.python.leaf_oracle import (
     settle,
     stack_pair,
 )
+from torch_offload import leaves
 
 
 class TestFailures:
@@ -76,6 +77,24 @@ class TestFailures:
             assert leaf_cut_of(handle).is_settled
 
 
+@torch.no_grad()
+def test_budget_without_room_beside_leaves_keeps_the_sublayers_and_the_output(
+    device: torch.device,
+) -> None:
+    """A budget that is enough for sublayers, but not for the small weights of so many blocks."""
+    model = nn.Sequential(*(ReaderBlock(64) for _ in range(64))).eval()
+    torch_offload.align(model)
+    forward = checked(model, plain_on(model, device), rows(device, width=64))
+    budget = least_budget(model, device)
+    with offloaded(model, device, gpu_budget=budget) as handle:
+        names = leaf_names(handle)
+        with pytest.warns(UserWarning, match="the units stay as they are, as there is no room"):
+            forward()
+        assert leaf_cut_of(handle).is_settled
+        assert leaf_names(handle) == names
+        forward()
+
+
 class FailOnce:
     """Makes the next forward of a module raise."""
 
@@ -89,6 +108,27 @@ class FailOnce:
 
     def undo(self) -> None:
         del vars(self._module)["forward"]
+
+
+@torch.no_grad()
+def test_interrupted_cut_is_made_after_the_next_pass(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, forward = stack_pair(device)
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with offloaded(model, device) as handle:
+        with monkeypatch.context() as patch:
+            patch.setattr(leaves, "leaf_units", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                forward()
+        assert not leaf_cut_of(handle).is_settled
+        forward()
+        assert leaf_cut_of(handle).is_settled
+        assert "blocks.2.mlp.down" in leaf_names(handle)
+        assert_cut_streams(handle, forward)
 
 
 class TestBudget:
@@ -180,10 +220,10 @@ def simulated_mismatch() -> Iterator[_Simulated]:
 
 
 class ReaderBlock(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.attn = nn.Linear(16, 16)
-        self.mlp = Reader()
+        self.attn = nn.Linear(width, width)
+        self.mlp = Reader(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.mlp(x + self.attn(x))

@@ -30,6 +30,21 @@ def collector_off() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.mark.usefixtures("collector_off")
+@pytest.mark.parametrize("granularity", ["sublayer", "module", "auto"])
+def test_refused_model_is_freed_without_a_collection(granularity: Any) -> None:
+    model = tiny_llama()
+    gone = weakref.ref(model)
+    try:
+        torch_offload.offload(model, "cpu", granularity=granularity, gpu_budget=1000)
+    except ValueError:
+        pass
+    else:
+        pytest.fail("not refused")
+    del model
+    assert gone() is None
+
+
 def _arena_of(handle: torch_offload.Handle) -> tuple[int, int]:
     """Address range of the masters."""
     model = handle.model

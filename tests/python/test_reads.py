@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -85,6 +87,42 @@ class TestTrace:
         assert [dict(vars(module)) for module in model.modules()] == before
         assert len(calls) == 1
         assert trace.calls["blocks.0"] == 1
+
+    def test_wrappers_that_came_and_went_meanwhile_stay(self) -> None:
+        """As those of a plan that changes at the end of the traced pass."""
+        model = Stack([Block() for _ in range(3)])
+
+        def wrapper(*args: object, **kwargs: object) -> None: ...
+
+        for index in (0, 1):
+            vars(model.blocks[index])["_call_impl"] = wrapper
+        kept = vars(model.blocks[0])["_call_impl"]
+
+        def newer(*args: object, **kwargs: object) -> None: ...
+
+        with trace_reads(model):
+            del vars(model.blocks[1])["_call_impl"]
+            vars(model.blocks[2])["_call_impl"] = newer
+        assert vars(model.blocks[0])["_call_impl"] is kept
+        assert "_call_impl" not in vars(model.blocks[1])
+        assert vars(model.blocks[2])["_call_impl"] is newer
+        assert not any("_call_impl" in vars(module) for module in model.blocks[1].children())
+
+    def test_calls_of_another_thread_are_not_noted(self) -> None:
+        model = Stack([Block() for _ in range(2)])
+        others = []
+
+        def call_elsewhere(*args: object) -> None:
+            hook.remove()
+            thread = threading.Thread(target=lambda: others.append(model(noise(2, 6, WIDTH))))
+            thread.start()
+            thread.join()
+
+        hook = model.blocks[1].register_forward_pre_hook(call_elsewhere)
+        with trace_reads(model) as trace:
+            model(noise(2, 6, WIDTH))
+        assert len(others) == 1
+        assert trace.calls["blocks.0"] == trace.calls["blocks.1"] == 1
 
     def test_outputs_are_those_without_a_trace(self) -> None:
         case = CASES["transformer"]
