@@ -48,7 +48,7 @@ def test_delayed_streams_change_nothing(
         assert delays.count > 0, "nothing was delayed"
         assert_all_equal(outputs, must)
         if options["poison"]:
-            assert_copied_each(uses, least=3 * len(handle.units))
+            assert_copied_each(uses, least=3 * expect.num_streamed(handle))
         else:
             expect.assert_streams_exactly(calls)
 
@@ -129,7 +129,7 @@ def test_interleaved_models_with_delays_equal_resident(device: torch.device) -> 
         for got, must in zip(outputs, musts, strict=True):
             assert_all_equal(got, must)
         for handle in (first, second):
-            assert handle.stats.onloads > 3 * len(handle.units)
+            assert handle.stats.onloads > 3 * expect.num_streamed(handle)
 
 
 # --- planted faults ------------------------------------------------------------------------------
@@ -215,7 +215,9 @@ def test_reader_that_free_does_not_cover_is_seen(
         hook.remove()
         outputs += [models.run(model, kwargs)]
         torch.cuda.synchronize(device)
-        assert handle.stats.onloads - before >= len(handle.units), "nothing was overwritten"
+        assert handle.stats.onloads - before >= expect.num_streamed(handle), (
+            "nothing was overwritten"
+        )
         assert torch.equal(late[0], right[1]) is not planted
         assert_all_equal(outputs, must)
 

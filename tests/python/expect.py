@@ -467,6 +467,11 @@ def assert_at_rest(handle: Handle) -> None:
             assert not begin <= parameter.data_ptr() < end, f"{name} was left on its place"
 
 
+def num_streamed(handle: Handle) -> int:
+    """How many units stream: a head may be a unit that stays."""
+    return sum(unit.place is not None for unit in handle.units)
+
+
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Everything about a model that `offload` and a failed one must leave or give back."""
     return {
