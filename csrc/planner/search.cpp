@@ -346,8 +346,7 @@ Choice Search::with_budget(std::size_t budget_bytes) {
                      (request_.packing == PackingPolicy::kAlways
                           ? " and a staging slot for the largest packed one"
                           : "") +
-                     ", got " + std::to_string(budget_bytes) +
-                     "; raise gpu_budget, or use granularity='module', whose units are smaller");
+                     ", got " + std::to_string(budget_bytes) + "; raise gpu_budget");
   }
   return take_choice();
 }

@@ -20,6 +20,16 @@ needs_timer = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs
 Interrupting: TypeAlias = Callable[[Callable[[], Any], float], bool]
 
 
+def _swallows(frame: FrameType) -> bool:
+    """Whether Python would print the interrupt and go on: in a callback, or what ends an object."""
+    code = frame.f_code
+    return (
+        "weakref" in Path(code.co_filename).name
+        or "weakref" in code.co_name
+        or code.co_name == "__del__"
+    )
+
+
 @contextmanager
 def interrupting() -> Iterator[Interrupting]:
     """In the main thread, once a call, a moment after it began."""
@@ -29,8 +39,8 @@ def interrupting() -> Iterator[Interrupting]:
         nonlocal is_armed
         if not is_armed:
             return
-        if frame is not None and "weakref" in Path(frame.f_code.co_filename).name:
-            signal.setitimer(signal.ITIMER_REAL, 1e-4)  # Python would swallow it there
+        if frame is not None and _swallows(frame):
+            signal.setitimer(signal.ITIMER_REAL, 1e-4)
             return
         is_armed = False
         raise KeyboardInterrupt
