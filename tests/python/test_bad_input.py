@@ -52,7 +52,12 @@ HOST = torch.device("cpu")
         ({"units": ["attn"]}, ValueError, r"attn"),
         ({"units": [3]}, TypeError, r"units.*int"),
         ({"units": 7}, TypeError, r"expected units as a list of names.*got int; write units=\["),
-        ({"units": iter(["*.mlp"])}, TypeError, r"expected units as a list.*got list_iterator"),
+        pytest.param(
+            {"units": iter(["*.mlp"])},
+            TypeError,
+            r"expected units as a list.*got list_iterator",
+            id="units that can be read once",
+        ),
         ({"units": {"*.mlp": 1}}, TypeError, r"expected units as a list.*got dict"),
         ({"resident": float("inf")}, TypeError, r"expected resident as a list.*got float"),
         ({"resident": b"embed"}, TypeError, r"expected resident as a list.*got bytes"),
