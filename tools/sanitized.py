@@ -23,7 +23,11 @@ def read_report(path: Path) -> dict[str, Any]:
     suite = ElementTree.parse(path).getroot()
     cases = list(suite.iter("testcase"))
     failed = [case.get("name", "?") for case in cases if case.get("status") == "fail"]
-    skipped = [case.get("name", "?") for case in cases if case.find("skipped") is not None]
+    skipped = [
+        case.get("name", "?")
+        for case in cases
+        if case.find("skipped") is not None or case.get("status") == "disabled"
+    ]
     targets = Counter(case.get("name", "?").split(".")[0] for case in cases)
     return {
         "tests": len(cases),
