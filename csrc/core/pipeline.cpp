@@ -60,7 +60,8 @@ Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOpti
   handover_ = device_.create_event();
   // The allocator may have handed out memory that kernels of the current stream still use.
   synchronize(device_.current_stream(), Step::kNewWindowDrain);
-  adopt(std::move(plan_), events_for(plan_));
+  std::vector<EventId> events = events_for(plan_);  // before the plan is moved
+  adopt(std::move(plan_), std::move(events));
 }
 
 /// Events for every unit that streams: those that are there, and as many more as it takes.
