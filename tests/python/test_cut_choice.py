@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import nn
 
 import torch_offload
+from tests.python.configs import LLAMA
 from tests.python.dropin import tiny_llama
 from tests.python.test_leaves_recut import ReaderBlock
 from torch_offload.config import Config
@@ -17,18 +17,6 @@ from torch_offload.model_files import build_on_meta, read_config
 from torch_offload.planning import Planned, cut_model, least_budget, plan_best
 from torch_offload.prediction import Scenario, run_scenario
 
-# 16 layers of Llama-3.1-70B.
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-    "dtype": "bfloat16",
-}
 SHARES = (0.18, 0.35, 0.5, 0.7, 0.9)
 # One token on an H200: copies, kernels that read weights, and what attention does beside that.
 LINK_BYTES_PER_S = 55.2e9

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.python.configs import LLAMA
 from torch_offload import _C
 from torch_offload.estimate import ModelRequest, estimate
 from torch_offload.hardware import PEAKS
@@ -232,18 +233,6 @@ def test_chart_has_a_panel_for_each_sweep_with_its_units() -> None:
 
 
 # ---- from a config -----------------------------------------------------------------------------
-
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-    "dtype": "bfloat16",
-}
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from torch_offload.cli.output import (
     show,
     tracked,
 )
+from torch_offload.cli.packed import DecodeRateOption, TransportOption
 
 
 def register(app: typer.Typer) -> None:
@@ -50,13 +51,8 @@ def plan(
     granularity: Annotated[
         str, typer.Option(help="sublayer, layer, module, or auto for what is faster.")
     ] = "sublayer",
-    transport: Annotated[
-        str, typer.Option(help="raw, packed, or auto: packed units where that is faster.")
-    ] = "raw",
-    decode_rate: Annotated[
-        str | None,
-        typer.Option(help="What comes out of the decoder, as 1600GB/s; else as one H100's."),
-    ] = None,
+    transport: TransportOption = "raw",
+    decode_rate: DecodeRateOption = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Where all lies, and time by budget, as a picture."),

@@ -17,6 +17,7 @@ from torch_offload.cli.output import (
     split_list,
     tracked,
 )
+from torch_offload.cli.packed import DecodeRateOption, TransportOption
 
 if TYPE_CHECKING:
     from torch_offload.estimate import Estimate, ModelRequest
@@ -70,13 +71,8 @@ def simulate(
     granularity: Annotated[str, typer.Option(help="sublayer, layer or module.")] = "sublayer",
     mode: Annotated[str, typer.Option(help="sync, streams, events or pipeline.")] = "pipeline",
     streams: Annotated[str, typer.Option(help="Stream layout: shared or split.")] = "shared",
-    transport: Annotated[
-        str, typer.Option(help="raw, packed, or auto: packed units where that is faster.")
-    ] = "raw",
-    decode_rate: Annotated[
-        str | None,
-        typer.Option(help="What comes out of the decoder, as 1600GB/s; else as one H100's."),
-    ] = None,
+    transport: TransportOption = "raw",
+    decode_rate: DecodeRateOption = None,
     sweep: Annotated[
         str | None, typer.Option(metavar="AXES", help="Some of depth,layout,budget.")
     ] = None,
