@@ -367,7 +367,7 @@ class Handle:
         Edits of weights between two forwards are noticed by themselves: in-place operations,
         optimizers, ``load_state_dict``, LoRA merges, replaced parameters. What may be missed is an
         edit of a few elements of a weight through ``.data`` or numpy, which moves no counter and
-        may touch none of the 64 words that are compared: call `refresh` after such an edit.
+        may touch none of the 16 cache lines that are compared: call `refresh` after such an edit.
 
         Of weights that are streamed from checkpoint files it finds every edit, exactly; they go on
         from page-locked memory of their own. For them it blocks, about 2 ms for each GiB. With

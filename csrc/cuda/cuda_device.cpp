@@ -17,6 +17,7 @@
 #include "core/error.h"
 #include "core/host_limits.h"
 #include "cuda/cuda_marks.h"
+#include "cuda/driver_calls.h"
 #ifdef TORCH_OFFLOAD_WITH_KERNELS
 #include "cuda/packed_decoder.h"
 #endif
@@ -114,6 +115,7 @@ struct CudaDevice::State {
   std::deque<at::cuda::CUDAEvent> events;  // by EventId
   std::unordered_map<void*, Block> blocks;
   CudaMarks marks;
+  const DriverCalls driver;
 
   bool knows(const at::cuda::CUDAStream& stream) const {
     return std::any_of(streams.begin(), streams.end(),
@@ -235,14 +237,20 @@ void CudaDevice::do_record(EventId id, StreamId stream) {
     event.record(state_->stream(stream));
     return;
   }
-  const c10::cuda::CUDAGuard guard(state_->device_index);
-  C10_CUDA_CHECK(cudaEventRecord(event.event(), state_->handle(stream)));
+  const cudaStream_t handle = state_->handle(stream);
+  if (!state_->driver.record(event.event(), handle)) {
+    const c10::cuda::CUDAGuard guard(state_->device_index);
+    C10_CUDA_CHECK(cudaEventRecord(event.event(), handle));
+  }
 }
 
 void CudaDevice::do_wait(StreamId stream, EventId id) {
-  const c10::cuda::CUDAGuard guard(state_->device_index);
-  C10_CUDA_CHECK(
-      cudaStreamWaitEvent(state_->handle_for_work(stream), state_->event(id).event(), 0));
+  const cudaStream_t handle = state_->handle_for_work(stream);
+  const cudaEvent_t event = state_->event(id).event();
+  if (!state_->driver.wait(handle, event)) {
+    const c10::cuda::CUDAGuard guard(state_->device_index);
+    C10_CUDA_CHECK(cudaStreamWaitEvent(handle, event, 0));
+  }
 }
 
 bool CudaDevice::do_is_done(EventId event) { return state_->event(event).query(); }
@@ -250,9 +258,12 @@ bool CudaDevice::do_is_done(EventId event) { return state_->event(event).query()
 void CudaDevice::do_synchronize(StreamId stream) { state_->stream(stream).synchronize(); }
 
 void CudaDevice::do_copy(StreamId stream, const Copy& copy) {
-  const c10::cuda::CUDAGuard guard(state_->device_index);
-  C10_CUDA_CHECK(cudaMemcpyAsync(copy.destination, copy.source, copy.size_bytes,
-                                 cudaMemcpyHostToDevice, state_->handle_for_work(stream)));
+  const cudaStream_t handle = state_->handle_for_work(stream);
+  if (!state_->driver.copy_to_device(copy.destination, copy.source, copy.size_bytes, handle)) {
+    const c10::cuda::CUDAGuard guard(state_->device_index);
+    C10_CUDA_CHECK(cudaMemcpyAsync(copy.destination, copy.source, copy.size_bytes,
+                                   cudaMemcpyHostToDevice, handle));
+  }
 }
 
 #ifdef TORCH_OFFLOAD_WITH_KERNELS

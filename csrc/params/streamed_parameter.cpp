@@ -305,14 +305,23 @@ bool StreamedParameter::was_changed_in_forward() const {
   return version() != acquired_version_ || parameter_.const_data_ptr() != shown_;
 }
 
-StreamedParameter::Sample StreamedParameter::sampled_words() const {
-  // Evenly spread words; of a small parameter every byte, and some of them twice.
+void StreamedParameter::take_sample() {
+  if (sample_ == nullptr) {
+    sample_ = std::make_unique<Sample>();
+  }
+  *sample_ = sampled_lines();
+}
+
+StreamedParameter::Sample StreamedParameter::sampled_lines() const {
+  // Evenly spread; of a small parameter every byte, and some of them several times.
   Sample sample{};
   const auto* bytes = static_cast<const std::byte*>(master_.const_data_ptr());
-  const std::size_t word_bytes = std::min(size_bytes_, sizeof(std::uint64_t));
-  for (std::size_t i = 0; i < kSampleWords; ++i) {
-    const std::size_t position = (size_bytes_ - word_bytes) * i / (kSampleWords - 1);
-    std::memcpy(&sample[i], bytes + position, word_bytes);
+  const std::size_t line_bytes = std::min(size_bytes_, kLineBytes);
+  const std::size_t last = size_bytes_ - line_bytes;
+  for (std::size_t i = 0; i < kSampleLines; ++i) {
+    const std::size_t position = last * i / (kSampleLines - 1);
+    const std::size_t begin = i + 1 < kSampleLines ? position / kLineBytes * kLineBytes : last;
+    std::memcpy(sample.data() + i * kLineBytes, bytes + begin, line_bytes);
   }
   return sample;
 }

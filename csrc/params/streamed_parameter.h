@@ -114,9 +114,9 @@ class StreamedParameter {
 
   /// Notes version, taken as what the copy issued now will hold.
   void note_copied() { copied_version_ = version(); }
-  /// Takes a sample of the master's words, to be compared later.
-  void take_sample() { sample_ = sampled_words(); }
-  bool sample_is_equal() const { return sample_ == sampled_words(); }
+  /// Takes a sample of the master's bytes, to be compared later.
+  void take_sample();
+  bool sample_is_equal() const { return sample_ != nullptr && *sample_ == sampled_lines(); }
 
   /// Notes what the forward of the unit must leave alone.
   void note_acquired() { acquired_version_ = version(); }
@@ -127,11 +127,13 @@ class StreamedParameter {
   void bump_version();
 
  private:
-  static constexpr std::size_t kSampleWords = 64;
-  using Sample = std::array<std::uint64_t, kSampleWords>;
+  // Whole cache lines: one is read as soon as a word of it is.
+  static constexpr std::size_t kSampleLines = 16;
+  static constexpr std::size_t kLineBytes = 64;
+  using Sample = std::array<std::byte, kSampleLines * kLineBytes>;
 
   std::int64_t version() const;
-  Sample sampled_words() const;
+  Sample sampled_lines() const;
   at::Tensor copy_of(const at::Tensor& source, const at::Device& device) const;
   at::Tensor view_of(void* memory, const at::Device& device, std::shared_ptr<void> owner) const;
   const at::Tensor& found_parameter() const;  // as long as the slots stay as they are
@@ -154,7 +156,7 @@ class StreamedParameter {
   std::size_t size_bytes_ = 0;
   std::int64_t copied_version_ = -1;
   std::int64_t acquired_version_ = -1;
-  Sample sample_{};
+  std::unique_ptr<Sample> sample_;  // apart: every use of the unit reads what is above
 };
 
 }  // namespace torch_offload

@@ -195,15 +195,15 @@ def test_parameter_taken_away_fails(device: torch.device) -> None:
 
 
 def test_refresh_shows_an_edit_of_few_elements_by_numpy(device: torch.device) -> None:
-    # Wide enough that some element is none of the 64 sampled words.
+    # Wide enough that the second row lies in none of the sampled lines.
     model = tiny_stack(width=64)
     plain = plain_on(model, device)
     x = rows(device, width=64)
     with streamed(model, device, **_ROOMY) as handle, torch.no_grad():
         assert_streams_like_plain(model, plain, handle, lambda m: m(x))
         weight = model.blocks[2].mlp.up.weight
-        weight.detach().numpy()[:, 1:3] += 1.0
-        plain.blocks[2].mlp.up.weight[:, 1:3] += 1.0
+        weight.detach().numpy()[1, 1:3] += 1.0
+        plain.blocks[2].mlp.up.weight[1, 1:3] += 1.0
         handle.refresh()
         everything = [unit.name for unit in handle.units if unit.place]
         with expect.watch(handle, stale=everything) as calls:
