@@ -6,18 +6,11 @@ import functools
 from typing import Any
 
 import pytest
-from clocks import (
-    HostCost,
-    Stamp,
-    Submission,
-    alternate,
-    alternate_submission,
-    alternation_seconds,
-    spread,
-)
+from clocks import Stamp, alternate, alternation_seconds, spread
 from conftest import Reference
 from observe import Counting, activation_bytes, allocator_activity, runtime_calls
 from records import Part
+from submission import measure_submission
 from yardstick import (
     TINY_YARDSTICK,
     YARDSTICK,
@@ -141,50 +134,6 @@ def bench_forward_sublayer(
     )
 
 
-def _measure_submission(
-    benchmark: Any,
-    part: Part,
-    stage: Stage,
-    reference: Reference,
-    workload: Workload,
-    shape_index: int,
-    what: str,
-    *,
-    wanted_rounds: int,
-    weight: float = 1.0,
-) -> None:
-    shape = workload.shapes[shape_index]
-    plain = stage.plain(workload)
-    streamed = stage.streamed(workload, granularity="sublayer")
-    tokens = workload.tokens(shape)
-    require_equal(plain, streamed.model, tokens)
-    plain_ms = reference.plain_ms(workload, shape)
-    floor_ms = reference.floor_ms(streamed.streamed_bytes)
-    round_s = (plain_ms + 2 * max(plain_ms, floor_ms)) * 1e-3
-    with Counting(streamed) as counting:
-        costs = alternate_submission(
-            benchmark,
-            bound(plain, tokens),
-            bound(streamed.model, tokens),
-            lambda: reference.link.copy(streamed.streamed_bytes),
-            rounds=part.rounds(wanted_rounds, round_s, least=3, weight=weight),
-        )
-    host_costs = _host_costs(costs)
-    per_forward = counting.per_forward()
-    part.figures.update(
-        what=what,
-        shape=shape_id(shape),
-        shape_index=shape_index,
-        **host_costs,
-        **streamed.describe(),
-        # Of two clocks: inside our C++ calls, and the whole call less the plain model's.
-        inside_us_per_unit=per_forward["cpu_seconds"] * 1e6 / streamed.num_units,
-        beyond_plain_us_per_unit=host_costs["beyond_plain_ms"] * 1e3 / streamed.num_units,
-        per_forward=per_forward,
-        bit_equal=True,
-    )
-
-
 @_SHAPES
 @pytest.mark.benchmark(group="torch_offload.forward.submit")
 def bench_submit_sublayer(
@@ -196,7 +145,7 @@ def bench_submit_sublayer(
     shape_index: int,
 ) -> None:
     """How long `forward()` keeps its caller, on an idle device, and how much of that is ours."""
-    _measure_submission(
+    measure_submission(
         benchmark,
         part,
         stage,
@@ -207,25 +156,6 @@ def bench_submit_sublayer(
         wanted_rounds=15,
         weight=1.5,
     )
-
-
-def _host_costs(costs: Submission) -> dict[str, Any]:
-    beyond = _beyond(costs.plain, costs.streamed)
-    return {
-        "plain_submit_ms": spread([cost.wall_ms for cost in costs.plain]),
-        "submit_ms": spread([cost.wall_ms for cost in costs.streamed]),
-        "beyond_plain_ms": beyond["median"],
-        "beyond_plain_spread_ms": beyond,
-        "wire_beyond_plain_ms": _beyond(costs.plain, costs.plain_beside_copies),
-        "beyond_plain_beside_copies_ms": _beyond(costs.plain_beside_copies, costs.streamed),
-        "blocked_ms": spread([max(cost.wall_ms - cost.busy_ms, 0.0) for cost in costs.streamed]),
-        "plain_blocked_ms": spread([max(cost.wall_ms - cost.busy_ms, 0.0) for cost in costs.plain]),
-    }
-
-
-def _beyond(base: list[HostCost], costs: list[HostCost]) -> dict[str, float]:
-    # Pair by pair: what slows the host for a while slows all calls of a round.
-    return spread([more.wall_ms - less.wall_ms for less, more in zip(base, costs, strict=True)])
 
 
 @_SHAPES
@@ -314,17 +244,4 @@ def bench_forward_layer(
     """Whole layers: the fewest copies."""
     _measure_forward(
         benchmark, part, stage, reference, yardstick, shape_index, "layer", wanted_rounds=2
-    )
-
-
-@pytest.mark.benchmark(group="torch_offload.forward.submit")
-def bench_submit_thin(
-    benchmark: Any, part: Part, stage: Stage, reference: Reference, thin: Workload
-) -> None:
-    """The same calls where forwards follow one another closely, and so often that noise averages.
-
-    In between the yardstick's the host does nothing for half a second.
-    """
-    _measure_submission(
-        benchmark, part, stage, reference, thin, 0, "submit_thin", wanted_rounds=200
     )

@@ -22,6 +22,13 @@ class Row:
     aim: str
     measured: str
     verdict: str
+    machine: str = ""  # its GPU; several, where parts come from several runs
+
+
+def _machine_of(document: Document) -> str:
+    """Its GPU, without maker and memory: "H100"."""
+    gpu = document["machine"]["gpu"]
+    return gpu.removeprefix("NVIDIA ").split()[0] if gpu else "no GPU"
 
 
 class Results:
@@ -30,20 +37,29 @@ class Results:
     def __init__(self, documents: dict[str, Document]) -> None:
         self.documents = documents
         self._parts = [
-            part
+            (part, _machine_of(document))
             for document in documents.values()
             for part in document["parts"].values()
             if part["status"] == "ok"
         ]
+        self._machines_read: dict[str, None] = {}
 
     def all(self, what: str, **wanted: Any) -> list[Figures]:
         """Parts of a kind whose fields have these values, in the order they ran."""
-        return [
-            part
-            for part in self._parts
+        found = [
+            (part, machine)
+            for part, machine in self._parts
             if part.get("what") == what
             and all(part.get(name) == value for name, value in wanted.items())
         ]
+        self._machines_read.update((machine, None) for _, machine in found)
+        return [part for part, _ in found]
+
+    def take_machines_read(self) -> str:
+        """The GPUs of the parts that were asked for since this was called last."""
+        machines = ", ".join(self._machines_read)
+        self._machines_read.clear()
+        return machines
 
     def one(self, what: str, **wanted: Any) -> Figures | None:
         """The first of them, or None."""

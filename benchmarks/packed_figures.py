@@ -116,6 +116,19 @@ def _all_resident(results: Results) -> Row:
     )
 
 
+def _page_locked(results: Results) -> Row:
+    part = results.one("packed_masters")
+    share = part["page_locked_share"] if part else None
+    return row_of(
+        'page-locked bytes / weights that stream, `masters="packed"`',
+        "<= 0.72",
+        "",
+        "" if share is None else f"{share:.3f}",
+        share,
+        (0.72, None),
+    )
+
+
 PACKED_ROWS: tuple[Callable[[Results], Row], ...] = (
     _bits,
     _link_bound,
@@ -125,4 +138,5 @@ PACKED_ROWS: tuple[Callable[[Results], Row], ...] = (
     _decoder,
     _beside,
     _packing,
+    _page_locked,
 )

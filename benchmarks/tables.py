@@ -8,14 +8,19 @@ from figures import GRANULARITIES, Document, Figures, Results, rows, tuple_of
 
 
 def forward_table(results: Results) -> list[list[str]]:
-    """Times of one forward in ms, a line per model and a column per shape; the header first."""
+    """Times of one forward in ms, a line per model and a column per shape; the header first.
+
+    Lines of different GPUs stand in one table, and say which: only those of one compare.
+    """
     shapes = results.shapes()
 
     def line(title: str, value_of: Callable[[str], float | None]) -> list[str] | None:
+        results.take_machines_read()
         values = [value_of(shape) for shape in shapes]
         if all(value is None for value in values):
             return None
-        return [title, *("-" if value is None else f"{value:.1f}" for value in values)]
+        times = ("-" if value is None else f"{value:.1f}" for value in values)
+        return [title, *times, results.take_machines_read()]
 
     def any_of(shape: str, name: str) -> float | None:
         for what in ("forward", "mode", "peer"):
@@ -56,7 +61,7 @@ def forward_table(results: Results) -> list[list[str]]:
         line("accelerate `cpu_offload`", peer_of("accelerate")),
     ]
     return [
-        ["ms per forward", *(tuple_of(shape) for shape in shapes)],
+        ["ms per forward", *(tuple_of(shape) for shape in shapes), "GPU"],
         *(entry for entry in lines if entry is not None),
     ]
 
@@ -87,10 +92,11 @@ def print_results(documents: dict[str, Document]) -> None:
             table.add_row(*entry)
         console.print(table)
     table = Table(title=f"Figures{note}", title_justify="left", show_lines=True)
-    for name in ("figure", "must", "aim", "measured", "reached"):
+    for name in ("figure", "must", "aim", "measured", "reached", "GPU"):
         table.add_column(name)
     for row in rows(results):
-        table.add_row(row.figure, row.must, row.aim, row.measured, "-" if tiny else row.verdict)
+        verdict = "-" if tiny else row.verdict
+        table.add_row(row.figure, row.must, row.aim, row.measured, verdict, row.machine)
     console.print(table)
     for name, status, reason in results.failures():
         console.print(f"{status}: {name}: {reason}", markup=False)

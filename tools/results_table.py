@@ -81,9 +81,12 @@ def markdown(documents: dict[str, dict[str, Any]]) -> str:
     """The tables, what was not measured with its reason, and where it all ran."""
     results = Results(documents)
     text = _markdown_table(
-        ["figure", "must", "aim", "measured", "reached"],
-        [[row.figure, row.must, row.aim, row.measured, row.verdict] for row in rows(results)],
-        right_from=5,
+        ["figure", "must", "aim", "measured", "reached", "GPU"],
+        [
+            [row.figure, row.must, row.aim, row.measured, row.verdict, row.machine]
+            for row in rows(results)
+        ],
+        right_from=6,
     )
     header, *lines = forward_table(results)
     if lines:
