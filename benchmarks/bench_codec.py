@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from clocks import DEVICE, ON_GPU, Link, Stamp, device_ms, spread, synchronize
+from packed_units import OnDevice, feed_forward
 from records import Part
 
 from torch_offload import _C
@@ -17,45 +18,9 @@ _CODECS = ("raw", "e4p", "e33")
 _BLOCKS = (0, 132, 528, 2112, 4224)
 
 
-def _feed_forward(tiny: bool) -> list[torch.Tensor]:
-    """The three matrices of a feed-forward unit of Llama-70B, random normal as at creation."""
-    hidden, intermediate = (256, 896) if tiny else (8192, 28672)
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    shapes = [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
-    return [
-        torch.randn(shape, generator=generator, device=DEVICE).mul_(0.02).bfloat16().cpu()
-        for shape in shapes
-    ]
-
-
 @pytest.fixture(scope="module")
 def tensors(tiny: bool) -> list[torch.Tensor]:
-    return _feed_forward(tiny)
-
-
-class _OnDevice:
-    """A packed unit in device memory, and the place that it is decoded into."""
-
-    def __init__(self, unit: _C.PackedUnit) -> None:
-        self.unit = unit
-        self.blob = unit.blob.to(DEVICE)
-        self.place = torch.zeros(unit.place_bytes, dtype=torch.uint8, device=DEVICE)
-
-    def decode(self, max_blocks: int = 0) -> None:
-        if ON_GPU:
-            _C.unpack_on_gpu(self.blob, self.place, self.unit.num_tiles, max_blocks)
-        else:
-            _C.unpack(self.blob, self.place)
-
-    def require_right(self, tensors: list[torch.Tensor]) -> None:
-        self.place.zero_()
-        self.decode()
-        begin = 0
-        for tensor in tensors:
-            plain = tensor.reshape(-1).view(torch.uint8)
-            decoded = self.place[begin : begin + plain.numel()].cpu()
-            assert torch.equal(decoded, plain), "the decoder has changed bits"
-            begin += -(-plain.numel() // 256) * 256
+    return feed_forward(tiny)
 
 
 @pytest.mark.parametrize("codec", _CODECS)
@@ -88,7 +53,7 @@ def bench_codec_packing(part: Part, tensors: list[torch.Tensor], codec: str) -> 
 @pytest.mark.parametrize("codec", _CODECS)
 def bench_codec_decoder(part: Part, tensors: list[torch.Tensor], codec: str) -> None:
     """The decoder alone, in bytes of weights that come out."""
-    unit = _OnDevice(_C.pack(tensors, codec))
+    unit = OnDevice(_C.pack(tensors, codec))
     unit.require_right(tensors)
     weights_bytes = sum(tensor.nbytes for tensor in tensors)
     rates = {}
@@ -106,7 +71,7 @@ def bench_codec_beside_copies(
     part: Part, tensors: list[torch.Tensor], codec: str, tiny: bool
 ) -> None:
     """What copies lose to a decoder that runs without a pause, and the decoder to them."""
-    unit = _OnDevice(_C.pack(tensors, codec))
+    unit = OnDevice(_C.pack(tensors, codec))
     link = Link(2**20 if tiny else 2**29)
     copied_bytes = 4 * (2**20 if tiny else 2**29)
     alone_ms = device_ms(lambda: link.copy(copied_bytes), forwards=1, rounds=5)
@@ -133,7 +98,7 @@ def bench_codec_beside_copies(
 
 
 def _copy_beside(
-    unit: _OnDevice, link: Link, copied_bytes: int, alone_ms: float, decodes: list[int]
+    unit: OnDevice, link: Link, copied_bytes: int, alone_ms: float, decodes: list[int]
 ) -> float:
     """Copies while another stream decodes the whole time; returns the copies' time in ms."""
     decoding, copying = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE)

@@ -19,7 +19,6 @@ results=$(cd "$results" && pwd)
 python=$(command -v "${PYTHON:-python3}") || { echo "no Python: name one in PYTHON" >&2; exit 2; }
 jobs=${JOBS:-$(nproc)}
 parts=${PARTS:-build cpp sanitizer lanes python bench}
-compute_sanitizer=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
 worst=0
 summary=()
 not_here=77  # status of a part whose tool does not work on this machine
@@ -70,35 +69,6 @@ build() {
     cmake --build build-gpu --parallel "$jobs" && cmake --install build-gpu --prefix .
 }
 
-# Memory of the device; races of the decoder's threads over what a block shares. An error that a
-# call of CUDA returns is no finding: the tests ask for some. Planted faults must be found first.
-sanitizer() {
-  local status=0 test planted=build-gpu/planted_fault
-  check() {
-    local tool=$1
-    shift
-    echo "--- $tool over $*"
-    "$compute_sanitizer" --tool "$tool" --error-exitcode 9 --report-api-errors no "$@"
-  }
-  "$(dirname "$compute_sanitizer")/nvcc" -arch=native -o "$planted" tests/gpu/planted_fault.cu ||
-    return 1
-  check memcheck "$planted" none && check racecheck "$planted" none || return "$not_here"
-  for test in "memcheck bounds" "racecheck race"; do
-    check "${test% *}" "$planted" "${test#* }"
-    [ $? -eq 9 ] || { echo "${test% *} misses its planted fault" >&2; return 1; }
-  done
-  for test in test_cuda_device test_cuda_files test_cuda_times test_packed_decoder; do
-    if [ -x "build-gpu/tests/cpp/$test" ]; then
-      check memcheck "build-gpu/tests/cpp/$test" || status=1
-    else
-      echo "SKIPPED: $test is not built" >&2
-    fi
-  done
-  [ ! -x build-gpu/tests/cpp/test_packed_decoder ] ||
-    check racecheck build-gpu/tests/cpp/test_packed_decoder || status=1
-  return "$status"
-}
-
 lanes() {
   local status=0
   "$python" benchmarks/correctness.py --subject correctness_gpu --results-dir "$results" \
@@ -121,16 +91,12 @@ fi
 
 # The answer to a missing GPU: in the tests a skip becomes a failure.
 export TORCH_OFFLOAD_REQUIRE_CUDA=1 PYTHONPATH=$PWD
-export -f build configure lanes sanitizer
-export python jobs results compute_sanitizer not_here
+export -f build configure lanes
+export python jobs results
 
 part build 500 bash -c build || finish
 part cpp 300 ctest --test-dir build-gpu --output-on-failure --no-tests=error --timeout 120 ${CTEST:-}
-if [ -n "$compute_sanitizer" ]; then
-  part sanitizer 400 bash -c sanitizer
-else
-  skip "sanitizer: compute-sanitizer is missing"
-fi
+part sanitizer 400 "$python" tools/device_sanitizer.py build-gpu --json "$results/compute_sanitizer.json"
 if has_module typer && has_module rich; then
   part lanes 300 bash -c lanes
 else

@@ -24,7 +24,7 @@ from figures import Results, rows  # noqa: E402  (the path comes first)
 from tables import forward_table  # noqa: E402
 
 # No table of the README is made of these: docs/correctness.md speaks of them.
-_NO_SPEEDS = ("correctness", "coverage", "lane_", "sanitizers", "selfcheck")
+_NO_SPEEDS = ("compute_sanitizer", "correctness", "coverage", "lane_", "sanitizers", "selfcheck")
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 _GIB = 2**30
 
