@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from typing import Any
 
 import pytest
@@ -209,6 +210,15 @@ def test_second_gpu_while_the_first_is_current_equals_resident(mode: str) -> Non
         with offloaded(model, second, mode=mode) as handle:
             with expect.watch(handle) as calls:
                 outputs = [models.run(model, kwargs) for _ in range(3)]
+
+                @torch.no_grad()
+                def run_in_a_thread_that_knows_no_gpu() -> None:
+                    outputs.append(models.run(model, kwargs))
+
+                thread = threading.Thread(target=run_in_a_thread_that_knows_no_gpu)
+                thread.start()
+                thread.join()
+            assert len(outputs) == 4
             assert model.device == second
             assert {stream.device_index for stream in handle.streams.values()} <= {1}
             expect.assert_streams_exactly(calls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -171,3 +172,30 @@ def test_weights_are_counted_on_their_device_and_planned_as_packed(
                 tensors = [model.get_parameter(name).detach().view(-1) for name in unit.parameters]
                 assert unit.copied_bytes == _C.pack(tensors).blob.numel()
         assert torch.equal(logits(model, device), must)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("transport", WAYS)
+def test_second_gpu_decodes_while_the_first_is_current(transport: str) -> None:
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    model = bf16_llama()
+    must = logits(plain_on(model, second), second)
+    found: list[torch.Tensor] = []
+
+    def run_in_a_thread_that_knows_no_gpu() -> None:
+        found.extend(logits(model, second) for _ in range(3))
+
+    with (
+        torch.cuda.device(first),
+        offloaded(model, second, transport=transport, depth=0, gpu_budget=None) as handle,
+    ):
+        assert {unit.transport for unit in handle.units if unit.place} == {transport}
+        with expect.watch(handle) as calls:
+            outputs = [logits(model, second) for _ in range(3)]
+            thread = threading.Thread(target=run_in_a_thread_that_knows_no_gpu)
+            thread.start()
+            thread.join()
+        expect.assert_streams_exactly(calls)
+        assert torch.cuda.current_device() == 0
+    assert len(found) == 3
+    assert_all_equal([*outputs, *found], must)
