@@ -32,7 +32,7 @@ def _resident(device: torch.device) -> Any:
         num_key_value_heads=2 if small else 8,
         vocab_size=_VOCAB,
     )
-    with torch.random.fork_rng(), torch.device(device):
+    with torch.random.fork_rng([] if small else [device]), torch.device(device):
         torch.manual_seed(7)
         model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     return torch_offload.align(model)
