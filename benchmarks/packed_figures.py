@@ -43,6 +43,23 @@ def _compute_bound(results: Results) -> Row:
     )
 
 
+def _beside_peer(results: Results) -> Row:
+    parts = results.all("packed_peer")
+    return row_of(
+        "DFloat11 0.5 / packed forward, same run",
+        "faster at all four",
+        "",
+        ", ".join(
+            f"{tuple_of(part['shape'])} {part['peer_of_ours']:.2f}x"
+            f" ({part['peer_ms']['median']:.0f} / {part['ours_ms']['median']:.0f} ms)"
+            for part in parts
+        ),
+        min(part["peer_of_ours"] for part in parts) if len(parts) == 4 else None,
+        (1.0, None),
+        at_least=True,
+    )
+
+
 def _decoder(results: Results) -> Row:
     rates = {
         part["codec"]: part["bytes_per_s"]["0"]["median"] / 1e12
@@ -133,6 +150,7 @@ PACKED_ROWS: tuple[Callable[[Results], Row], ...] = (
     _bits,
     _link_bound,
     _compute_bound,
+    _beside_peer,
     _within_budget,
     _all_resident,
     _decoder,
