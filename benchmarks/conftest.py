@@ -54,7 +54,10 @@ FILE_LIMITS_S = {
     "budget_peers": 75,
     "disk": 60,
     "codec": 60,
-    "packed": 120,
+    "packed": 200,
+    "packed_peers": 130,
+    "decoder": 20,
+    "submit": 40,
     "packed_cache": 90,
     "layer": 60,
 }
