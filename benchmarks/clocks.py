@@ -117,30 +117,39 @@ def alternate(
 ) -> Alternation:
     """Times `forwards` calls of each model per round, the two taking turns round by round.
 
-    The clocks of a GPU sink under load, so the two must share whatever it does to them. In front
-    of the timed calls goes one that is not timed and not waited for: copies run ahead of the
-    kernels, so the first forward after a pause starts with its first units in place, and only
-    between the ends of two forwards do copies and kernels add up to whole forwards. What never
-    runs ahead of a forward needs no such `lead_in`. What the wire alone takes for the bytes of a
-    forward has its turns as well, because others use the host's memory at the same time: `masters`
-    copies the very bytes from where they lie, `link` as many from a small buffer. With
-    `beside_copies` the plain model has a second turn beside `link` on a stream of its own: what
-    copies take from kernels that do not wait for them.
+    The clocks of a GPU sink under load, so the two must share whatever it does to them, and which
+    of them comes first after a pause changes from round to round. In front of the timed calls goes
+    one that is not timed and not waited for: copies run ahead of the kernels, so the first forward
+    after a pause starts with its first units in place, and only between the ends of two forwards do
+    copies and kernels add up to whole forwards. What never runs ahead of a forward needs no such
+    `lead_in`. What the wire alone takes for the bytes of a forward has its turns as well, because
+    others use the host's memory at the same time: `masters` copies the very bytes from where they
+    lie, `link` as many from a small buffer. With `beside_copies` the plain model has a second turn
+    beside `link` on a stream of its own: what copies take from kernels that do not wait for them.
     """
     plain_ms: list[float] = []
     masters_ms: list[float] = []
     link_ms: list[float] = []
     beside_ms: list[float] = []
     pair = beside(plain, link) if beside_copies and plain is not None and link is not None else None
+    begun = 0
 
-    def plain_round_then_lead_in() -> None:
+    def plain_turn() -> None:
         if plain is not None:
             plain_ms.extend(device_ms(plain, forwards=forwards, rounds=1))
+
+    def turns_in_front() -> None:
+        nonlocal begun
+        if begun % 2:
+            plain_turn()  # of the round before, in which it came second
+        begun += 1
         if pair is not None:
             beside_ms.extend(device_ms(pair, forwards=forwards, rounds=1))
         for run, times in ((masters, masters_ms), (link, link_ms)):
             if run is not None:
                 times.extend(device_ms(run, forwards=1, rounds=1, lead_in=False))
+        if begun % 2 == 0:
+            plain_turn()
         synchronize()
         if lead_in:
             streamed()
@@ -149,7 +158,9 @@ def alternate(
         for _ in range(forwards):
             streamed()
 
-    benchmark.pedantic(timed, setup=plain_round_then_lead_in, rounds=rounds)
+    benchmark.pedantic(timed, setup=turns_in_front, rounds=rounds)
+    if begun % 2:
+        plain_turn()
     streamed_ms = [s / forwards * 1e3 for s in round_seconds(benchmark)]
     return Alternation(plain_ms, streamed_ms, masters_ms, link_ms, beside_ms)
 

@@ -30,7 +30,7 @@ _GIB = 2**30
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns the documents of a results folder by subject.
+    """Returns the documents of a results folder by the names of their files.
 
     Raises:
         SystemExit: If there are none, or they are of a kind that this script does not know.
@@ -43,7 +43,7 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
             and "parts" in document
             and not path.stem.startswith(_NO_SPEEDS)
         ):
-            documents[document["subject"]] = document
+            documents[path.stem] = document
     if not documents:
         sys.exit(
             f"expected results as JSON in {folder}, found none; run `make bench` on a GPU first"
