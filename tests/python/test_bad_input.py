@@ -183,7 +183,13 @@ def test_second_offload_fails() -> None:
     x = rows(HOST)
     with streamed(model, HOST) as handle, torch.no_grad():
         must = model(x)
-        for again in (model, nn.Sequential(model), model.blocks[0], model.blocks[1].mlp):
+        for again in (
+            model,
+            nn.Sequential(model),
+            model.blocks[0],
+            model.blocks[1].mlp,
+            model.embed,
+        ):
             with pytest.raises(StateError, match="offloaded already"):
                 torch_offload.offload(again, HOST)
         assert torch_offload.handle_of(model) is handle
