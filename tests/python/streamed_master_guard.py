@@ -62,21 +62,24 @@ class _Masters:
             for path, module in model.named_modules(remove_duplicate=False)
             for key in module._parameters
         }
+        self.spans: list[tuple[int, int, str]] = []
+        self._moved: set[str] = set()
         self.learn()
+        self._moved.clear()
 
     def learn(self) -> None:
         """Notes where the masters lie now."""
+        before = {name: begin for begin, _, name in self.spans}
         # They have no memory: known as objects.
         self.packed: dict[int, str] = {}
-        self.spans: list[tuple[int, int, str]] = []
+        self.spans = []
         engine = self.engine()
         if engine is None or engine.is_closed:
             return
         window_begin, window_end = engine.window
         for index, place in enumerate(engine.plan.places):
             for name in engine.parameter_names(index) if place else ():
-                module, key = self._slots[name][0](), self._slots[name][1]
-                parameter = None if module is None else module._parameters.get(key)
+                parameter = self._parameter(name)
                 if isinstance(parameter, PackedParameter):
                     self.packed[id(parameter)] = name
                 elif parameter is not None and not parameter.is_meta:
@@ -85,6 +88,13 @@ class _Masters:
                     if not window_begin <= begin < window_end:
                         self.spans.append((begin, begin + parameter.nbytes, name))
         self.spans.sort()
+        # What a user has put there lies elsewhere once it is adopted, and its memory is free again:
+        # of these weights only the parameter itself tells whether it is still there.
+        self._moved |= {name for begin, _, name in self.spans if before.get(name) != begin}
+
+    def _parameter(self, name: str) -> torch.Tensor | None:
+        module, key = self._slots[name][0](), self._slots[name][1]
+        return None if module is None else module._parameters.get(key)
 
     def in_pass(self) -> bool:
         engine = self.engine()
@@ -92,9 +102,15 @@ class _Masters:
 
     def name_at(self, address: int) -> str | None:
         position = bisect.bisect_right(self.spans, (address, sys.maxsize, "")) - 1
-        if position >= 0 and self.spans[position][0] <= address < self.spans[position][1]:
-            return self.spans[position][2]
-        return None
+        if position < 0:
+            return None
+        begin, end, name = self.spans[position]
+        if not begin <= address < end:
+            return None
+        if name in self._moved:
+            parameter = self._parameter(name)
+            return name if parameter is not None and parameter.data_ptr() == begin else None
+        return name
 
 
 class LiveMasters:
