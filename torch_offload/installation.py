@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_offload import _C
 from torch_offload.adapting import Adaptation
-from torch_offload.budget import AUTO, budget_in_bytes
+from torch_offload.budget import AUTO, budget_on
 from torch_offload.calls import unwrap, wrap_ancestor, wrap_unit
 from torch_offload.config import Config
 from torch_offload.debugging import LOGGER
@@ -30,7 +30,7 @@ from torch_offload.idle import IdleUnits
 from torch_offload.kept_cut import KeptCut
 from torch_offload.leaves import LeafCut
 from torch_offload.measured_times import MeasuredTimes
-from torch_offload.memory import Memory, total_bytes_of
+from torch_offload.memory import Memory
 from torch_offload.mismatch import MismatchExplainer
 from torch_offload.module_tree import modules_above, parameter_slots
 from torch_offload.packed_parameter import packed_class_of
@@ -412,7 +412,7 @@ class _Installation:
         """What weights may take by these options; None where every unit is to stream."""
         if config.gpu_budget == AUTO:
             return self._adaptation.budget()
-        return budget_in_bytes(config.gpu_budget, total_bytes_of(self._memory))
+        return budget_on(config.gpu_budget, self._memory)
 
     def _weights_bytes(self) -> int:
         engine = self._engine
