@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch_offload import _C
+from torch_offload.memory import Memory
 from torch_offload.sizes import format_size, parse_size
 
 AUTO = "auto"
@@ -31,7 +33,7 @@ def budget_in_bytes(value: int | float | str | None, total_bytes: int | None) ->
 
     Args:
         value: As `check_budget` takes it.
-        total_bytes: All memory of the device; None where nobody knows, as on the host device.
+        total_bytes: All memory of the device; None where nobody knows.
 
     Raises:
         ValueError: If it is more than the device has, or a fraction of what nobody knows.
@@ -45,10 +47,30 @@ def budget_in_bytes(value: int | float | str | None, total_bytes: int | None) ->
                 "whose memory has no size of its own"
             )
         return int(value * total_bytes)
-    budget = parse_size(value, "gpu_budget")
+    return _at_most(parse_size(value, "gpu_budget"), total_bytes, "the device")
+
+
+def budget_on(value: int | float | str | None, memory: Memory | None) -> int | None:
+    """As `budget_in_bytes`, on the device whose memory this is, or on the host device (None).
+
+    The host device has no size of its own, so no fraction of it is a budget; but what it holds lies
+    in host memory.
+    """
+    if memory is not None:
+        return budget_in_bytes(value, memory.total_bytes)
+    budget = budget_in_bytes(value, None)
+    limits = _C.host_limits()
+    known = [b for b in (limits.total_bytes, limits.cgroup_limit_bytes) if b is not None]
+    if budget is None or not known:
+        return budget
+    return _at_most(budget, min(known), "this machine, on whose host device nothing would stream")
+
+
+def _at_most(budget: int, total_bytes: int | None, whose: str) -> int:
     if total_bytes is not None and budget > total_bytes:
         raise ValueError(
-            f"expected gpu_budget of at most {format_size(total_bytes)}, all memory of the device, "
-            f"got {format_size(budget)}"
+            f"expected gpu_budget of at most {format_size(total_bytes)}, all memory of {whose}, "
+            f"got {format_size(budget)}; write what weights may take, as '12GiB', or leave "
+            "gpu_budget out"
         )
     return budget

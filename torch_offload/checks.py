@@ -34,9 +34,14 @@ _WRAPPERS = {
     "OptimizedModule": "the module before torch.compile()",
     "ScriptModule": "the module before jit.script() or jit.trace()",
 }
-# Beyond this share, packed integers are the weights; below it, masks and tables of indices.
+# Beyond this share, what is packed is the weights; below it, masks and tables of indices.
 _MOST_PACKED_SHARE = 0.25
-_PACKED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
+_PACKED_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
+
+
+def _is_packed_dtype(dtype: torch.dtype) -> bool:
+    """Whether quantized weights come in it: packed integers, or floats of eight bits or less."""
+    return dtype in _PACKED_INTEGERS or (dtype.is_floating_point and dtype.itemsize == 1)
 
 
 def check_model(model: nn.Module) -> None:
@@ -157,10 +162,10 @@ def _check_quantization(model: nn.Module) -> None:
         largest = max(packed, key=lambda name: packed[name])
         kind = type(model.get_submodule(largest)).__name__
         raise ValueError(
-            f"expected weights in parameters, got {packed_bytes} bytes of packed integers in "
-            f"buffers and attributes, as of '{largest}' ({kind}; GPTQ and AWQ have such), against "
-            f"{weight_bytes} bytes of parameters outside tables: they would stay on the device; "
-            "load the model unquantized"
+            f"expected weights in parameters, got {packed_bytes} bytes of packed integers or "
+            f"8-bit floats in buffers and attributes, as of '{largest}' ({kind}; GPTQ, AWQ and "
+            f"float8 models have such), against {weight_bytes} bytes of parameters outside tables: "
+            "they would stay on the device; load the model unquantized"
         )
 
 
@@ -168,6 +173,12 @@ def _quantization_method(module: nn.Module) -> str | None:
     scheme = type(vars(module).get("quantization_scheme"))
     if scheme.__module__.startswith("compressed_tensors."):
         return "compressed-tensors"
+    # Packed objects, no tensors; a FloatFunctional of the same package is no more than a call.
+    is_of_torch = type(module).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized."))
+    if is_of_torch and any(
+        isinstance(value, torch.ScriptObject) for value in vars(module).values()
+    ):
+        return "torch.ao.quantization"
     quantizer = getattr(module, "hf_quantizer", None)
     config = getattr(quantizer, "quantization_config", None)
     method = getattr(config, "quant_method", None)
@@ -184,7 +195,7 @@ def _packed(module: nn.Module) -> int:
         for tensor in (*module._buffers.values(), *vars(module).values())
         if isinstance(tensor, torch.Tensor)
         and not isinstance(tensor, nn.Parameter)
-        and tensor.dtype in _PACKED_DTYPES
+        and _is_packed_dtype(tensor.dtype)
         and tensor.dim() >= 2
     )
     own = sum(parameter.nbytes for parameter in module.parameters(recurse=False))

@@ -128,6 +128,11 @@ class Config:
         self._check_packed_cache()
         if self.units is not None:
             _check_list("units", self.units, "names, patterns or modules")
+            if not self.units:
+                raise ValueError(
+                    "expected units as a list of names, patterns or modules, got an empty one; "
+                    "name what to stream, or leave units out: then it is found by structure"
+                )
         _check_list("resident", self.resident, "names or patterns")
         for what in ("debug", "nvtx", "poison"):
             _check_flag(what, getattr(self, what))

@@ -32,6 +32,24 @@ def devices_made_by(maker: DeviceMaker) -> Iterator[None]:
         _maker.reset(token)
 
 
+_CURE = (
+    "write device='cuda', 'cuda:1' or its index for a GPU, device='cpu' to try the host device, or "
+    "leave it out"
+)
+
+
+def _parse(device: torch.device | str | int) -> torch.device:
+    if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
+        raise TypeError(
+            f"expected device as a torch.device, a string or an index, got {device!r} "
+            f"({type(device).__name__}); {_CURE}"
+        )
+    try:
+        return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+    except RuntimeError as error:
+        raise ValueError(f"expected a 'cuda' or 'cpu' device, got {device!r}; {_CURE}") from error
+
+
 def resolve_device(device: torch.device | str | int | None) -> torch.device:
     """Returns the execution device, a CUDA device with its index.
 
@@ -40,6 +58,7 @@ def resolve_device(device: torch.device | str | int | None) -> torch.device:
 
     Raises:
         ValueError: If the device is of another type, is not there, or this build cannot drive it.
+        TypeError: If it is nothing that names a device.
     """
     if device is None:
         if torch.cuda.is_available() and _C.has_cuda:
@@ -50,11 +69,11 @@ def resolve_device(device: torch.device | str | int | None) -> torch.device:
             stacklevel=3,
         )
         return torch.device("cpu")
-    resolved = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    resolved = _parse(device)
     if resolved.type == "cpu":
         return torch.device("cpu")
     if resolved.type != "cuda":
-        raise ValueError(f"expected a 'cuda' or 'cpu' device, got '{resolved}'")
+        raise ValueError(f"expected a 'cuda' or 'cpu' device, got '{resolved}'; {_CURE}")
     if not torch.cuda.is_available():
         raise ValueError(
             f"expected a CUDA device that is there, got '{resolved}' on a machine where torch sees "

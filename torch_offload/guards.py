@@ -2,7 +2,8 @@
 
 Every module with streamed weights below it is guarded, not the root alone: ``model.model.to()`` and
 ``deepcopy(model.model)`` must not get through. A guard is an instance attribute that shadows the
-method of the class; `unguard` takes it away again.
+method of the class; `unguard` takes it away again. Modules that stay on the device as a whole are
+guarded against less: converted alone, they would not fit the rest, but they may be copied.
 
 What has no method of the module to shadow is refused where it must pass by: wrappers of whole
 models when they register the model as their child, torch.distributed's when they look up what was
@@ -11,6 +12,7 @@ applied before, and what records a call at the next call (see tracing.py).
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -78,15 +80,13 @@ class _NoComposition(dict[Any, Any]):
 
 
 def _guarded_apply(
-    reference: weakref.ref[nn.Module], probes: Sequence[torch.Tensor]
+    reference: weakref.ref[nn.Module], probes: Sequence[torch.Tensor], reason: str
 ) -> Callable[..., nn.Module | None]:
     """Refuses conversions; one that would change nothing is no conversion.
 
     ``pipeline()``, Trainer and every script call ``.to(device)`` on a model that is there already.
     """
-    refuse = refusal(
-        "a conversion such as .to(), .cuda() or .half()", "they have no single place to convert"
-    )
+    refuse = refusal("a conversion such as .to(), .cuda() or .half()", reason)
 
     def _apply(
         fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
@@ -153,13 +153,44 @@ def guard(module: nn.Module, probes: Sequence[torch.Tensor]) -> None:
                 "file that was opened for this save has been emptied by now)",
             ),
             "__prepare_scriptable__": refusal("torch.jit.script", "its calls would not be seen"),
-            "_apply": _guarded_apply(weakref.ref(module), probes),
+            "_apply": _guarded_apply(
+                weakref.ref(module), probes, "they have no single place to convert"
+            ),
             "_replicate_for_data_parallel": refusal("DataParallel", _WRAPPERS["DataParallel"]),
             "compile": refusal("module.compile()", _WRAPPERS["OptimizedModule"]),
             "share_memory": refusal("share_memory()", "masters are page-locked memory"),
             "to_empty": refusal("to_empty()", "it would lose the masters"),
         }
     )
+
+
+def guard_resident(module: nn.Module, probes: Sequence[torch.Tensor]) -> None:
+    """Installs the guards on one module of an offloaded model that streams nothing itself."""
+    reason = "a part alone would not fit the rest any more, which stays as it is"
+    vars(module).update(
+        {
+            "__deepcopy__": _copy_without_guards(weakref.ref(module)),
+            "__reduce_ex__": refusal(
+                "pickling or torch.save(module)",
+                "save the state_dict() of the module, which works as it is",
+            ),
+            "_apply": _guarded_apply(weakref.ref(module), probes, reason),
+            "share_memory": refusal("share_memory()", reason),
+            "to_empty": refusal("to_empty()", reason),
+        }
+    )
+
+
+def _copy_without_guards(reference: weakref.ref[nn.Module]) -> Callable[[dict[int, Any]], Any]:
+    def deepcopy(memo: dict[int, Any]) -> Any:
+        module = reference()
+        guards = {name: vars(module).pop(name) for name in GUARDED if name in vars(module)}
+        try:
+            return copy.deepcopy(module, memo)
+        finally:
+            vars(module).update(guards)
+
+    return deepcopy
 
 
 def unguard(module: nn.Module) -> None:
@@ -172,8 +203,13 @@ def unguard(module: nn.Module) -> None:
 
 
 def is_guarded(module: nn.Module) -> bool:
+    """Whether this module is part of an offloaded model, and holds weights."""
+    return "_apply" in vars(module) and "to_empty" in vars(module)
+
+
+def has_streamed(module: nn.Module) -> bool:
     """Whether streamed weights lie below this module."""
-    return "_apply" in vars(module) and "__prepare_scriptable__" in vars(module)
+    return is_guarded(module) and "__prepare_scriptable__" in vars(module)
 
 
 _is_watching = False
@@ -193,6 +229,6 @@ def _watch_registrations() -> None:
 
 def _refuse_wrapping(outer: nn.Module, name: str, inner: nn.Module | None) -> None:
     wrapper = type(outer).__name__
-    if inner is not None and wrapper in _WRAPPERS and any(map(is_guarded, inner.modules())):
+    if inner is not None and wrapper in _WRAPPERS and any(map(has_streamed, inner.modules())):
         call = "torch.compile" if wrapper == "OptimizedModule" else wrapper
         refusal(call, _WRAPPERS[wrapper])()

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_offload import _C
 from torch_offload.adapting import Adaptation
-from torch_offload.budget import AUTO, budget_in_bytes
+from torch_offload.budget import AUTO, budget_on
 from torch_offload.calls import unwrap, wrap_ancestor, wrap_unit
 from torch_offload.config import Config
 from torch_offload.debugging import LOGGER
@@ -23,14 +23,14 @@ from torch_offload.devices import make_device
 from torch_offload.execution_device import answer_device, give_class_back
 from torch_offload.file_masters import FileMasters
 from torch_offload.gathering import gather_rows, stop_gathering
-from torch_offload.guards import Probes, guard, unguard
+from torch_offload.guards import Probes, guard, guard_resident, unguard
 from torch_offload.handle import HANDLE_KEY, Handle
 from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes
 from torch_offload.idle import IdleUnits
 from torch_offload.kept_cut import KeptCut
 from torch_offload.leaves import LeafCut
 from torch_offload.measured_times import MeasuredTimes
-from torch_offload.memory import Memory, total_bytes_of
+from torch_offload.memory import Memory
 from torch_offload.mismatch import MismatchExplainer
 from torch_offload.module_tree import modules_above, parameter_slots
 from torch_offload.packed_parameter import packed_class_of
@@ -284,7 +284,10 @@ class _Installation:
                 answer_device(module, self._device)
 
     def _guard(self, model: nn.Module, planned: Planned) -> None:
-        """Guards every module with weights below it that are, or may come to be, elsewhere."""
+        """Guards every module with weights or buffers below it.
+
+        Where weights are, or may come to be, elsewhere, against more than where all of them stay.
+        """
         away = _parameter_ids(list(enumerate(planned.specs)))
         away |= {id(table.weight) for table in planned.tables}
         probes = Probes(self._device)
@@ -294,9 +297,11 @@ class _Installation:
             if any(id(parameter) in away for parameter in module._parameters.values())
         }
         for module in model.modules():
+            self._guarded.append(weakref.ref(module))
             if any(id(inner) in holders for inner in module.modules()):
-                self._guarded.append(weakref.ref(module))
                 guard(module, probes.of(module))
+            elif kinds := probes.of(module):
+                guard_resident(module, kinds)
         if hasattr(model, _AUTO_COMPILE):
             vars(model)[_AUTO_COMPILE] = _never
         if self._has_files:
@@ -407,7 +412,7 @@ class _Installation:
         """What weights may take by these options; None where every unit is to stream."""
         if config.gpu_budget == AUTO:
             return self._adaptation.budget()
-        return budget_in_bytes(config.gpu_budget, total_bytes_of(self._memory))
+        return budget_on(config.gpu_budget, self._memory)
 
     def _weights_bytes(self) -> int:
         engine = self._engine

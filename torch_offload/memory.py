@@ -64,8 +64,3 @@ class CudaMemory:
 def memory_of(device: torch.device) -> Memory | None:
     """The memory of a device; None for the host device, whose window lies in host memory."""
     return CudaMemory(device) if device.type == "cuda" else None
-
-
-def total_bytes_of(memory: Memory | None) -> int | None:
-    """All of it; None where nobody knows."""
-    return None if memory is None else memory.total_bytes

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from torch_offload import _C
-from torch_offload.budget import AUTO, budget_in_bytes
+from torch_offload.budget import AUTO, budget_on
 from torch_offload.checks import check_model
 from torch_offload.config import Config, Granularity, Masters, Mode, OnOom, Streams, Transport
 from torch_offload.debugging import debug_is_asked_for, report_environment
@@ -20,7 +20,7 @@ from torch_offload.file_masters import FileMasters
 from torch_offload.handle import Handle
 from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes, taken_on_host_device
 from torch_offload.installation import FilesNotLockedError, install
-from torch_offload.memory import Memory, memory_of, total_bytes_of
+from torch_offload.memory import Memory, memory_of
 from torch_offload.packing import Packing, packed_host_bytes
 from torch_offload.planning import Cut, Planned, cut_model, plan_best, plan_cut
 from torch_offload.transport import packing_for
@@ -205,7 +205,7 @@ def _first_budget(cut: Cut, config: Config, memory: Memory | None, packing: Pack
     Raises:
         ValueError: If there is less than the least, and nobody has asked for it.
     """
-    budget = budget_in_bytes(config.gpu_budget, total_bytes_of(memory))
+    budget = budget_on(config.gpu_budget, memory)
     if config.gpu_budget != AUTO or memory is None:
         return budget
     room = memory.available_bytes() - config.headroom_bytes

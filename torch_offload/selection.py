@@ -121,12 +121,18 @@ def _modules_of(
 def _names_of(entry: str, known: Iterable[str], argument: str) -> list[str]:
     """Full names that one entry means; a plain name means one."""
     names = list(known)
+    if not entry:
+        cure = "units=[model]" if argument == "units" else "keep the model plain"
+        raise ValueError(
+            f"expected names or patterns in {argument}=, got an empty string; name what is meant"
+            f" (if that is the whole model: {cure})"
+        )
     if entry in names:
         return [entry]
     if is_pattern(entry):
         matches = [name for name in names if fnmatchcase(name, entry)]
     else:
-        matches = [name for name in names if entry and name.endswith("." + entry)]
+        matches = [name for name in names if name.endswith("." + entry)]
         if len(matches) > 1:
             raise ValueError(
                 f"{argument}= name {entry!r} matches {len(matches)} names ({_few(matches)}); write"

@@ -6,7 +6,7 @@ finer once a trace has shown which leaves are read inside their own call only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -212,13 +212,20 @@ def _nothing_found(
     resident: Sequence[str],
 ) -> str:
     if candidates:
-        what = ", ".join(repr(half.name) for half, _ in candidates[:_LISTED])
-        cause = f" of resident={list(resident)!r}" if resident else ""
+        what = _listed(half.name for half, _ in candidates)
         given = "units=" if units is not None else "the units found"
+        named = select_resident(sizes.model, resident)
+        held = {id(p) for half, _ in candidates for p in half.module.parameters()}
+        if resident and held <= named:
+            return (
+                f"nothing is left to stream: resident={list(resident)!r} names every parameter of"
+                f" {given} ({what}); name fewer in resident="
+            )
+        besides = f"named by resident={list(resident)!r}, " if resident else ""
         return (
-            f"nothing is left to stream: every parameter of {given} ({what}) must stay resident,"
-            f" because{cause or ' it'} is shared, not dense, or the model's first; name other"
-            " modules in units=, or fewer in resident="
+            f"nothing is left to stream: every parameter of {given} ({what}) must stay on the"
+            f" device, as each is {besides}shared, not one dense piece, or the model's first; name"
+            f" other modules in units={', or fewer in resident=' if resident else ''}"
         )
     seen = _largest_modules(sizes)
     if not seen:
@@ -232,6 +239,12 @@ def _nothing_found(
         f" Sequential or numbered attributes; the largest modules are {listing}; choose what to"
         f" stream yourself, as in units={[name for name, _, _ in seen[:4]]!r}"
     )
+
+
+def _listed(names: Iterable[str]) -> str:
+    listed = [repr(name) for name in names]
+    more = [f"and {len(listed) - _LISTED} more"] if len(listed) > _LISTED else []
+    return ", ".join(listed[:_LISTED] + more)
 
 
 def _largest_modules(sizes: ModelMap) -> list[tuple[str, str, int]]:

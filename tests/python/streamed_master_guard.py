@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import bisect
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
+import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 from torch.utils._pytree import tree_iter
 
+from torch_offload import _C
 from torch_offload.handle import Handle
 from torch_offload.packed_parameter import PackedParameter
 from torch_offload.reads import COMPARES_KINDS
@@ -42,25 +45,56 @@ class StreamedMasterReadError(AssertionError):
 
 
 class _Masters:
-    """Where the masters of one live handle lie."""
+    """Where the masters of one live handle lie.
+
+    They move: another plan, units cut anew and replaced weights each bring other addresses. So
+    `learn` asks anew at the beginning of every pass, when all parameters are at rest.
+    """
 
     def __init__(self, handle: Handle) -> None:
         self.handle = weakref.ref(handle)
         self.engine = weakref.ref(handle._engine)
-        names = {name for unit in handle.units if unit.place for name in unit.parameters}
-        # They have no memory: known as objects.
-        self.packed: dict[int, str] = {}
         model = handle.model
         assert model is not None
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name in [name for name in names if isinstance(parameters[name], PackedParameter)]:
-            self.packed[id(parameters[name])] = name
-            names.remove(name)
-        self.spans = sorted(
-            (parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes, name)
-            for name, parameter in parameters.items()
-            if name in names
-        )
+        # By the names that the engine knows, whatever an adapter makes of them later.
+        self._slots = {
+            f"{path}.{key}" if path else key: (weakref.ref(module), key)
+            for path, module in model.named_modules(remove_duplicate=False)
+            for key in module._parameters
+        }
+        self.spans: list[tuple[int, int, str]] = []
+        self._moved: set[str] = set()
+        self.learn()
+        self._moved.clear()
+
+    def learn(self) -> None:
+        """Notes where the masters lie now."""
+        before = {name: begin for begin, _, name in self.spans}
+        # They have no memory: known as objects.
+        self.packed: dict[int, str] = {}
+        self.spans = []
+        engine = self.engine()
+        if engine is None or engine.is_closed:
+            return
+        window_begin, window_end = engine.window
+        for index, place in enumerate(engine.plan.places):
+            for name in engine.parameter_names(index) if place else ():
+                parameter = self._parameter(name)
+                if isinstance(parameter, PackedParameter):
+                    self.packed[id(parameter)] = name
+                elif parameter is not None and not parameter.is_meta:
+                    begin = parameter.data_ptr()
+                    # Another thread's pass may have begun just now: a place is no master.
+                    if not window_begin <= begin < window_end:
+                        self.spans.append((begin, begin + parameter.nbytes, name))
+        self.spans.sort()
+        # What a user has put there lies elsewhere once it is adopted, and its memory is free again:
+        # of these weights only the parameter itself tells whether it is still there.
+        self._moved |= {name for begin, _, name in self.spans if before.get(name) != begin}
+
+    def _parameter(self, name: str) -> torch.Tensor | None:
+        module, key = self._slots[name][0](), self._slots[name][1]
+        return None if module is None else module._parameters.get(key)
 
     def in_pass(self) -> bool:
         engine = self.engine()
@@ -68,37 +102,67 @@ class _Masters:
 
     def name_at(self, address: int) -> str | None:
         position = bisect.bisect_right(self.spans, (address, sys.maxsize, "")) - 1
-        if position >= 0 and self.spans[position][0] <= address < self.spans[position][1]:
-            return self.spans[position][2]
-        return None
+        if position < 0:
+            return None
+        begin, end, name = self.spans[position]
+        if not begin <= address < end:
+            return None
+        if name in self._moved:
+            parameter = self._parameter(name)
+            return name if parameter is not None and parameter.data_ptr() == begin else None
+        return name
 
 
 class LiveMasters:
-    """The masters of all live handles on the host device. `watch` learns them, once a session."""
+    """The masters of all live handles on the host device. `watch` learns them, once a session.
+
+    A dispatch mode belongs to one thread: `watch` also lets threads run under the guard of the
+    test that is running, which is the last one that was entered.
+    """
 
     def __init__(self) -> None:
         self._of_handles: list[_Masters] = []
+        self.guard: StreamedMasterGuard | None = None
 
     @contextmanager
     def watch(self) -> Iterator[LiveMasters]:
-        """Learns of every handle that is made meanwhile."""
+        """Learns of every handle that is made meanwhile, and of every pass that begins."""
         plain_init = Handle.__init__
-        learn = self._learn
 
         def learning_init(handle: Handle, *args: Any, **kwargs: Any) -> None:
             plain_init(handle, *args, **kwargs)
-            learn(handle)
+            self._learn_of(handle)
 
-        Handle.__init__ = learning_init  # type: ignore[method-assign]  # put back below
-        try:
+        def learning_call(plain_call: Any) -> Any:
+            def call(engine: _C.Engine, *args: Any) -> Any:
+                if not engine.in_pass:
+                    self._learn_anew(engine)
+                return plain_call(engine, *args)
+
+            return call
+
+        plain_run = threading.Thread.run
+
+        def guarded_run(thread: threading.Thread) -> None:
+            with nullcontext() if self.guard is None else self.guard.in_this_thread():
+                plain_run(thread)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Handle, "__init__", learning_init)
+            for call in ("call_unit", "call_ancestor"):
+                patch.setattr(_C.Engine, call, learning_call(getattr(_C.Engine, call)))
+            patch.setattr(threading.Thread, "run", guarded_run)
             yield self
-        finally:
-            Handle.__init__ = plain_init  # type: ignore[method-assign]  # as it was
 
-    def _learn(self, handle: Handle) -> None:
+    def _learn_of(self, handle: Handle) -> None:
         self._of_handles = [masters for masters in self._of_handles if masters.handle()]
         if handle.device.type == "cpu":
             self._of_handles.append(_Masters(handle))
+
+    def _learn_anew(self, engine: _C.Engine) -> None:
+        for masters in self._of_handles:
+            if masters.engine() is engine:
+                masters.learn()
 
     def in_pass(self) -> list[_Masters]:
         """The masters that nobody may read now."""
@@ -116,6 +180,25 @@ class StreamedMasterGuard(TorchDispatchMode):
         super().__init__()
         self._live = live
         self.reads: list[str] = []
+
+    def __enter__(self) -> StreamedMasterGuard:
+        super().__enter__()
+        self._live.guard = self
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._live.guard = None
+        super().__exit__(*error)
+
+    @contextmanager
+    def in_this_thread(self) -> Iterator[None]:
+        """Guards another thread as well, for as long as it runs: perhaps beyond the test."""
+        # Unlike `with self`, this touches no flag that is common to all threads.
+        _push_mode(self)
+        try:
+            yield
+        finally:
+            _pop_mode()
 
     @contextmanager
     def expect_reads(self) -> Iterator[list[str]]:

@@ -45,6 +45,7 @@ HOST = torch.device("cpu")
         ({"depth": True}, TypeError, r"depth.*bool"),
         ({"gpu_budget": "10 apples"}, ValueError, r"gpu_budget.*'10 apples'"),
         ({"gpu_budget": -5}, ValueError, r"gpu_budget >= 0"),
+        ({"gpu_budget": "100TiB"}, ValueError, r"gpu_budget of at most .* memory of this machine"),
         ({"units": "blocks.*"}, TypeError, r"units=\[\.\.\.\]"),
         ({"units": ["nothing.*"]}, ValueError, r"nothing\.\*"),
         ({"units": ["blocks.0.attn", "blocks.0.att*"]}, ValueError, r"twice"),
@@ -70,6 +71,24 @@ HOST = torch.device("cpu")
         ({"resident": ["nope"]}, ValueError, r"nope"),
         ({"resident": "embed"}, TypeError, r"resident=\[\.\.\.\]"),
         ({"resident": ["*"]}, ValueError, r"nothing is left to stream"),
+        (
+            {"resident": ["blocks.*"]},
+            ValueError,
+            r"resident=\['blocks\.\*'\] names every parameter of the units found "
+            r"\('blocks\.0\.attn'.*; name fewer in resident=$",
+        ),
+        (
+            {"units": ["embed.weight"], "resident": ["embed"]},
+            ValueError,
+            r"'embed\.weight' matches nothing",
+        ),
+        (
+            {"units": []},
+            ValueError,
+            r"expected units as a list.*got an empty one; name what to stream, or leave units out",
+        ),
+        ({"units": [""]}, ValueError, r"expected names.*in units=, got an empty.*units=\[model\]"),
+        ({"resident": [""]}, ValueError, r"expected names.*in resident=, got an empty string"),
     ],
     ids=str,
 )
@@ -91,17 +110,52 @@ def test_deepest_depth_can_be_profiled(device: torch.device) -> None:
     assert "bound by" in profiler.sentence
 
 
+_SAYS_DEVICES = r"; write device='cuda', .* device='cpu' to try the host device"
+
+
 @pytest.mark.parametrize(
-    ("where", "match"),
+    ("where", "kind", "match"),
     [
-        pytest.param("cuda:63", r"'cuda:63'|below", id="absent"),
-        pytest.param("meta", r"'cuda' or 'cpu' device, got 'meta'", id="meta"),
+        ("cuda:63", ValueError, r"'cuda:63'|below"),
+        (99, ValueError, r"'cuda:99'|below"),
+        ("meta", ValueError, r"'cuda' or 'cpu' device, got 'meta'" + _SAYS_DEVICES),
+        ("mps", ValueError, r"'cuda' or 'cpu' device, got 'mps'" + _SAYS_DEVICES),
+        ("gpu", ValueError, r"'cuda' or 'cpu' device, got 'gpu'" + _SAYS_DEVICES),
+        ("", ValueError, r"'cuda' or 'cpu' device, got ''" + _SAYS_DEVICES),
+        ("cuda:x", ValueError, r"'cuda' or 'cpu' device, got 'cuda:x'" + _SAYS_DEVICES),
+        (-1, ValueError, r"'cuda' or 'cpu' device, got -1" + _SAYS_DEVICES),
+        (1.5, TypeError, r"device as a torch\.device.*got 1\.5 \(float\)" + _SAYS_DEVICES),
+        (True, TypeError, r"device as a torch\.device.*got True \(bool\)" + _SAYS_DEVICES),
+        (b"cuda", TypeError, r"device as a torch\.device.*got b'cuda' \(bytes\)" + _SAYS_DEVICES),
+        ([0], TypeError, r"device as a torch\.device.*got \[0\] \(list\)" + _SAYS_DEVICES),
     ],
+    ids=str,
 )
-def test_device_that_cannot_be_fails(where: str, match: str) -> None:
+def test_device_that_cannot_be_fails(where: Any, kind: type[Exception], match: str) -> None:
     model = tiny_stack()
-    with refused(model, ValueError, match):
+    with refused(model, kind, match):
         torch_offload.offload(model, where)
+
+
+@torch.no_grad()
+def test_replan_with_a_budget_above_the_machine_fails() -> None:
+    model = tiny_stack()
+    plain = plain_on(model, HOST)
+    with streamed(model, HOST) as handle:
+        with pytest.raises(ValueError, match=r"gpu_budget of at most .* memory of this machine"):
+            handle.replan(gpu_budget="100TiB")
+        assert_streams_like_plain(model, plain, handle, lambda m: m(rows(HOST)))
+
+
+def test_everything_resident_or_unfit_names_both_reasons() -> None:
+    model = tiny_stack()
+    for block in model.blocks:
+        block.attn.weight = model.blocks[0].attn.weight
+    options = {"units": ["*.attn"], "resident": ["*.attn.bias"]}
+    with refused(
+        model, ValueError, r"named by resident=\['\*\.attn\.bias'\], shared, not one dense"
+    ):
+        torch_offload.offload(model, HOST, **options)  # type: ignore[arg-type]
 
 
 def test_device_unnamed_without_a_gpu_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +237,13 @@ def test_second_offload_fails() -> None:
     x = rows(HOST)
     with streamed(model, HOST) as handle, torch.no_grad():
         must = model(x)
-        for again in (model, nn.Sequential(model), model.blocks[0], model.blocks[1].mlp):
+        for again in (
+            model,
+            nn.Sequential(model),
+            model.blocks[0],
+            model.blocks[1].mlp,
+            model.embed,
+        ):
             with pytest.raises(StateError, match="offloaded already"):
                 torch_offload.offload(again, HOST)
         assert torch_offload.handle_of(model) is handle

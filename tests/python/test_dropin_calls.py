@@ -145,3 +145,30 @@ def test_submodule_alone_equals_plain(device: torch.device) -> None:
         assert_streams_like_plain(model, plain, handle, lambda m: m.model(ids).last_hidden_state)
         assert_streams_like_plain(model, plain, handle, lambda m: m.model.layers[1].mlp(x))
         assert_streams_like_plain(model, plain, handle, lambda m: m(ids).logits)
+
+
+@pytest.mark.parametrize("granularity", ["sublayer", "module"])
+def test_module_inside_a_unit_called_alone_is_right_or_raises(
+    device: torch.device, granularity: str
+) -> None:
+    """No code of ours runs there: the unit around it is what to call, or it is a unit itself."""
+    model = tiny_stack()
+    plain = plain_on(model, device)
+    x = rows(device)
+    with streamed(model, device, granularity=granularity) as handle, torch.no_grad():
+        is_unit = granularity == "module"
+        if is_unit:
+            model(x)  # traced, then cut
+        assert_streams_like_plain(model, plain, handle, lambda m: m(x))
+        before = handle.stats
+        assert is_unit == any(unit.name == "blocks.1.mlp.up" for unit in handle.units)
+        if is_unit or device.type == "cpu":
+            assert torch.equal(model.blocks[1].mlp.up(x), plain.blocks[1].mlp.up(x))
+        else:
+            with pytest.raises(RuntimeError, match="same device"):
+                model.blocks[1].mlp.up(x)
+        # As a unit it is a pass of its own.
+        assert handle.stats.forwards - before.forwards == int(is_unit)
+        expect.assert_at_rest(handle)
+        assert_streams_like_plain(model, plain, handle, lambda m: m.blocks[1].mlp(x))
+        assert_streams_like_plain(model, plain, handle, lambda m: m(x))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -32,6 +34,76 @@ def test_guard_unit_without_wrapper_is_seen(
             model(x)
         assert [name.rpartition(".")[0] for name in reads] == ["blocks.1.mlp.up"]
     assert torch.equal(model(x), must)
+
+
+@pytest.mark.parametrize("share", [0.6, 1.0])
+@torch.no_grad()
+def test_guard_unit_that_another_plan_streams_is_seen(
+    master_guard: StreamedMasterGuard, share: float
+) -> None:
+    model, x = tiny_stack(), rows(HOST)
+    must = model(x)
+    budget = int(share * sum(parameter.nbytes for parameter in model.parameters()))
+    with streamed(model, HOST, gpu_budget=budget) as handle:
+        stayed = {unit.name for unit in handle.units if unit.place is None}
+        handle.replan(gpu_budget=None, depth=0)
+        newly = sorted(stayed & {unit.name for unit in handle.units if unit.place})
+        assert newly
+        for name in newly:
+            module = model.get_submodule(name)
+            wrapper = vars(module)["_call_impl"]
+            unwrap(module)  # the planted fault
+            with (
+                master_guard.expect_reads() as reads,
+                pytest.raises(StreamedMasterReadError, match=name.replace(".", r"\.")),
+            ):
+                model(x)
+            assert len(reads) == 1
+            vars(module)["_call_impl"] = wrapper
+    assert torch.equal(model(x), must)
+
+
+@torch.no_grad()
+def test_guard_read_in_another_thread_is_seen(master_guard: StreamedMasterGuard) -> None:
+    model, x = tiny_stack(), rows(HOST)
+    caught: list[Exception] = []
+
+    def forward() -> None:
+        with torch.no_grad():
+            try:
+                model(x)
+            except StreamedMasterReadError as error:
+                caught.append(error)
+
+    with streamed(model, HOST):
+        wrapper = vars(model.blocks[1].mlp)["_call_impl"]
+        unwrap(model.blocks[1].mlp)  # the planted fault
+        with master_guard.expect_reads() as reads:
+            thread = threading.Thread(target=forward)
+            thread.start()
+            thread.join()
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(forward).result()
+        assert [name.rpartition(".")[0] for name in reads] == ["blocks.1.mlp.up"] * 2
+        assert len(caught) == 2
+        vars(model.blocks[1].mlp)["_call_impl"] = wrapper
+        thread = threading.Thread(target=forward)  # whole again: nothing is seen
+        thread.start()
+        thread.join()
+        assert len(caught) == 2
+
+
+@torch.no_grad()
+def test_guard_replaced_weight_is_seen(master_guard: StreamedMasterGuard) -> None:
+    model, x = tiny_stack(), rows(HOST)
+    with streamed(model, HOST):
+        model(x)
+        for parameter in model.blocks[1].mlp.up.parameters():
+            parameter.data = parameter.data * 2
+        unwrap(model.blocks[1].mlp)  # the planted fault
+        with master_guard.expect_reads() as reads, pytest.raises(StreamedMasterReadError):
+            model(x)
+        assert [name.rpartition(".")[0] for name in reads] == ["blocks.1.mlp.up"]
 
 
 @torch.no_grad()

@@ -118,8 +118,52 @@ def test_packed_weights_outside_parameters_fail_by_name(
 ) -> None:
     model = tiny_llama(vocab_size=vocabulary, attention_bias=bias, tie_word_embeddings=True)
     _pack(model.model, in_buffers=in_buffers)
-    with refused(model, ValueError, r"packed integers.*QuantLinear; GPTQ and AWQ"):
+    with refused(model, ValueError, r"packed integers.*QuantLinear; GPTQ, AWQ"):
         torch_offload.offload(model, HOST)
+
+
+class _Float8Linear(nn.Module):
+    """As checkpoints in float8 have that no library unpacks: the weight is a buffer."""
+
+    def __init__(self, plain: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", plain.weight.detach().to(dtype))
+        self.bias = plain.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.float(), self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8_weights_in_buffers_fail(dtype: torch.dtype) -> None:
+    model = tiny_stack()
+    for block in model.blocks:
+        block.mlp.up = _Float8Linear(block.mlp.up, dtype)
+        block.mlp.down = _Float8Linear(block.mlp.down, dtype)
+    model(rows(HOST))
+    with refused(model, ValueError, r"8-bit floats.*_Float8Linear.*float8 models"):
+        torch_offload.offload(model, HOST)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("make", [tiny_llama, tiny_stack])
+def test_dynamically_quantized_modules_fail_by_name(make: Callable[[], Any]) -> None:
+    """All linear layers, or those of one block alone."""
+    model = torch.ao.quantization.quantize_dynamic(make(), {nn.Linear})
+    with refused(model, ValueError, r"quantized by torch\.ao\.quantization"):
+        torch_offload.offload(model, HOST)
+    some = tiny_stack()
+    some.blocks[2] = torch.ao.quantization.quantize_dynamic(some.blocks[2], {nn.Linear})
+    with refused(some, ValueError, r"'blocks\.2\.\S+' of it is quantized by torch\.ao"):
+        torch_offload.offload(some, HOST)
+
+
+def test_calls_that_quantization_would_replace_are_no_weights() -> None:
+    model = tiny_stack()
+    model.add = torch.ao.nn.quantized.FloatFunctional()
+    plain = plain_on(model, HOST)
+    with streamed(model, HOST) as handle:
+        assert_streams_like_plain(model, plain, handle, lambda m: m(rows(HOST)))
 
 
 def _bitsandbytes_8(model: Stack) -> None:

@@ -74,6 +74,62 @@ def test_conversion_of_an_offloaded_model_fails(
         assert_streams_like_plain(model, plain, handle, lambda m: m(x))
 
 
+_OF_ANY_MODULE = sorted(
+    what
+    for what in _CONVERSIONS
+    if what.startswith(("to", "half", "double", "bfloat16", "share_memory", "pickle"))
+    and "compile" not in what
+)
+
+
+@pytest.mark.parametrize("what", _OF_ANY_MODULE)
+def test_conversion_of_a_module_that_stays_fails(
+    device: torch.device, what: str, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    plain = plain_on(model, device)
+    ids = tokens(device)
+    parts = {
+        name: model.get_submodule(name)
+        for name in (
+            "model.embed_tokens",
+            "model.layers.1.input_layernorm",
+            "model.rotary_emb",
+            "model.norm",
+        )
+    }
+    with streamed(model, device) as handle:
+        assert not parts.keys() & {unit.name for unit in handle.units}
+        for _ in range(2):
+            before = expect.snapshot(model)
+            for part in parts.values():
+                with pytest.raises(StateError, match=r"handle\.remove\(\)"):
+                    _CONVERSIONS[what](part, tmp_path)
+            expect.assert_unchanged(model, before)
+            handle.replan(gpu_budget=None)  # wraps and guards anew
+        assert_streams_like_plain(model, plain, handle, lambda m: m(ids).logits)
+        # Where it is already, as it is already.
+        assert all(part.to(device) is part for part in parts.values())
+    assert all(part.half() is part for part in parts.values())
+
+
+def test_copy_of_a_module_that_stays_is_a_plain_one(device: torch.device) -> None:
+    model = tiny_stack()
+    x = rows(device)
+    with streamed(model, device), torch.no_grad():
+        must = model(x)
+        copied, (again,) = copy.deepcopy(model.embed), copy.deepcopy([model.embed])
+        for one in (copied, again):
+            assert vars(one).keys() == vars(nn.Linear(1, 1)).keys()
+            assert torch.equal(one(x), model.embed(x))
+            assert one.double() is one
+            assert one.weight.dtype == torch.float64
+            pickle.loads(pickle.dumps(one))
+        with pytest.raises(StateError, match=r"handle\.remove\(\)"):
+            model.embed.double()
+        assert torch.equal(model(x), must)
+
+
 def test_saving_a_whole_model_says_what_became_of_the_file(tmp_path: Path) -> None:
     model = tiny_stack()
     with streamed(model, HOST):
