@@ -211,7 +211,8 @@ def _device_bytes(
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if handle is not None:
-        return handle.stats.window_bytes + handle.stats.bytes_resident
+        stats = handle.stats
+        return stats.window_bytes + stats.staging_bytes + stats.packed_bytes + stats.bytes_resident
     return _weight_bytes(model) if method == "plain" else None
 
 

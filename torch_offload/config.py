@@ -142,11 +142,11 @@ class Config:
     def _check_packed_cache(self) -> None:
         if self.packed_cache is None:
             return
-        if not isinstance(self.packed_cache, str | Path):
+        if not isinstance(self.packed_cache, str | Path) or self.packed_cache == "":
             raise ValueError(
-                f"expected packed_cache as a folder, got {self.packed_cache!r}; only a model that "
-                "is loaded from a checkpoint's folder has a place for it by itself: "
-                "from_pretrained(..., packed_cache=True)"
+                f"expected packed_cache as a folder, got {self.packed_cache!r}; '.' is the current "
+                "one, and only a model that is loaded from a checkpoint's folder has a place for "
+                "it by itself: from_pretrained(..., packed_cache=True)"
             )
         if self.transport == "raw":
             raise ValueError(

@@ -324,10 +324,15 @@ class Handle:
         if depth is not KEEP:
             config = replace(config, depth=depth)
         model = self._model()
-        if self._engine.is_closed or self._engine.in_pass or model is None:
+        if self._engine.is_closed or model is None:
             raise StateError(
-                "expected replan() of an offloaded model between two forwards, got it "
-                + ("after remove()" if self._engine.is_closed else "while one is running")
+                "expected replan() of an offloaded model, got it after remove(); call offload() "
+                "again, with the options that you want now"
+            )
+        if self._engine.in_pass:
+            raise StateError(
+                "expected replan() between two forwards, got it while one is running; call it "
+                "afterwards"
             )
         from torch_offload.measured_times import measured_times
 

@@ -21,16 +21,15 @@ import shutil
 import stat
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
 
 import torch
 
 from torch_offload import _C
+from torch_offload.checkpoint import StoredTensor, read_header
 from torch_offload.debugging import LOGGER
 
 try:
@@ -68,9 +67,10 @@ class _Entry:
 
 @dataclass
 class _Kept:
-    """An open file, and the entries that it has."""
+    """A mapped file, where its tensors lie, and the entries that it has."""
 
-    blobs: Any = None
+    file: _C.FileMapping | None = None
+    stored: Mapping[str, StoredTensor] = field(default_factory=dict)
     entries: Mapping[str, _Entry] = field(default_factory=dict)
 
     def blob_of(self, unit: str, content: str) -> torch.Tensor | None:
@@ -90,11 +90,14 @@ class _Kept:
         return found
 
     def _blob(self, unit: str) -> torch.Tensor | None:
-        try:
-            blob: torch.Tensor = self.blobs.get_tensor(unit)
-        except (SafetensorError, OSError):
+        """By no operator of torch: an error in one of those comes out of safetensors as another."""
+        stored = self.stored.get(unit)
+        if self.file is None or stored is None or stored.dtype != torch.uint8:
             return None
-        return blob if blob.dtype == torch.uint8 and blob.dim() == 1 else None
+        if len(stored.shape) != 1 or not stored.size_bytes:
+            return None
+        view = _C.FileView([(self.file, stored.offset, stored.size_bytes)])
+        return view.tensor(torch.uint8, stored.shape)
 
 
 class PackedCache:
@@ -123,40 +126,38 @@ class PackedCache:
         }
         contents = {index: _key_of(engine.content(index)) for index in units}
         path = self.folder / _file_name(engine)
-        with _opened(path) as (kept, unusable):
-            offered = [
-                kept.blob_of(units[index], contents[index]) if index in units else None
-                for index in range(len(plan.units))
-            ]
-            engine.offer_blobs(offered)
-            try:
-                engine.pack(most_bytes, counts)
-                taken = set(engine.blobs_taken)
-            finally:
-                engine.offer_blobs([])
-            transports = engine.plan.transports
-            packed = [index for index in units if transports[index] != "raw"]
-            stale = [units[i] for i in packed if i not in taken and units[i] in kept.entries]
-            problem = unusable
-            if stale:
-                problem = (
-                    f"it holds {len(stale)} of {len(packed)} units otherwise than the model does, "
-                    f"{stale[0]!r} among them: damaged, or packed from other weights"
-                )
-            if taken.issuperset(packed):
-                LOGGER.info("%d packed units taken from %s", len(taken), path)
-                return
-            blobs = {i: blob for i in packed if (blob := engine.packed_blob(i)) is not None}
-            tensors = {units[i]: blob for i, blob in blobs.items()}
-            entries = {
-                units[i]: _Entry(contents[i], _checksum_in(blob)) for i, blob in blobs.items()
-            }
-            for name, (entry, blob) in kept.others(set(units.values())).items():
-                entries[name], tensors[name] = entry, blob
-            try:
-                _write(path, tensors, entries)
-            except (OSError, SafetensorError) as error:
-                problem = f"{problem + '; and ' if problem else ''}it cannot be written: {error}"
+        kept, unusable = _opened(path)
+        offered = [
+            kept.blob_of(units[index], contents[index]) if index in units else None
+            for index in range(len(plan.units))
+        ]
+        engine.offer_blobs(offered)
+        try:
+            engine.pack(most_bytes, counts)
+            taken = set(engine.blobs_taken)
+        finally:
+            engine.offer_blobs([])
+        transports = engine.plan.transports
+        packed = [index for index in units if transports[index] != "raw"]
+        stale = [units[i] for i in packed if i not in taken and units[i] in kept.entries]
+        problem = unusable
+        if stale:
+            problem = (
+                f"it holds {len(stale)} of {len(packed)} units otherwise than the model does, "
+                f"{stale[0]!r} among them: damaged, or packed from other weights"
+            )
+        if taken.issuperset(packed):
+            LOGGER.info("%d packed units taken from %s", len(taken), path)
+            return
+        blobs = {i: blob for i in packed if (blob := engine.packed_blob(i)) is not None}
+        tensors = {units[i]: blob for i, blob in blobs.items()}
+        entries = {units[i]: _Entry(contents[i], _checksum_in(blob)) for i, blob in blobs.items()}
+        for name, (entry, blob) in kept.others(set(units.values())).items():
+            entries[name], tensors[name] = entry, blob
+        try:
+            _write(path, tensors, entries)
+        except (OSError, SafetensorError) as error:
+            problem = f"{problem + '; and ' if problem else ''}it cannot be written: {error}"
         if problem:
             warnings.warn(
                 f"torch_offload: expected a cache of packed weights in {path}, but {problem}; the "
@@ -189,26 +190,18 @@ def _checksum_in(blob: torch.Tensor) -> str:
 # --- reading -------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[_Kept, str]]:
+def _opened(path: Path) -> tuple[_Kept, str]:
     """The file, or nothing and why it is of no use; neither where there is none yet."""
-    opened, unusable = None, ""
     try:
-        opened = safe_open(path, framework="pt")
+        with safe_open(path, framework="pt") as opened:
+            entries = _entries_of(opened.metadata() or {})
+        return _Kept(_C.FileMapping(str(path)), read_header(path), entries), ""
     except FileNotFoundError:
-        pass
-    except (OSError, SafetensorError) as error:
-        unusable = f"it cannot be read: {error}"
-    if opened is None:
-        yield _Kept(), unusable
-        return
-    with opened as blobs:
-        kept = _Kept()
-        try:
-            kept = _Kept(blobs, _entries_of(blobs.metadata() or {}))
-        except _UnusableError as error:
-            unusable = str(error)
-        yield kept, unusable
+        return _Kept(), ""
+    except _UnusableError as error:
+        return _Kept(), str(error)
+    except (OSError, SafetensorError, ValueError) as error:
+        return _Kept(), f"it cannot be read: {error}"
 
 
 def _entries_of(metadata: Mapping[str, str]) -> dict[str, _Entry]:

@@ -37,6 +37,12 @@ class PackedParameter:
         args, kwargs = tree_map_only(PackedParameter, convert, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    def __repr__(self) -> str:
+        """As of the plain parameter."""
+        shown = unpacked(self).requires_grad_(self.requires_grad)
+        shown.__class__ = type(self).__mro__[2]  # beside this one, see packed_class_of
+        return repr(shown)
+
     @property
     def data(self) -> torch.Tensor:
         """As of any tensor: an alias, so that the parameter is unpacked."""

@@ -22,6 +22,7 @@ from torch_offload.planning import Planned, cut_model, least_budget, plan_best, 
 from torch_offload.prediction import Prediction, Scenario, predict_plan
 from torch_offload.rates import format_byte_rate, parse_byte_rate
 from torch_offload.sizes import format_size, parse_size
+from torch_offload.transport import transport_of
 from torch_offload.workload import Workload, compute_times
 
 # Points of the curve, the least and the whole included.
@@ -42,6 +43,7 @@ class PlanOptions:
     link: str | None = None
     granularity: str = "sublayer"
     transport: str = "raw"
+    masters: str = "plain"
     decode_rate: str | None = None
 
 
@@ -283,10 +285,11 @@ class Planner:
             granularity=options.granularity,  # type: ignore[arg-type]  # checked there
             gpu_budget=options.gpu_budget or "auto",
             transport=options.transport,  # type: ignore[arg-type]
+            masters=options.masters,  # type: ignore[arg-type]
         )
         self._peak, self._link = _rates(options)
         self._decoder = Rates.stated(self._link, options.decode_rate)
-        self._packing = Packing(options.transport, self._decoder)
+        self._packing = Packing(transport_of(self.config), self._decoder)
         self._work = Workload(batch=options.batch, tokens=options.tokens, context=options.tokens)
         self._model_config = read_config(find_model(options.model))
         self._model = build_on_meta(self._model_config)
@@ -311,10 +314,12 @@ class Planner:
         host = options.host_memory and parse_size(options.host_memory, "--host-memory")
         basis = [self._peak.formula(), f"copies at {format_byte_rate(self._link)}"]
         other_way = "auto" if options.transport == "raw" else "raw"
-        other = self._fit(budget, Packing(other_way, self._decoder))
+        other = self._fit(budget, Packing(other_way, self._decoder), "plain")
         packs = [*self.fit(budget).planned.plan.transports, *other.planned.plan.transports]
         if is_packed := any(way != "raw" for way in packs):
             basis.append(self._decoder.with_share)
+        if self.config.masters == "packed":
+            basis.append("masters are packed: host memory holds nothing else of what packs")
         if needs is not None:
             basis.append("cache and activations are reckoned from the config, not measured")
         return PlanReport(
@@ -368,17 +373,22 @@ class Planner:
         Raises:
             ValueError: If it is below the least, which the message names.
         """
-        return self._fit(budget, self._packing)
+        return self._fit(budget, self._packing, self.config.masters)
 
-    def _fit(self, budget: int, packing: Packing) -> Fit:
+    def _fit(self, budget: int, packing: Packing, masters: str) -> Fit:
         if budget < self.least_bytes:
             plan_cut(self._first, self.config, budget, packing)
         planned = plan_best(self._cuts, self.config, budget, packing)
         work = self._work
         token = Workload(batch=work.batch, tokens=1, context=work.context)
-        return Fit(budget, planned, self._predicted(planned, token), self._predicted(planned, work))
+        return Fit(
+            budget,
+            planned,
+            self._predicted(planned, token, masters),
+            self._predicted(planned, work, masters),
+        )
 
-    def _predicted(self, planned: Planned, work: Workload) -> Prediction:
+    def _predicted(self, planned: Planned, work: Workload, masters: str) -> Prediction:
         times = compute_times(self._model, self._model_config, planned.specs, work, self._peak)
         scenario = Scenario(
             units=planned.plan.units,
@@ -386,6 +396,7 @@ class Planner:
             link_bytes_per_second=self._link,
             outside_bytes=planned.outside_bytes,
             packable=planned.packable,
+            masters=masters,
         )
         return predict_plan(scenario, planned.plan)
 

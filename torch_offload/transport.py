@@ -29,12 +29,11 @@ def packing_for(config: Config, device: torch.device) -> Packing:
     """
     if config.transport == "raw":
         return Packing()
-    # Where masters are packed nothing can be copied raw: there is no choice.
-    is_free = config.transport == "auto" and config.masters == "plain"
-    transport = "packed" if config.transport == "auto" and not is_free else config.transport
+    transport = transport_of(config)
+    is_free = transport == "auto"
     if device.type == "cpu":
         return Packing(transport)
-    why_not = _why_nothing_decodes(device)
+    why_not = why_nothing_decodes(device)
     if why_not is None:
         return Packing(transport, _measured_rates(device))
     if is_free:
@@ -45,7 +44,16 @@ def packing_for(config: Config, device: torch.device) -> Packing:
     )
 
 
-def _why_nothing_decodes(device: torch.device) -> str | None:
+def transport_of(config: Config) -> str:
+    """What it comes to. Where masters are packed nothing can be copied raw: there is no choice."""
+    has_choice = config.transport != "auto" or config.masters == "plain"
+    return config.transport if has_choice else "packed"
+
+
+def why_nothing_decodes(device: torch.device) -> str | None:
+    """Why packed weights cannot be decoded on a device; None if they can."""
+    if device.type == "cpu":
+        return None
     if not _C.has_kernels:
         return (
             "this build has no decoder for GPUs, as there was no CUDA compiler of torch's own "

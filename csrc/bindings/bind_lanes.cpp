@@ -152,8 +152,8 @@ void bind_lanes(py::module_& module) {
       .def_readwrite("is_armed", &DeviceFault::is_armed);
   module.def("faulty_device", &make_faulty_device, py::arg("device"), py::arg("fault"),
              py::kw_only(), py::arg("seed") = 0, py::arg("longest_delay_us") = 0,
-             "A device that goes wrong while its fault is armed. On the host, copies come late by "
-             "random times as well.");
+             "A device that goes wrong while its fault is armed. On the host, copies and decoders "
+             "come late by random times as well.");
 
   py::class_<DeviceFailure, std::shared_ptr<DeviceFailure>>(module, "DeviceFailure",
                                                             "A call of a device that fails.")

@@ -147,7 +147,7 @@ std::vector<CopySegment> PinnedArena::segments(PieceIndex begin, PieceIndex end)
 }
 
 void PinnedArena::check_process() const {
-  if (device_->in_forked_child()) {
+  if (in_forked_child()) {
     throw StateError(
         "expected offloaded weights to be filled and page-locked in the process that offloaded "
         "them, got a forked child; offload a model of its own there, or start the child by spawn");

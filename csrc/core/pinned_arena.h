@@ -100,6 +100,8 @@ class PinnedArena {
   /// What the arena takes when all is filled: the pieces, and less than a page per chunk.
   std::size_t size_bytes() const { return memory_.size_bytes(); }
   std::size_t registered_bytes() const;
+  /// Whether its memory is another process's: see Note [Page-locked memory and fork].
+  bool in_forked_child() const { return device_->in_forked_child(); }
 
  private:
   struct Piece {

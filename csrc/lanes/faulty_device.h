@@ -63,7 +63,7 @@ class FaultyDevice : public Base {
   std::map<EventId, StreamId> recorded_on_;
 };
 
-/// Host threads whose copies come late, each by a random time drawn from the seed.
+/// Host threads whose copies and decoders come late, each by a random time drawn from the seed.
 class LateHostDevice : public FaultyDevice<HostDevice> {
  public:
   LateHostDevice(std::shared_ptr<const DeviceFault> fault, std::uint32_t seed,
@@ -72,12 +72,20 @@ class LateHostDevice : public FaultyDevice<HostDevice> {
 
  protected:
   void do_copy(StreamId stream, const Copy& copy) override {
-    const auto delay = longest_delay_ * (random_() % 1024) / 1024;
-    run(stream, [delay] { std::this_thread::sleep_for(delay); });
+    hold_back(stream);
     FaultyDevice::do_copy(stream, copy);
+  }
+  void do_decode(StreamId stream, const Decode& decode) override {
+    hold_back(stream);
+    FaultyDevice::do_decode(stream, decode);
   }
 
  private:
+  void hold_back(StreamId stream) {
+    const auto delay = longest_delay_ * (random_() % 1024) / 1024;
+    run(stream, [delay] { std::this_thread::sleep_for(delay); });
+  }
+
   std::mt19937 random_;
   const std::chrono::microseconds longest_delay_;
 };

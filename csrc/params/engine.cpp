@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "params/python_errors.h"
 
 namespace py = pybind11;
 
@@ -249,6 +250,7 @@ std::vector<std::string> Engine::move_out() {
       }
     }
   } catch (...) {
+    const PythonErrorAside aside;
     // Back into the masters, which are still there: the model goes on streaming.
     for (const std::size_t i : moved_out) {
       move_parameter_in(i);

@@ -12,6 +12,7 @@
 
 #include "core/error.h"
 #include "params/engine.h"
+#include "params/python_errors.h"
 
 namespace py = pybind11;
 
@@ -311,12 +312,13 @@ void Engine::refuse_kept_views(std::vector<DroppedPlace> dropped) {
 
 /// The error that the call has raised is the one to be told; this one must not take its place.
 void Engine::release_after_failure(CallToken& token) noexcept {
+  const PythonErrorAside aside;
   try {
     release(token);
-  } catch (const std::exception& error) {
+  } catch (std::exception& error) {
     std::fprintf(stderr,
                  "torch_offload: after a call that failed, its release failed as well: %s\n",
-                 error.what());
+                 words_of(error).c_str());
   }
 }
 

@@ -20,6 +20,7 @@
 #include "core/error.h"
 #include "params/engine.h"
 #include "params/exponent_counts.h"
+#include "params/python_errors.h"
 
 namespace py = pybind11;
 
@@ -228,10 +229,10 @@ void Engine::pack_as_before(const std::vector<Transport>& transports) noexcept {
       pipeline_->set_transport(unit, transports[unit]);
     }
     pack(std::vector<std::size_t>(most_packed_bytes_));
-  } catch (const std::exception& error) {
+  } catch (std::exception& error) {
     std::fprintf(stderr, "torch_offload: %s, they could not be packed again: %s\n",
                  packs_masters() ? "the next forward packs the units" : "units travel raw",
-                 error.what());
+                 words_of(error).c_str());
   }
 }
 

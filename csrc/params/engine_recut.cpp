@@ -8,6 +8,7 @@
 
 #include "core/error.h"
 #include "params/engine.h"
+#include "params/python_errors.h"
 
 namespace py = pybind11;
 
@@ -60,6 +61,7 @@ std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges)
       plain.push_back(parameters_[i].plain_copy(torch_device_));
     }
   } catch (...) {
+    const PythonErrorAside aside;
     plain.clear();
     if (is_replanned) {
       const py::gil_scoped_release no_gil;

@@ -60,13 +60,24 @@ PackedBlob::~PackedBlob() {
   }
 }
 
+void PackedBlob::check_process() const {
+  if (memory_->in_forked_child()) {
+    throw StateError(
+        "expected packed weights to be read in the process that called offload(), got a forked "
+        "child, which does not inherit page-locked memory; read them before the fork "
+        "(weight.clone()), or start the child by spawn");
+  }
+}
+
 void PackedBlob::unpack(std::size_t place_offset, std::size_t size_bytes,
                         std::byte* destination) const {
+  check_process();
   decode_part(view_, place_offset, size_bytes, destination, default_num_threads());
 }
 
 bool PackedBlob::holds(std::size_t place_offset, const std::byte* bytes,
                        std::size_t size_bytes) const {
+  check_process();
   return torch_offload::holds(view_, place_offset, bytes, size_bytes, default_num_threads());
 }
 

@@ -36,11 +36,14 @@ class PackedBlob {
   const std::shared_ptr<PinnedArena>& memory() const { return memory_; }
 
   /// Writes the tensor that begins there in the place. Blocks until it is unpacked, on all cores.
+  /// Throws: StateError in a forked child, which has none of this memory.
   void unpack(std::size_t place_offset, std::size_t size_bytes, std::byte* destination) const;
-  /// Whether it was packed from just these bytes. Blocks likewise.
+  /// Whether it was packed from just these bytes. Blocks and throws likewise.
   bool holds(std::size_t place_offset, const std::byte* bytes, std::size_t size_bytes) const;
 
  private:
+  void check_process() const;
+
   std::shared_ptr<PinnedArena> memory_;
   BlobView view_;
 };

@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -168,16 +170,17 @@ void StreamedParameter::check_fits(const at::Tensor& replacement) const {
                     !replacement.unsafeGetTensorImpl()->is_python_dispatch() &&  // DTensor, torchao
                     replacement.is_non_overlapping_and_dense();
   if (!fits) {
-    const auto describe = [](const at::TensorOptions& options, at::IntArrayRef sizes) {
-      std::string text = std::string(options.dtype().name()) + " of shape (";
+    const auto describe = [](at::ScalarType dtype, at::IntArrayRef sizes) {
+      std::string listed;
       for (const std::int64_t size : sizes) {
-        text += std::to_string(size) + ",";
+        listed += (listed.empty() ? "" : ", ") + std::to_string(size);
       }
-      return text + ")" + (options.device().is_meta() ? " on meta" : "");
+      return std::string("torch.") + torch::getTHPDtype(dtype)->name + " of shape (" + listed + ")";
     };
     throw StateError("expected parameter '" + name_ + "' to be replaced by a dense " +
-                     describe(at::TensorOptions().dtype(dtype_).device(at::kCPU), sizes_) +
-                     " as before, got " + describe(replacement.options(), replacement.sizes()) +
+                     describe(dtype_, sizes_) + " as before, got " +
+                     describe(replacement.scalar_type(), replacement.sizes()) +
+                     (replacement.is_meta() ? " on meta" : "") +
                      "; call handle.remove() before changing it, and offload() again afterwards");
   }
 }

@@ -8,7 +8,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 import torch_offload
 from tests.lanes.failures import DeviceCall, Failure
-from tests.lanes.leftovers import Devices, Process
+from tests.lanes.leftovers import Devices, Held, Process
 from tests.python import expect
 from torch_offload import _C
 from torch_offload.devices import devices_made_by
@@ -42,6 +43,11 @@ class Case:
     debug: bool = False
     times: bool = False
     transport: Any = "raw"
+    masters: Any = "plain"
+    #: Of the weights; None streams, or keeps packed, all units.
+    budget_share: float | None = None
+    #: A folder for packed units: "new" is empty, "filled" has all of them.
+    cache: Literal["none", "new", "filled"] = "none"
 
     @property
     def width(self) -> int:
@@ -58,23 +64,38 @@ class Case:
         """A budget that lets one of the units stay on the device; with packing, all of them."""
         if self.transport == "raw":
             return _REPLANNED_BYTES
-        return int(1.3 * sum(parameter.nbytes for parameter in self.model().parameters()))
+        return int(1.3 * self._weight_bytes)
 
     @property
-    def options(self) -> dict[str, Any]:
+    def _weight_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.model().parameters())
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """For `offload`."""
+        return None if self.budget_share is None else int(self.budget_share * self._weight_bytes)
+
+    def options(self, cache_folder: Path) -> dict[str, Any]:
         """For `offload`."""
         return {
             "mode": self.mode,
             "streams": self.streams,
             "granularity": self.granularity,
             "transport": self.transport,
+            "masters": self.masters,
+            "packed_cache": None if self.cache == "none" else cache_folder,
             "debug": self.debug,
             "depth": 0,
-            "gpu_budget": None,
+            "gpu_budget": self.budget_bytes,
             "on_oom": "raise",
         }
 
 
+#: Units travel in several ways within one plan.
+MIXED = (
+    Case(transport="auto", budget_share=0.95),
+    Case(transport="packed", masters="packed", budget_share=0.95),
+)
 CASES = (
     Case(),
     Case(streams="split"),
@@ -89,6 +110,13 @@ CASES = (
     Case(transport="packed"),
     Case(transport="packed_resident"),
     Case(transport="packed_resident", mode="events", streams="split"),
+    Case(transport="packed", masters="packed"),
+    Case(transport="packed_resident", masters="packed"),
+    Case(transport="packed", masters="packed", mode="events", streams="split"),
+    *MIXED,
+    Case(transport="packed", cache="new"),
+    Case(transport="packed", cache="filled"),
+    Case(transport="packed_resident", masters="packed", cache="filled"),
 )
 
 
@@ -98,6 +126,7 @@ class Trial:
     def __init__(self, case: Case, phase: str, failure: Failure) -> None:
         self._case = case
         self._phase = phase
+        self._options: dict[str, Any] = {}
         self._failure = failure
         armed = failure.failure if isinstance(failure, DeviceCall) else _C.DeviceFailure("runtime")
         self.devices = Devices(lambda device: _C.failing_device(device, armed))
@@ -116,6 +145,13 @@ class Trial:
 
     def run(self) -> None:
         """Tries it. Raises AssertionError with what does not hold."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._options = self._case.options(Path(folder))
+            if self._case.cache == "filled":
+                torch_offload.offload(self.build(), HOST, **self._options).remove()
+            self._run()
+
+    def _run(self) -> None:
         process = Process.now()
         before = expect.snapshot(self.model)
         plain = copy.deepcopy(self.model)
@@ -173,16 +209,19 @@ class Trial:
     def _offload(self, before: dict[str, Any]) -> torch_offload.Handle | None:
         with devices_made_by(self.devices):
             failed, handle = self._attempt(
-                "offload", lambda: torch_offload.offload(self.model, HOST, **self._case.options)
+                "offload", lambda: torch_offload.offload(self.model, HOST, **self._options)
             )
         if not failed:
+            if self._case.budget_share is not None:
+                ways = {(unit.transport, unit.place is None) for unit in handle.units}
+                assert len(ways) > 1, f"all units travel alike: {ways}"
             return handle  # type: ignore[no-any-return]
         if self.devices.last is not None and self._failure.struck not in _GIVING_BACK:
             memory = self.devices.held().memory
             assert memory == (0, 0, 0), f"{LEFT_BY_OFFLOAD}: {memory}"
         expect.assert_unchanged(self.model, before, same_memory=False)
         with devices_made_by(self.devices):
-            return torch_offload.offload(self.model, HOST, **self._case.options)
+            return torch_offload.offload(self.model, HOST, **self._options)
 
     @torch.no_grad()
     def _forward(self, handle: torch_offload.Handle, plain: nn.Module) -> None:
@@ -208,7 +247,17 @@ class Trial:
             assert torch.equal(self.model(self._x), must), "a later forward is wrong"
         expect.assert_at_rest(handle)
         if self._case.granularity != "module":  # which cuts the units anew
-            assert self.devices.held() == held, f"{self.devices.held()}, was {held}"
+            self._check_held(held)
+
+    def _check_held(self, held: Held) -> None:
+        now = self.devices.held()
+        if self.outcome == "told":  # and what could not be given back is still counted
+            assert now.registrations == held.registrations + 1, f"{now}, was {held}"
+            assert now.registered_bytes > held.registered_bytes, f"{now}, was {held}"
+            held = replace(
+                held, registrations=now.registrations, registered_bytes=now.registered_bytes
+            )
+        assert now == held, f"{now}, was {held}"
 
     def _recorded(self, recording: AbstractContextManager[Any]) -> torch.Tensor:
         with recording:

@@ -55,6 +55,7 @@ GOOD: dict[str, tuple[str, ...]] = {
     "--streams": ("shared", "split"),
     "--granularity": ("sublayer", "layer", "module", "auto"),
     "--transport": ("raw", "packed", "packed_resident", "auto"),
+    "--masters": ("plain", "packed"),
     "--gpu": ("h100", "h200", "a100"),
     "--link": ("25GB/s", "64GB/s"),
     "--peak": ("989TFLOP/s",),

@@ -161,7 +161,7 @@ class TestReplan:
             model(rows())
         assert "while one is running" in str(caught[0])
         handle.remove()
-        with pytest.raises(torch_offload.StateError, match="after remove"):
+        with pytest.raises(torch_offload.StateError, match=r"after remove\(\); call offload"):
             handle.replan(gpu_budget=None)
 
     def test_budget_below_the_least_fails_and_changes_nothing(self) -> None:

@@ -417,6 +417,30 @@ def test_compare_loads_the_weights_of_a_folder(call: Call, tmp_path: Path) -> No
     assert result.status == 0, result.error
 
 
+@pytest.mark.parametrize("transport", ["packed", "packed_resident"])
+def test_compare_of_packed_weights_finds_them_equal(
+    call: Call, tmp_path: Path, transport: str
+) -> None:
+    config = LLAMA | {"hidden_size": 256, "intermediate_size": 512, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = {}
+    for way in ("raw", transport):
+        result = call(
+            "compare", tmp_path, "--device", "cpu", "--methods", "plain,pipeline", "--rounds", 1,
+            "--transport", way, "--json", "-",
+        )  # fmt: skip
+        assert result.status == 0, result.error
+        rows = json.loads(result.out)["rows"]
+        found[way] = next(row for row in rows if row["method"] == "pipeline")
+    assert found[transport]["is_equal"]
+    assert found[transport]["device_bytes"] > found["raw"]["device_bytes"]  # ring or packed units
+
+
+def test_help_lists_every_transport(call: Call) -> None:
+    for command in ("plan", "simulate", "compare"):
+        assert "packed_resident" in call(command, "--help").out, command
+
+
 def test_compare_of_different_bits_fails(
     call: Call, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

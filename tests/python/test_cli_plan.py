@@ -275,6 +275,22 @@ def test_packed_plan_says_where_its_rates_are_from(call: Call, small: Path) -> N
     assert "as stated" in call(*arguments, "--decode-rate", "900GB/s")[1]
 
 
+def test_packed_masters_take_what_is_packed_and_nothing_else(call: Call, small: Path) -> None:
+    arguments = (small, "--gpu-budget", "6GiB", "--transport", "auto")
+    plain = report_of(call, *arguments)
+    packed = report_of(call, *arguments, "--masters", "packed")
+    assert packed["device_bytes"] <= 6 * GIB
+    assert "raw" not in packed["transports"]
+    weights = packed["weights_bytes"] - packed["outside_bytes"] - packed["gathered_bytes"]
+    share = (packed["host_bytes"] - packed["gathered_bytes"]) / weights
+    assert 0.69 < share < 0.72
+    assert plain["host_bytes"] > weights
+    assert packed["other_transport"]["host_bytes"] == plain["other_transport"]["host_bytes"]
+    status, out, _ = call(*arguments, "--masters", "packed")
+    assert status == 0
+    assert "masters are packed" in out
+
+
 def test_packed_picture_shows_every_byte(small: Path) -> None:
     from torch_offload.plan_report import Planner, PlanOptions
     from torch_offload.timeline.plan_chart import plan_chart_of
@@ -291,6 +307,8 @@ def test_packed_picture_shows_every_byte(small: Path) -> None:
     [
         (("--transport", "zip"), "transport to be one of"),
         (("--decode-rate", "fast"), "--decode-rate as a rate"),
+        (("--masters", "packed"), "with masters='packed', got 'raw'"),
+        (("--masters", "zip"), "masters to be one of"),
     ],
 )
 def test_bad_packing_option_is_one_line(

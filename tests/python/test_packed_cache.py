@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -23,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import torch_offload
+from tests.lanes.failures import Operator
+from tests.lanes.fault_trials import Case, Trial
 from tests.python import packed_reference
 from tests.python.checkpoints import load, load_plain
 from tests.python.dropin import assert_equal, plain_on, tiny_llama, tokens
@@ -388,6 +391,16 @@ _DAMAGES = [
 ]
 
 
+def test_operator_that_fails_beside_a_cache_comes_out_as_itself() -> None:
+    """For every k. Out of safetensors' own reading an error comes as a ValueError."""
+    for k in itertools.count(1):
+        failure = Operator(KeyboardInterrupt, k)
+        Trial(Case(transport="packed", cache="filled"), "offload", failure).run()
+        if not failure.struck:
+            break
+    assert k > 20
+
+
 @pytest.mark.parametrize("damage", _DAMAGES)
 def test_damaged_file_is_ignored_with_one_warning_and_replaced(
     runs: Runs, tmp_path: Path, damage: Callable[[Path], None]
@@ -619,8 +632,10 @@ def test_cache_without_packing_fails(tmp_path: Path) -> None:
 
 
 def test_cache_beside_no_checkpoint_fails() -> None:
-    with pytest.raises(ValueError, match="packed_cache as a folder"):
-        Config(transport="packed", packed_cache=True)  # type: ignore[arg-type]
+    folders: tuple[Any, ...] = (True, 3, "")
+    for folder in folders:
+        with pytest.raises(ValueError, match="packed_cache as a folder"):
+            Config(transport="packed", packed_cache=folder)
     with pytest.raises(ValueError, match="name a folder"):
         load(type(llama()), Path("some/hub-id"), HOST, transport="packed", packed_cache=True)
 

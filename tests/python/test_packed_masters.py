@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
+import os
 import pickle
 import subprocess
 import sys
@@ -19,12 +21,15 @@ import torch
 from torch import nn
 
 import torch_offload
+from tests.lanes.failures import Operator
+from tests.lanes.fault_trials import Case, Trial
 from tests.python import expect
 from tests.python.checkpoints import load, load_plain
 from tests.python.dropin import assert_equal, plain_on, raising, tiny_llama, tokens
 from torch_offload import _C, Config, Handle, StateError, offload
 from torch_offload.devices import devices_made_by
 from torch_offload.packed_parameter import PackedParameter
+from torch_offload.selfcheck.failing_operator import FailingOperator
 from torch_offload.transport import packing_for
 
 HOST = torch.device("cpu")
@@ -294,6 +299,40 @@ def test_read_gives_the_weights_and_leaves_them_packed(read: str, grad: bool) ->
         assert torch.equal(got, must)
         assert got.requires_grad == must.requires_grad
         assert_packed(handle)
+
+
+@pytest.mark.parametrize("show", [repr, str, "{}".format])
+def test_weight_at_rest_is_shown_as_a_plain_one_and_stays_packed(
+    show: Callable[[nn.Parameter], str],
+) -> None:
+    model = llama()
+    plain = llama().model.layers[1].mlp.up_proj.weight
+    with packed(model) as handle:
+        assert show(model.model.layers[1].mlp.up_proj.weight) == show(plain)
+        assert_packed(handle)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("read", ["clone", "equal", "detach", "data_ptr", "pickle"])
+def test_forked_child_that_reads_gets_an_error(read: str) -> None:
+    model = llama()
+    with packed(model):
+        readable, writable = os.pipe()
+        child = os.fork()
+        if child == 0:  # pragma: no cover
+            try:
+                (READS | ALIASES)[read](model.model.layers[1].mlp.up_proj.weight)
+                os.write(writable, b"no error")
+            except BaseException as error:
+                os.write(writable, f"{type(error).__name__}: {error}".encode())
+            os._exit(0)
+        os.close(writable)
+        status = os.waitpid(child, 0)[1]
+        with os.fdopen(readable) as answer:
+            said = answer.read()
+        assert status == 0, f"the child ended with {status}"
+        assert said.startswith("StateError: expected packed weights to be read in the process")
 
 
 @pytest.mark.parametrize("read", ALIASES)
@@ -655,8 +694,10 @@ def test_replaced_parameter_of_another_kind_fails(
         up = model.model.layers[1].mlp.up_proj
         old = up.weight
         up.weight = replacement(old)
-        with pytest.raises(StateError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        with pytest.raises(StateError, match=r"layers\.1\.mlp\.up_proj\.weight") as raised:
             run(model)
+        assert "a dense torch.bfloat16 of shape (512, 256) as before" in str(raised.value)
+        assert f"got {up.weight.dtype} of shape" in str(raised.value)
         up.weight = old
         assert_equal(run(model), expected)
         assert_packed(handle)
@@ -953,6 +994,41 @@ def test_replan_that_cannot_pack_fails_and_a_later_forward_packs(
         assert_equal(run(model), expected)
         assert_packed(handle)
         assert {unit.transport for unit in handle.units if unit.place} == {transport}
+    assert_equal(run(model), expected)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("phase", ["replan", "remove"])
+def test_operator_that_fails_comes_out_as_itself(phase: str, error: type[BaseException]) -> None:
+    """For every k: what undoes the rest calls Python while the error is on its way."""
+    for k in itertools.count(1):
+        failure = Operator(error, k)
+        Trial(Case(transport="packed", masters="packed"), phase, failure).run()
+        if not failure.struck:
+            break
+    assert k > 20
+
+
+class FailingForGood(FailingOperator):
+    """The k-th operator fails, and all that come after it."""
+
+    def count(self, name: str) -> None:
+        self._left = 1 if self.failed else self._left
+        super().count(name)
+
+
+def test_replan_that_cannot_pack_again_says_why(capfd: pytest.CaptureFixture[str]) -> None:
+    model = llama()
+    roomy = int(1.3 * sum(parameter.nbytes for parameter in model.parameters()))
+    with packed(model) as handle:
+        run(model)
+        model.model.layers[1].mlp.up_proj.weight.data *= 2
+        expected = expected_now(model)
+        with pytest.raises(RuntimeError, match="planted failure"), FailingForGood(5, RuntimeError):
+            handle.replan(gpu_budget=roomy)
+        assert "they could not be packed again: RuntimeError: planted" in capfd.readouterr().err
+        assert_equal(run(model), expected)
+        assert_packed(handle)
     assert_equal(run(model), expected)
 
 

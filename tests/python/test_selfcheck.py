@@ -202,6 +202,8 @@ def slices(monkeypatch: pytest.MonkeyPatch) -> None:
         Case(SUBJECTS[1], "events", "shared"),
         Case(SUBJECTS[2], "streams", "shared", "layer"),
         Case(SUBJECTS[3], "pipeline", "shared"),
+        Case(SUBJECTS[0], "pipeline", "split", transport="packed"),
+        Case(SUBJECTS[3], "events", "shared", "layer", transport="packed_resident"),
     ]
     monkeypatch.setattr(equality, "all_cases", lambda: iter(cases))
 
@@ -215,8 +217,8 @@ def slices(monkeypatch: pytest.MonkeyPatch) -> None:
         (Linearisations(), 200_000),
         (Mutants(), _C.num_mutants()),
         (StreamSanitizer(), 120),
-        (VisibleRaces(HOST), 3),
-        (Equality(HOST), 12),
+        (VisibleRaces(HOST), 6),
+        (Equality(HOST), 18),
         (TriedRaces(), 6),
     ],
     ids=lambda value: getattr(value, "name", ""),

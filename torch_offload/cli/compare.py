@@ -16,6 +16,7 @@ from torch_offload.cli.output import (
     split_list,
     tracked,
 )
+from torch_offload.cli.packed import TransportOption
 
 
 def register(app: typer.Typer) -> None:
@@ -39,6 +40,7 @@ def compare(
     gpu_budget: Annotated[str | None, typer.Option(help="As offload(gpu_budget=).")] = None,
     depth: Annotated[str | None, typer.Option(help="As offload(depth=).")] = None,
     granularity: Annotated[str, typer.Option(help="As offload(granularity=).")] = "sublayer",
+    transport: TransportOption = "raw",
     json_target: JsonOption = None,
 ) -> None:
     """Run a model plain (if it fits), streamed by sync and pipeline, and under accelerate.
@@ -60,6 +62,7 @@ def compare(
         "gpu_budget": gpu_budget,
         "depth": depth,
         "granularity": granularity,
+        "transport": transport,
     }
     found = comparison.compare(
         loaded,

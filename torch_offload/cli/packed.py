@@ -1,4 +1,4 @@
-"""The options of packed transport, which `plan` and `simulate` share."""
+"""The options of packed transport, which several commands share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import Annotated, TypeAlias
 import typer
 
 TransportOption: TypeAlias = Annotated[
-    str, typer.Option(help="raw, packed, or auto: packed units where that is faster.")
+    str,
+    typer.Option(help="raw, packed, packed_resident, or auto: packed units where that is faster."),
+]
+MastersOption: TypeAlias = Annotated[
+    str, typer.Option(help="What waits in host memory: plain, or packed and nothing else.")
 ]
 DecodeRateOption: TypeAlias = Annotated[
     str | None,

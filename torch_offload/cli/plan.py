@@ -16,7 +16,7 @@ from torch_offload.cli.output import (
     show,
     tracked,
 )
-from torch_offload.cli.packed import DecodeRateOption, TransportOption
+from torch_offload.cli.packed import DecodeRateOption, MastersOption, TransportOption
 
 
 def register(app: typer.Typer) -> None:
@@ -52,6 +52,7 @@ def plan(
         str, typer.Option(help="sublayer, layer, module, or auto for what is faster.")
     ] = "sublayer",
     transport: TransportOption = "raw",
+    masters: MastersOption = "plain",
     decode_rate: DecodeRateOption = None,
     out: Annotated[
         Path | None,
@@ -80,6 +81,7 @@ def plan(
         link=link,
         granularity=granularity,
         transport=transport,
+        masters=masters,
         decode_rate=decode_rate,
     )
     with busy("building the model without weights"):

@@ -35,6 +35,11 @@ def copy_streams(handle: Handle) -> list[Any]:
     return list(our_streams(handle, "weight_h2d").values())
 
 
+def loading_streams(handle: Handle) -> list[Any]:
+    """Those, and the streams on which packed units are decoded."""
+    return list(our_streams(handle, "weight_").values())
+
+
 def delay(stream: Any, delay_ms: float) -> None:
     """Keeps a CUDA stream busy for at least so long. Does not block."""
     with torch.cuda.stream(stream):

@@ -19,16 +19,20 @@ from torch_offload.calls import unwrap
 from torch_offload.config import Config
 from torch_offload.devices import devices_made_by
 from torch_offload.offload import offload_with
-from torch_offload.selfcheck.delays import RandomDelays, copy_streams, delay
+from torch_offload.selfcheck.delays import RandomDelays, delay, loading_streams
 from torch_offload.selfcheck.lane import Effort, Lane, Tally, all_caught
 from torch_offload.selfcheck.schedules import MODES
 from torch_offload.selfcheck.subjects import SUBJECTS, Subject
 from torch_offload.selfcheck.uses import Uses
 from torch_offload.storage import align
+from torch_offload.transport import why_nothing_decodes
 
 _GRANULARITIES = ("sublayer", "layer", "module")
 # Wide enough for a copy on a GPU to take its time; the host only has to be right.
 _WIDTH_CUDA, _WIDTH_HOST = 256, 16
+# Narrower ones are not worth packing.
+_WIDTH_PACKED = 128
+_PACKED = ("packed", "packed_resident")
 # Of copies on the host device.
 _LONGEST_DELAY_US = 500
 # Of those that a fault is to be seen beside.
@@ -40,18 +44,14 @@ _FAULT_DELAY_MS = 60
 Plant = Callable[[], AbstractContextManager[None]]
 
 
-def _width(device: torch.device) -> int:
-    return _WIDTH_CUDA if device.type == "cuda" else _WIDTH_HOST
+@cache
+def _prototype(subject: Subject, width: int, dtype: torch.dtype) -> nn.Module:
+    return subject.model(width).to(dtype)
 
 
 @cache
-def _prototype(subject: Subject, width: int) -> nn.Module:
-    return subject.model(width)
-
-
-@cache
-def _plain(subject: Subject, device: torch.device) -> nn.Module:
-    plain = align(copy.deepcopy(_prototype(subject, _width(device)))).to(device)
+def _plain(subject: Subject, width: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    plain = align(copy.deepcopy(_prototype(subject, width, dtype))).to(device)
     # A module with hooks gives up torch's fast path, and the streamed one has hooks for delays.
     for module in plain.modules():
         if not any(True for _ in module.children()):
@@ -67,15 +67,37 @@ class Case:
     mode: Any
     streams: Any
     granularity: Any = "sublayer"
+    transport: Any = "raw"
 
     def __str__(self) -> str:
-        return f"{self.subject.name}, {self.mode}, {self.streams}, {self.granularity}"
+        way = f"{self.subject.name}, {self.mode}, {self.streams}, {self.granularity}"
+        return way if self.transport == "raw" else f"{way}, {self.transport}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights: nothing but bf16 is packed."""
+        return torch.float32 if self.transport == "raw" else torch.bfloat16
+
+    def width(self, device: torch.device) -> int:
+        """Of the model."""
+        if device.type == "cuda":
+            return _WIDTH_CUDA
+        return _WIDTH_HOST if self.transport == "raw" else _WIDTH_PACKED
 
 
 def all_cases() -> Iterator[Case]:
-    """All models in all modes, layouts and granularities."""
+    """All models in all modes, layouts and granularities, and in all modes and layouts packed."""
     for subject, (mode, streams), granularity in itertools.product(SUBJECTS, MODES, _GRANULARITIES):
         yield Case(subject, mode, streams, granularity)
+    granularities = itertools.cycle(_GRANULARITIES)
+    for subject, (mode, streams), transport in itertools.product(SUBJECTS, MODES, _PACKED):
+        yield Case(subject, mode, streams, next(granularities), transport)
+
+
+def cases_on(device: torch.device) -> list[Case]:
+    """Those that can be tried there: packed weights need a decoder."""
+    decodes = why_nothing_decodes(device) is None
+    return [case for case in all_cases() if decodes or case.transport == "raw"]
 
 
 class StreamedModel:
@@ -86,10 +108,17 @@ class StreamedModel:
         self._device = device
         self._seed = seed
         self._fault = _C.DeviceFault(fault)
-        self._model: Any = align(copy.deepcopy(_prototype(case.subject, _width(device))))
+        self._model: Any = align(
+            copy.deepcopy(_prototype(case.subject, case.width(device), case.dtype))
+        )
 
     def __str__(self) -> str:
         return str(self._case)
+
+    @property
+    def transport(self) -> str:
+        """Of the units that are worth packing."""
+        return str(self._case.transport)
 
     @contextmanager
     def offloaded(self, longest_delay_us: int = _LONGEST_DELAY_US) -> Iterator[StreamedModel]:
@@ -98,6 +127,7 @@ class StreamedModel:
             mode=self._case.mode,
             streams=self._case.streams,
             granularity=self._case.granularity,
+            transport=self._case.transport,
             depth=0 if self._seed % 2 == 0 else None,
             gpu_budget=None,
             poison=True,
@@ -127,10 +157,8 @@ class StreamedModel:
             What the streamed model gave, and what the plain one gives.
         """
         seeds = range(first_seed, first_seed + count)
-        width = _width(self._device)
-        inputs = [self._case.subject.rows(width, seed, self._device) for seed in seeds]
-        plain = _plain(self._case.subject, self._device)
-        musts = [plain(x) for x in inputs]
+        inputs = [self._rows(seed) for seed in seeds]
+        musts = [self._plain(x) for x in inputs]
         self._synchronize()
         delays = RandomDelays(self.handle, self._seed)
         outputs = []
@@ -150,19 +178,29 @@ class StreamedModel:
         Of an input that nothing was computed of before: the allocator hands out memory that still
         holds what was computed in it, which must not be what is computed now.
         """
-        x = self._case.subject.rows(_width(self._device), seed, self._device)
+        x = self._rows(seed)
         self._synchronize()
         with self.held_back(held, armed=armed):
             output = self._model(x)
             self._synchronize()
-        return output, _plain(self._case.subject, self._device)(x)
+        return output, self._plain(x)
+
+    def _rows(self, seed: int) -> torch.Tensor:
+        width = self._case.width(self._device)
+        return self._case.subject.rows(width, seed, self._device).to(self._case.dtype)
+
+    def _plain(self, x: torch.Tensor) -> torch.Tensor:
+        case = self._case
+        plain = _plain(case.subject, case.width(self._device), case.dtype, self._device)
+        output: torch.Tensor = plain(x)
+        return output
 
     @contextmanager
     def held_back(self, held: str, *, armed: bool) -> Iterator[None]:
-        """Holds copies or kernels back; inside, the fault is switched on, or not."""
+        """Holds copies and decoders, or kernels back; inside, the fault is switched on, or not."""
         if self._device.type == "cuda":
             caller = [torch.cuda.current_stream(self._device)]
-            for stream in copy_streams(self.handle) if held == "copies" else caller:
+            for stream in loading_streams(self.handle) if held == "copies" else caller:
                 delay(stream, _FAULT_DELAY_MS)
         self._fault.is_armed = armed
         try:
@@ -193,7 +231,7 @@ class StreamedModel:
 class Equality(Lane):
     """Real streams, real copies, random delays on both sides, and NaN where nobody may read."""
 
-    tried = "models in all modes, layouts and granularities: random delays, poisoned places"
+    tried = "models in all modes, layouts and granularities, raw and packed: random delays, poison"
     counts = "runs bit-equal"
 
     def __init__(self, device: torch.device) -> None:
@@ -212,18 +250,19 @@ class Equality(Lane):
             "not streamed": lambda streamed: streamed.unwrapped,
         }
         controls = {}
-        case = Case(SUBJECTS[0], "pipeline", "shared")
-        for name, plant in plants.items():
-            tally = controls[name] = Tally()
-            streamed = StreamedModel(case, self._device, 0, "compute_waits")
-            self._try(tally, streamed, 3, _CONTROL_DELAY_US, plant)
+        for case in _control_cases(self._device):
+            for name, plant in plants.items():
+                named = name if case.transport == "raw" else f"{name}, {case.transport}"
+                tally = controls[named] = Tally()
+                streamed = StreamedModel(case, self._device, 0, "compute_waits")
+                self._try(tally, streamed, 3, _CONTROL_DELAY_US, plant)
         return all_caught(controls)
 
     @torch.no_grad()
     def run(self, effort: Effort) -> Tally:
         """So many forwards of each case; all of a case are submitted before any is looked at."""
         tally = Tally()
-        cases = list(all_cases())
+        cases = cases_on(self._device)
         num_forwards = effort.pick(3, 12)
         num_uses = num_copies = 0
         for number, case in enumerate(cases):
@@ -250,11 +289,20 @@ class Equality(Lane):
             uses = Uses(streamed.handle)
             pairs += streamed.forwards(num_forwards - 2, 2, plant(streamed))
             num_uses, num_copies = uses.counts()
+            ways = {unit.transport for unit in streamed.handle.units if unit.place is not None}
+        if model.transport not in ways:
+            tally.add_fault(f"{model}: no unit is {model.transport}, but {ways}")
         for number, (output, must) in enumerate(pairs):
             tally.must(torch.equal(output, must), f"{model}: forward {number} differs")
         if num_copies < num_uses or num_uses == 0:
             tally.add_fault(f"{model}: {num_copies} copies for {num_uses} uses of units")
         return num_uses, num_copies
+
+
+def _control_cases(device: torch.device) -> list[Case]:
+    """One for each transport."""
+    ways = dict.fromkeys(case.transport for case in cases_on(device))
+    return [Case(SUBJECTS[0], "pipeline", "shared", transport=way) for way in ways]
 
 
 @dataclass(frozen=True)
@@ -265,15 +313,19 @@ class PlantedFault:
     mode: str
     streams: str
     held: str
+    transport: str = "raw"
 
     def __str__(self) -> str:
-        return f"{self.kind}, {self.mode}, {self.streams}"
+        return f"{self.kind}, {self.mode}, {self.streams}, {self.transport}"
 
 
 _FAULTS_HOST = (
     PlantedFault("compute_waits", "pipeline", "shared", "copies"),
     PlantedFault("records", "pipeline", "shared", "copies"),
     PlantedFault("synchronizes", "streams", "shared", "copies"),
+    PlantedFault("compute_waits", "pipeline", "shared", "copies", "packed"),
+    PlantedFault("compute_waits", "pipeline", "shared", "copies", "packed_resident"),
+    PlantedFault("records", "pipeline", "split", "copies", "packed_resident"),
 )
 # The host computes on the calling thread, where no kernel can be late.
 _FAULTS_CUDA = (
@@ -281,6 +333,10 @@ _FAULTS_CUDA = (
     PlantedFault("copy_waits", "pipeline", "shared", "kernels"),
     PlantedFault("copy_waits", "pipeline", "split", "kernels"),
     PlantedFault("handovers", "pipeline", "split", "kernels"),
+    # What the decoder reads then is no blob: on the host that is an error, and no wrong number.
+    PlantedFault("records", "pipeline", "shared", "copies", "packed"),
+    PlantedFault("copy_waits", "pipeline", "shared", "kernels", "packed"),
+    PlantedFault("copy_waits", "pipeline", "shared", "kernels", "packed_resident"),
 )
 
 
@@ -310,7 +366,9 @@ class VisibleRaces(Lane):
     def run(self, effort: Effort) -> Tally:
         """Each fault switched on, for a forward between others which are right."""
         tally = Tally()
-        self._try(tally, self._faults, armed=True, effort=effort)
+        transports = {case.transport for case in cases_on(self._device)}
+        faults = [fault for fault in self._faults if fault.transport in transports]
+        self._try(tally, faults, armed=True, effort=effort)
         tally.note = f"{tally.count - tally.num_faults} of {tally.count} visible"
         return tally
 
@@ -323,7 +381,7 @@ class VisibleRaces(Lane):
         effort: Effort | None = None,
     ) -> None:
         for number, fault in enumerate(faults, 1):
-            case = Case(SUBJECTS[0], fault.mode, fault.streams)
+            case = Case(SUBJECTS[0], fault.mode, fault.streams, transport=fault.transport)
             with StreamedModel(case, self._device, 0, fault.kind).offloaded(
                 _CONTROL_DELAY_US
             ) as streamed:
