@@ -89,7 +89,9 @@ sanitizer() {
   done
   for test in test_cuda_device test_cuda_files test_cuda_times test_packed_decoder; do
     if [ -x "build-gpu/tests/cpp/$test" ]; then
-      check memcheck "build-gpu/tests/cpp/$test" || status=1
+      # memcheck slows kernels down, which this one test, of how precise their times are, cannot take.
+      check memcheck "build-gpu/tests/cpp/$test" \
+        --gtest_filter=-CudaTimesTest.LongLogsKeepTheirPrecisionOnEveryStream || status=1
     else
       echo "SKIPPED: $test is not built" >&2
     fi
