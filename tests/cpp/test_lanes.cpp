@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "check/hazard_checker.h"
+#include "lanes/complaints.h"
 #include "lanes/exhaustive_lane.h"
 #include "lanes/placed_plan.h"
 #include "lanes/random_lane.h"
@@ -111,6 +112,22 @@ TEST(ScheduleRigTest, CopiesThatALoaderMakesElsewhereAreDrainedBeforeTheWindowGo
   for (const Finding& finding : HazardChecker().check(log)) {
     ADD_FAILURE() << finding.message;
   }
+}
+
+TEST(ComplaintsTest, WhatNobodyHasTakenIsPassedOn) {
+  ::testing::internal::CaptureStderr();
+  {
+    Complaints complaints;
+    std::fprintf(stderr, "expected: one\nnot expected\n");
+    EXPECT_EQ(complaints.take("expected: "), 1U);
+    EXPECT_EQ(complaints.take("expected: "), 0U);
+    std::fprintf(stderr, "expected: two\nexpected: three\nnor this\n");
+    EXPECT_EQ(complaints.take("expected: "), 2U);
+    std::fprintf(stderr, "expected: too late\n");
+  }
+  std::fprintf(stderr, "afterwards\n");
+  EXPECT_EQ(::testing::internal::GetCapturedStderr(),
+            "not expected\nnor this\nexpected: too late\nafterwards\n");
 }
 
 class ExhaustiveLaneTest : public ::testing::TestWithParam<std::tuple<Mode, StreamLayout>> {
