@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -9,9 +10,12 @@
 #include <iterator>
 #include <map>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <utility>
 #include <vector>
 
+#include "core/error.h"
 #include "host/host_device.h"
 #include "lanes/planted_failure.h"
 
@@ -24,16 +28,19 @@ namespace torch_offload::lanes {
 /// by who is held, and by who goes first, but not by the clock.
 ///
 /// Memory is never what one would like it to be: the last tenant of new memory writes to it late,
-/// on the stream that allocated it, and memory that is freed is overwritten at once, but stays
-/// mapped.
+/// on the stream that allocated it; memory that is freed is overwritten at once, but stays mapped,
+/// and goes to the next who wants as much; and where a copy reads host memory that is not locked
+/// any more, the system has put other pages there.
 ///
 /// Blocking:  `synchronize` lets go what is held, one stream after the other, until its own is
 /// done.
 class AdversaryDevice : public HostDevice {
  public:
   /// Streams go first that were made first, or those that were made last.
-  explicit AdversaryDevice(bool first_made_go_last)
-      : HostDevice(ComputeStreams::kWorker), first_made_go_last_(first_made_go_last) {}
+  AdversaryDevice(bool first_made_go_last, OpLog* log)
+      : HostDevice(ComputeStreams::kWorker), first_made_go_last_(first_made_go_last) {
+    attach_log(log);
+  }
   ~AdversaryDevice() override {
     open_all();
     for (void* memory : freed_) {
@@ -68,6 +75,9 @@ class AdversaryDevice : public HostDevice {
       HostDevice::do_synchronize(stream->id);
     }
   }
+
+  /// No more than so many ranges of files may be locked.
+  void limit_read_only(std::size_t most) { most_read_only_ = most; }
 
   /// The `call`-th submission from now on fails; 0: none does.
   void fail_at(int call) { calls_until_failure_ = call; }
@@ -109,7 +119,13 @@ class AdversaryDevice : public HostDevice {
   }
   void do_copy(StreamId stream, const Copy& copy) override {
     count_down();
-    submit(stream, [copy] { std::memcpy(copy.destination, copy.source, copy.size_bytes); });
+    submit(stream, [this, copy] {
+      if (is_locked(copy.source)) {
+        std::memcpy(copy.destination, copy.source, copy.size_bytes);
+      } else {
+        std::memset(copy.destination, kGarbage, copy.size_bytes);
+      }
+    });
   }
   /// Nothing is packed here: what is decoded is as it was.
   void do_decode(StreamId stream, const Decode& decode) override {
@@ -122,7 +138,8 @@ class AdversaryDevice : public HostDevice {
   }
   void* do_allocate(std::size_t size_bytes) override {
     count_down();
-    void* memory = HostDevice::do_allocate(size_bytes);
+    void* memory = take_freed(size_bytes);
+    memory = memory == nullptr ? HostDevice::do_allocate(size_bytes) : memory;
     std::memset(memory, kGarbage, size_bytes);
     submit(do_current_stream(), [=] { std::memset(memory, kGarbage, size_bytes); });
     sizes_[memory] = size_bytes;
@@ -132,6 +149,26 @@ class AdversaryDevice : public HostDevice {
     settle();
     std::memset(memory, kGarbage, sizes_.at(memory));
     freed_.push_back(memory);
+  }
+  void do_register_host(void* memory, std::size_t size_bytes) override {
+    const std::lock_guard<std::mutex> lock(locked_mutex_);
+    locked_[reinterpret_cast<std::uintptr_t>(memory)] = size_bytes;
+  }
+  void do_register_read_only(void* memory, std::size_t size_bytes) override {
+    {
+      const std::lock_guard<std::mutex> lock(locked_mutex_);
+      if (read_only_.size() >= most_read_only_) {
+        throw MemoryError("planted: no more may be locked");
+      }
+      read_only_.insert(memory);
+    }
+    do_register_host(memory, size_bytes);
+  }
+  void do_unregister_host(void* memory) override {
+    settle();
+    const std::lock_guard<std::mutex> lock(locked_mutex_);
+    locked_.erase(reinterpret_cast<std::uintptr_t>(memory));
+    read_only_.erase(memory);
   }
 
  private:
@@ -151,6 +188,24 @@ class AdversaryDevice : public HostDevice {
              (queue.front().awaited == nullptr || *queue.front().awaited);
     }
   };
+
+  void* take_freed(std::size_t size_bytes) {
+    const auto found = std::find_if(freed_.begin(), freed_.end(),
+                                    [&](void* memory) { return sizes_.at(memory) == size_bytes; });
+    if (found == freed_.end()) {
+      return nullptr;
+    }
+    void* const memory = *found;
+    freed_.erase(found);
+    return memory;
+  }
+
+  bool is_locked(const void* memory) {
+    const std::lock_guard<std::mutex> lock(locked_mutex_);
+    const auto address = reinterpret_cast<std::uintptr_t>(memory);
+    const auto next = locked_.upper_bound(address);
+    return next != locked_.begin() && address < std::prev(next)->first + std::prev(next)->second;
+  }
 
   template <typename Condition>
   Stream* first_stream(const Condition& condition) {
@@ -190,6 +245,10 @@ class AdversaryDevice : public HostDevice {
   std::vector<std::shared_ptr<bool>> records_;  // by EventId: the last one
   std::map<void*, std::size_t> sizes_;
   std::vector<void*> freed_;
+  std::mutex locked_mutex_;  // guards the two below: several threads lock pages of files
+  std::map<std::uintptr_t, std::size_t> locked_;  // host memory
+  std::set<void*> read_only_;                     // of that
+  std::size_t most_read_only_ = SIZE_MAX;
 };
 
 }  // namespace torch_offload::lanes
