@@ -49,9 +49,7 @@ class AdversaryDevice : public HostDevice {
   }
 
   /// Queues `work` on the stream, as a kernel would be.
-  void submit(StreamId stream, std::function<void()> work) {
-    streams_[stream].queue.push_back({std::move(work), nullptr});
-  }
+  void submit(StreamId stream, std::function<void()> work) { push(stream, {std::move(work)}); }
 
   /// Lets the stream stand still behind what it could have done by now.
   void hold(StreamId stream) {
@@ -101,11 +99,11 @@ class AdversaryDevice : public HostDevice {
     count_down();
     auto is_done = std::make_shared<bool>(false);
     records_[event] = is_done;
-    submit(stream, [is_done] { *is_done = true; });
+    push(stream, record_of(is_done));
   }
   void do_wait(StreamId stream, EventId event) override {
     count_down();
-    streams_[stream].queue.push_back({[] {}, records_[event]});
+    push(stream, wait_for(records_[event]));
   }
   bool do_is_done(EventId event) override {
     settle();
@@ -113,39 +111,41 @@ class AdversaryDevice : public HostDevice {
   }
   void do_synchronize(StreamId stream) override {
     count_down();
-    do {
-      settle();
-    } while (!streams_[stream].queue.empty() && open_next());
+    come_to_end(stream);
   }
   void do_copy(StreamId stream, const Copy& copy) override {
+    begin_work();
     count_down();
-    submit(stream, [this, copy] {
-      if (is_locked(copy.source)) {
-        std::memcpy(copy.destination, copy.source, copy.size_bytes);
-      } else {
-        std::memset(copy.destination, kGarbage, copy.size_bytes);
-      }
-    });
+    push(stream, {[this, copy] {
+           if (is_locked(copy.source)) {
+             std::memcpy(copy.destination, copy.source, copy.size_bytes);
+           } else {
+             std::memset(copy.destination, kGarbage, copy.size_bytes);
+           }
+         }});
   }
   /// Nothing is packed here: what is decoded is as it was.
   void do_decode(StreamId stream, const Decode& decode) override {
+    begin_work();
     count_down();
-    submit(stream, [decode] { std::memcpy(decode.destination, decode.source, decode.size_bytes); });
+    push(stream, {[decode] { std::memcpy(decode.destination, decode.source, decode.size_bytes); }});
   }
   void do_fill(StreamId stream, void* memory, std::size_t size_bytes, std::uint8_t value) override {
+    begin_work();
     count_down();
-    submit(stream, [=] { std::memset(memory, value, size_bytes); });
+    push(stream, {[=] { std::memset(memory, value, size_bytes); }});
   }
   void* do_allocate(std::size_t size_bytes) override {
     count_down();
     void* memory = take_freed(size_bytes);
     memory = memory == nullptr ? HostDevice::do_allocate(size_bytes) : memory;
     std::memset(memory, kGarbage, size_bytes);
-    submit(do_current_stream(), [=] { std::memset(memory, kGarbage, size_bytes); });
+    push(do_current_stream(), {[=] { std::memset(memory, kGarbage, size_bytes); }});
     sizes_[memory] = size_bytes;
     return memory;
   }
   void do_free(void* memory) override {
+    begin_work();
     settle();
     std::memset(memory, kGarbage, sizes_.at(memory));
     freed_.push_back(memory);
@@ -165,10 +165,39 @@ class AdversaryDevice : public HostDevice {
     do_register_host(memory, size_bytes);
   }
   void do_unregister_host(void* memory) override {
+    begin_work();
     settle();
     const std::lock_guard<std::mutex> lock(locked_mutex_);
     locked_.erase(reinterpret_cast<std::uintptr_t>(memory));
     read_only_.erase(memory);
+  }
+
+  // Calls at the wrong moment; see wrong_place.
+
+  /// In front of what was submitted to the stream last.
+  void record_early(EventId event, StreamId stream) {
+    count_down();
+    auto is_done = std::make_shared<bool>(false);
+    records_[event] = is_done;
+    std::deque<Task>& queue = streams_[stream].queue;
+    queue.insert(queue.empty() ? queue.end() : std::prev(queue.end()), record_of(is_done));
+  }
+  /// Behind the next record on the stream, and so behind all that it is to hold back.
+  void wait_late(StreamId stream, EventId event) {
+    count_down();
+    streams_[stream].late.push_back(wait_for(records_[event]));
+  }
+  /// Behind the next copy, decoding or fill, or the next memory that is given up.
+  void synchronize_late(StreamId stream) {
+    count_down();
+    late_.push_back(stream);
+  }
+
+  /// A call begins that a drain may be there to hold back.
+  virtual void begin_work() {
+    for (const StreamId stream : std::exchange(overdue_, std::exchange(late_, {}))) {
+      come_to_end(stream);
+    }
   }
 
  private:
@@ -176,15 +205,19 @@ class AdversaryDevice : public HostDevice {
 
   struct Task {
     std::function<void()> work;
-    std::shared_ptr<bool> awaited;  // a record that must be done before
+    std::shared_ptr<bool> awaited = nullptr;  // a record that must be done before
+    bool is_work = true;                      // else a record or a wait
+    bool is_record = false;
   };
   struct Stream {
     StreamId id = kNoStream;
     bool is_held = false;
     std::deque<Task> queue;
+    std::vector<Task> late;  // waits, for behind the next record
 
+    /// Work alone stands still: what was done before it is recorded.
     bool can_go() const {
-      return !is_held && !queue.empty() &&
+      return !queue.empty() && (!is_held || !queue.front().is_work) &&
              (queue.front().awaited == nullptr || *queue.front().awaited);
     }
   };
@@ -230,6 +263,29 @@ class AdversaryDevice : public HostDevice {
     return stream != nullptr;
   }
 
+  static Task record_of(const std::shared_ptr<bool>& is_done) {
+    return {[is_done] { *is_done = true; }, nullptr, false, true};
+  }
+  static Task wait_for(std::shared_ptr<bool> record) {
+    return {[] {}, std::move(record), false};
+  }
+
+  void push(StreamId stream, Task task) {
+    Stream& to = streams_[stream];
+    const bool is_record = task.is_record;
+    to.queue.push_back(std::move(task));
+    if (is_record) {
+      std::move(to.late.begin(), to.late.end(), std::back_inserter(to.queue));
+      to.late.clear();
+    }
+  }
+
+  void come_to_end(StreamId stream) {
+    do {
+      settle();
+    } while (!streams_[stream].queue.empty() && open_next());
+  }
+
   void count_down() {
     if (calls_until_failure_ > 0) {
       --calls_until_failure_;
@@ -243,6 +299,8 @@ class AdversaryDevice : public HostDevice {
   int calls_until_failure_ = 0;
   std::map<StreamId, Stream> streams_;          // in the order in which they were made
   std::vector<std::shared_ptr<bool>> records_;  // by EventId: the last one
+  std::vector<StreamId> late_;                  // streams to be synchronized behind the next call,
+  std::vector<StreamId> overdue_;               // and behind this one
   std::map<void*, std::size_t> sizes_;
   std::vector<void*> freed_;
   std::mutex locked_mutex_;  // guards the two below: several threads lock pages of files

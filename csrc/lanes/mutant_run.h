@@ -3,30 +3,22 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
 
 #include "core/pipeline.h"
 #include "core/steps.h"
-#include "lanes/adversary_device.h"
+#include "lanes/moving_device.h"
 #include "lanes/mutant_loader.h"
 #include "lanes/mutant_masters.h"
+#include "lanes/mutation.h"
 
 #ifndef TORCH_OFFLOAD_MUTANTS
 #error "a mutant needs the pipeline whose steps can be left out"
 #endif
 
 namespace torch_offload::lanes {
-
-/// Which step the pipeline leaves out, from when on. Only the submitting thread looks at it.
-struct Mutation {
-  Step step = Step::kNone;
-  bool is_armed = false;
-  std::map<Step, std::uint64_t> num_reached;  // how often each step was come to, armed or not
-};
-inline Mutation mutation;
 
 /// What is held back, and what goes wrong by itself.
 struct Choice {
@@ -56,6 +48,8 @@ class MutantRun {
         outcome_(outcome) {
     const std::vector<Transport> transports = plan.transports;
     mutation.is_armed = !choice.begins_late;
+    mutation.is_due = false;
+    mutation.moved_ops.clear();
     for (const char* name : {"caller", "other_caller"}) {
       callers.push_back(device.create_stream({name, StreamRole::kCompute, 0}));
     }
@@ -151,7 +145,7 @@ class MutantRun {
     pipeline->leave(true);
   }
 
-  AdversaryDevice device;
+  MovingDevice device;
   MutantMasters masters;
   MutantLoader loader;
   std::vector<StreamId> callers;

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "lanes/moved_steps.h"
 #include "lanes/mutant_run.h"
 #include "lanes/placed_plan.h"
 
@@ -30,6 +31,7 @@ inline Outcome run(const Schedule& schedule, const Choice& choice) {
   } catch (const InternalError&) {
     outcome.was_refused = true;
   }
+  outcome.log = with_moved(outcome.log, mutation.moved_ops);
   return outcome;
 }
 
@@ -335,9 +337,10 @@ inline std::vector<Schedule> all_schedules() {
   add_packed("edits", Mode::kPipeline, own_places(), edit_masters);
   add("passes without copies", Mode::kPipeline, kShared, own_places(), go_through_passes);
   add("edits", Mode::kPipeline, kShared, own_places(), edit_masters);
-  add("streams between uses", Mode::kEvents, kShared, two_places(), change_streams_between_uses,
-      false);
-  add("streams in a use", Mode::kEvents, kShared, two_places(), change_streams_in_a_use, false);
+  for (const Mode mode : {Mode::kEvents, Mode::kPipeline}) {
+    add("streams between uses", mode, kShared, two_places(), change_streams_between_uses, false);
+    add("streams in a use", mode, kShared, two_places(), change_streams_in_a_use, false);
+  }
   add("nested on another stream", Mode::kEvents, kShared, two_places(), nest_on_another_stream,
       false);
   add("replanned", Mode::kPipeline, kShared, own_places(), replan);
