@@ -17,6 +17,10 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 # Why a branch cannot be reached by schedules: by file, condition, and the side that is not taken.
 _NO_EMPTY_SEQUENCE = "a remembered pass has a unit, and a plan without streamed units is not asked"
+_NO_FORK = (
+    "no lane forks, as it may run beside other threads of its process: test_pipeline and "
+    "test_dropin_threads.py do"
+)
 _AT_THE_START = "a pass begins at position 0 of a sequence that is not empty"
 EXPLAINED = {
     ("order.cpp", "sequence.empty()", True): _NO_EMPTY_SEQUENCE,
@@ -28,9 +32,8 @@ EXPLAINED = {
     ("pipeline_copies.cpp", "!blocks(unit)", False): (
         "a unit that is held or awaited is whole, and no whole unit is copied"
     ),
-    ("pipeline.cpp", "device_.in_forked_child()", True): (
-        "no lane forks: test_pipeline and test_dropin_threads.py do"
-    ),
+    ("pipeline.cpp", "device_.in_forked_child()", True): _NO_FORK,
+    ("pipeline_streams.cpp", "device_.in_forked_child()", True): _NO_FORK,
     ("pipeline.cpp", "is_last", False): (
         "of a nested release only the note of its stream could fail, for want of memory"
     ),

@@ -140,7 +140,7 @@ void bind_lanes(py::module_& module) {
       .def_readonly("num_wrong", &MutantOutcome::num_wrong)
       .def_readonly("findings", &MutantOutcome::findings);
   module.def("num_mutants", &num_mutants);
-  module.def("run_mutant", &run_mutant, py::arg("index"), py::kw_only(), py::arg("leaves_out"),
+  module.def("run_mutant", &run_mutant, py::arg("index"), py::kw_only(), py::arg("is_mutated"),
              NoGil());
 
   py::class_<DeviceFault, std::shared_ptr<DeviceFault>>(module, "DeviceFault",

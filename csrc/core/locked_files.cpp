@@ -111,7 +111,8 @@ std::vector<CopySegment> LockedFiles::cut(const std::vector<CopySegment>& segmen
 
 void LockedFiles::unlock(Chunk& chunk) {
   // The device may still be reading it; mostly that is long done, as the oldest goes first.
-  if (chunk.copied != kNoEvent && !device_->is_done(chunk.copied)) {
+  if (chunk.copied != kNoEvent && !device_->is_done(chunk.copied) &&
+      !is_left_out(Step::kChunkDrain)) {
     device_->synchronize(chunk.stream);
   }
   device_->unregister_host(chunk.begin);
@@ -210,10 +211,17 @@ void LockedFiles::limit_for_good() {
 void LockedFiles::take_turns_from_now_on() {
   limit_bytes_ = locked_bytes_;
   // No chunk knows of its copies yet, and some may still be under way.
-  for (const StreamId stream : streams_) {
-    device_->synchronize(stream);
-  }
+  synchronize_streams(Step::kLimitDrain);
   limit_for_good();
+}
+
+/// Waits for all copies that were submitted while nothing took turns.
+void LockedFiles::synchronize_streams(Step step) {
+  for (const StreamId stream : streams_) {
+    if (!is_left_out(step)) {
+      device_->synchronize(stream);
+    }
+  }
 }
 
 void LockedFiles::lock(const std::vector<CopySegment>& segments, Hold hold) {
@@ -281,7 +289,9 @@ void LockedFiles::note_copied(const std::vector<CopySegment>& segments, StreamId
     if (chunk->copied == kNoEvent) {
       chunk->copied = device_->create_event();
     }
-    device_->record(chunk->copied, stream);
+    if (!is_left_out(Step::kChunkRecord)) {
+      device_->record(chunk->copied, stream);
+    }
     chunk->stream = stream;
     last = chunk;
   }
@@ -304,9 +314,7 @@ void LockedFiles::load(const std::vector<CopySegment>& segments, StreamId stream
 }
 
 void LockedFiles::unlock_once() {
-  for (const StreamId stream : streams_) {
-    device_->synchronize(stream);
-  }
+  synchronize_streams(Step::kOnceDrain);
   for (std::deque<Chunk*>* queue : {&in_turn_, &for_good_}) {
     for (Chunk* chunk : *queue) {
       if (chunk->is_for_once) {  // none of those for good is

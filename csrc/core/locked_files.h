@@ -12,8 +12,13 @@
 #include "core/file_mapping.h"
 #include "core/host_limits.h"
 #include "core/read_ahead.h"
+#include "core/steps.h"
 
 namespace torch_offload {
+
+#ifdef TORCH_OFFLOAD_MUTANTS
+inline namespace mutants {  // see steps.h
+#endif
 
 /// The pages of checkpoint files that copies read: page-locked chunk by chunk, when first needed.
 ///
@@ -122,6 +127,7 @@ class LockedFiles {
   std::size_t most_for_good() const;
   void limit_for_good();
   void take_turns_from_now_on();
+  void synchronize_streams(Step step);
 
   std::shared_ptr<Device> device_;
   std::vector<std::shared_ptr<const FileMapping>> files_;
@@ -140,5 +146,9 @@ class LockedFiles {
   std::vector<StreamId> streams_;  // copies were submitted to, while nothing took turns
   ReadAhead reader_;
 };
+
+#ifdef TORCH_OFFLOAD_MUTANTS
+}  // namespace mutants
+#endif
 
 }  // namespace torch_offload

@@ -88,7 +88,9 @@ void PackedLoader::upload(UnitIndex unit, const PackedSource& source) {
     }
   } catch (...) {
     try {
-      device_.synchronize(stream);  // whoever frees this memory or the source's does not ask
+      if (!is_left_out(Step::kFailedUploadDrain)) {
+        device_.synchronize(stream);  // whoever frees this memory or the source's does not ask
+      }
     } catch (...) {
       std::fprintf(stderr, "torch_offload: a stream could not be synchronized after a failure\n");
     }

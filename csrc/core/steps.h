@@ -57,8 +57,15 @@ enum class Step : std::uint8_t {
   kDecodedWait,      ///< which the next copy into the same slot must not overtake.
   kUploadDrain,      ///< Before what was packed to stay on the device is packed anew.
 
+  // Pages of checkpoint files, which are locked while copies read them.
+  kChunkRecord,  ///< Behind the last copy from a chunk,
+  kChunkDrain,   ///< which is waited for before the chunk is unlocked.
+  kLimitDrain,   ///< Of copies from before chunks took turns, which no record tells of.
+  kOnceDrain,    ///< Likewise, before chunks are unlocked that were locked for a single copy.
+
   // After a failure.
   kFailedOnloadDrain,   ///< Half a copy, that no event tells of.
+  kFailedUploadDrain,   ///< Likewise, of what was to stay packed.
   kFailedAcquireDrain,  ///< A copy that no event tells of, in the modes without.
   kFailedReleaseDrain,  ///< A use that no event tells of, and those of the streams that it came to.
   kFailedAcquireReturn,  ///< The caller's stream is current again,

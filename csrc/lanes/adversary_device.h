@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -9,9 +10,12 @@
 #include <iterator>
 #include <map>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <utility>
 #include <vector>
 
+#include "core/error.h"
 #include "host/host_device.h"
 #include "lanes/planted_failure.h"
 
@@ -24,16 +28,19 @@ namespace torch_offload::lanes {
 /// by who is held, and by who goes first, but not by the clock.
 ///
 /// Memory is never what one would like it to be: the last tenant of new memory writes to it late,
-/// on the stream that allocated it, and memory that is freed is overwritten at once, but stays
-/// mapped.
+/// on the stream that allocated it; memory that is freed is overwritten at once, but stays mapped,
+/// and goes to the next who wants as much; and where a copy reads host memory that is not locked
+/// any more, the system has put other pages there.
 ///
 /// Blocking:  `synchronize` lets go what is held, one stream after the other, until its own is
 /// done.
 class AdversaryDevice : public HostDevice {
  public:
   /// Streams go first that were made first, or those that were made last.
-  explicit AdversaryDevice(bool first_made_go_last)
-      : HostDevice(ComputeStreams::kWorker), first_made_go_last_(first_made_go_last) {}
+  AdversaryDevice(bool first_made_go_last, OpLog* log)
+      : HostDevice(ComputeStreams::kWorker), first_made_go_last_(first_made_go_last) {
+    attach_log(log);
+  }
   ~AdversaryDevice() override {
     open_all();
     for (void* memory : freed_) {
@@ -42,9 +49,7 @@ class AdversaryDevice : public HostDevice {
   }
 
   /// Queues `work` on the stream, as a kernel would be.
-  void submit(StreamId stream, std::function<void()> work) {
-    streams_[stream].queue.push_back({std::move(work), nullptr});
-  }
+  void submit(StreamId stream, std::function<void()> work) { push(stream, {std::move(work)}); }
 
   /// Lets the stream stand still behind what it could have done by now.
   void hold(StreamId stream) {
@@ -69,6 +74,9 @@ class AdversaryDevice : public HostDevice {
     }
   }
 
+  /// No more than so many ranges of files may be locked.
+  void limit_read_only(std::size_t most) { most_read_only_ = most; }
+
   /// The `call`-th submission from now on fails; 0: none does.
   void fail_at(int call) { calls_until_failure_ = call; }
   bool has_failed() const { return calls_until_failure_ == 0; }
@@ -91,11 +99,11 @@ class AdversaryDevice : public HostDevice {
     count_down();
     auto is_done = std::make_shared<bool>(false);
     records_[event] = is_done;
-    submit(stream, [is_done] { *is_done = true; });
+    push(stream, record_of(is_done));
   }
   void do_wait(StreamId stream, EventId event) override {
     count_down();
-    streams_[stream].queue.push_back({[] {}, records_[event]});
+    push(stream, wait_for(records_[event]));
   }
   bool do_is_done(EventId event) override {
     settle();
@@ -103,35 +111,93 @@ class AdversaryDevice : public HostDevice {
   }
   void do_synchronize(StreamId stream) override {
     count_down();
-    do {
-      settle();
-    } while (!streams_[stream].queue.empty() && open_next());
+    come_to_end(stream);
   }
   void do_copy(StreamId stream, const Copy& copy) override {
+    begin_work();
     count_down();
-    submit(stream, [copy] { std::memcpy(copy.destination, copy.source, copy.size_bytes); });
+    push(stream, {[this, copy] {
+           if (is_locked(copy.source)) {
+             std::memcpy(copy.destination, copy.source, copy.size_bytes);
+           } else {
+             std::memset(copy.destination, kGarbage, copy.size_bytes);
+           }
+         }});
   }
   /// Nothing is packed here: what is decoded is as it was.
   void do_decode(StreamId stream, const Decode& decode) override {
+    begin_work();
     count_down();
-    submit(stream, [decode] { std::memcpy(decode.destination, decode.source, decode.size_bytes); });
+    push(stream, {[decode] { std::memcpy(decode.destination, decode.source, decode.size_bytes); }});
   }
   void do_fill(StreamId stream, void* memory, std::size_t size_bytes, std::uint8_t value) override {
+    begin_work();
     count_down();
-    submit(stream, [=] { std::memset(memory, value, size_bytes); });
+    push(stream, {[=] { std::memset(memory, value, size_bytes); }});
   }
   void* do_allocate(std::size_t size_bytes) override {
     count_down();
-    void* memory = HostDevice::do_allocate(size_bytes);
+    void* memory = take_freed(size_bytes);
+    memory = memory == nullptr ? HostDevice::do_allocate(size_bytes) : memory;
     std::memset(memory, kGarbage, size_bytes);
-    submit(do_current_stream(), [=] { std::memset(memory, kGarbage, size_bytes); });
+    push(do_current_stream(), {[=] { std::memset(memory, kGarbage, size_bytes); }});
     sizes_[memory] = size_bytes;
     return memory;
   }
   void do_free(void* memory) override {
+    begin_work();
     settle();
     std::memset(memory, kGarbage, sizes_.at(memory));
     freed_.push_back(memory);
+  }
+  void do_register_host(void* memory, std::size_t size_bytes) override {
+    const std::lock_guard<std::mutex> lock(locked_mutex_);
+    locked_[reinterpret_cast<std::uintptr_t>(memory)] = size_bytes;
+  }
+  void do_register_read_only(void* memory, std::size_t size_bytes) override {
+    {
+      const std::lock_guard<std::mutex> lock(locked_mutex_);
+      if (read_only_.size() >= most_read_only_) {
+        throw MemoryError("planted: no more may be locked");
+      }
+      read_only_.insert(memory);
+    }
+    do_register_host(memory, size_bytes);
+  }
+  void do_unregister_host(void* memory) override {
+    begin_work();
+    settle();
+    const std::lock_guard<std::mutex> lock(locked_mutex_);
+    locked_.erase(reinterpret_cast<std::uintptr_t>(memory));
+    read_only_.erase(memory);
+  }
+
+  // Calls at the wrong moment; see wrong_place.
+
+  /// In front of what was submitted to the stream last.
+  void record_early(EventId event, StreamId stream) {
+    count_down();
+    auto is_done = std::make_shared<bool>(false);
+    records_[event] = is_done;
+    std::deque<Task>& queue = streams_[stream].queue;
+    queue.insert(queue.empty() ? queue.end() : std::prev(queue.end()), record_of(is_done));
+  }
+  /// Behind the next record on the stream, and so behind all that it is to hold back.
+  void wait_late(StreamId stream, EventId event) {
+    count_down();
+    streams_[stream].late.push_back(wait_for(records_[event]));
+  }
+  /// Behind the next copy, decoding or fill, or the next memory that is given up.
+  void synchronize_late(StreamId stream) {
+    count_down();
+    late_.push_back(stream);
+  }
+
+  /// A call begins that a drain may be there to hold back.
+  virtual void begin_work() {
+    for (const StreamId stream : std::exchange(overdue_, std::exchange(late_, {}))) {
+      come_to_end(stream);
+    }
   }
 
  private:
@@ -139,18 +205,40 @@ class AdversaryDevice : public HostDevice {
 
   struct Task {
     std::function<void()> work;
-    std::shared_ptr<bool> awaited;  // a record that must be done before
+    std::shared_ptr<bool> awaited = nullptr;  // a record that must be done before
+    bool is_work = true;                      // else a record or a wait
+    bool is_record = false;
   };
   struct Stream {
     StreamId id = kNoStream;
     bool is_held = false;
     std::deque<Task> queue;
+    std::vector<Task> late;  // waits, for behind the next record
 
+    /// Work alone stands still: what was done before it is recorded.
     bool can_go() const {
-      return !is_held && !queue.empty() &&
+      return !queue.empty() && (!is_held || !queue.front().is_work) &&
              (queue.front().awaited == nullptr || *queue.front().awaited);
     }
   };
+
+  void* take_freed(std::size_t size_bytes) {
+    const auto found = std::find_if(freed_.begin(), freed_.end(),
+                                    [&](void* memory) { return sizes_.at(memory) == size_bytes; });
+    if (found == freed_.end()) {
+      return nullptr;
+    }
+    void* const memory = *found;
+    freed_.erase(found);
+    return memory;
+  }
+
+  bool is_locked(const void* memory) {
+    const std::lock_guard<std::mutex> lock(locked_mutex_);
+    const auto address = reinterpret_cast<std::uintptr_t>(memory);
+    const auto next = locked_.upper_bound(address);
+    return next != locked_.begin() && address < std::prev(next)->first + std::prev(next)->second;
+  }
 
   template <typename Condition>
   Stream* first_stream(const Condition& condition) {
@@ -175,6 +263,29 @@ class AdversaryDevice : public HostDevice {
     return stream != nullptr;
   }
 
+  static Task record_of(const std::shared_ptr<bool>& is_done) {
+    return {[is_done] { *is_done = true; }, nullptr, false, true};
+  }
+  static Task wait_for(std::shared_ptr<bool> record) {
+    return {[] {}, std::move(record), false};
+  }
+
+  void push(StreamId stream, Task task) {
+    Stream& to = streams_[stream];
+    const bool is_record = task.is_record;
+    to.queue.push_back(std::move(task));
+    if (is_record) {
+      std::move(to.late.begin(), to.late.end(), std::back_inserter(to.queue));
+      to.late.clear();
+    }
+  }
+
+  void come_to_end(StreamId stream) {
+    do {
+      settle();
+    } while (!streams_[stream].queue.empty() && open_next());
+  }
+
   void count_down() {
     if (calls_until_failure_ > 0) {
       --calls_until_failure_;
@@ -188,8 +299,14 @@ class AdversaryDevice : public HostDevice {
   int calls_until_failure_ = 0;
   std::map<StreamId, Stream> streams_;          // in the order in which they were made
   std::vector<std::shared_ptr<bool>> records_;  // by EventId: the last one
+  std::vector<StreamId> late_;                  // streams to be synchronized behind the next call,
+  std::vector<StreamId> overdue_;               // and behind this one
   std::map<void*, std::size_t> sizes_;
   std::vector<void*> freed_;
+  std::mutex locked_mutex_;  // guards the two below: several threads lock pages of files
+  std::map<std::uintptr_t, std::size_t> locked_;  // host memory
+  std::set<void*> read_only_;                     // of that
+  std::size_t most_read_only_ = SIZE_MAX;
 };
 
 }  // namespace torch_offload::lanes

@@ -25,10 +25,9 @@ ExhaustiveLane::ExhaustiveLane(const ExhaustiveOptions& options)
         SmallSchedules(num_units, options.max_places, options.max_calls, options.transports),
         num_blocks_, 0, nullptr};
     const SmallSchedules& schedules = level.schedules;
-    const std::uint64_t num_firsts = schedules.firsts().size();
-    level.blocks_per_plan = options.merges ? 1 : 2 * num_firsts;
+    level.blocks_per_plan = options.merges ? 1 : schedules.num_passes();
     num_blocks_ += schedules.plans().size() * level.blocks_per_plan;
-    num_schedules_ += schedules.plans().size() * 2 * num_firsts * schedules.num_seconds();
+    num_schedules_ += schedules.plans().size() * schedules.num_schedules();
     levels_.push_back(std::move(level));
   }
 }
@@ -77,24 +76,25 @@ void ExhaustiveLane::run_block(std::uint64_t block, LaneJudge& judge) const {
     return;
   }
   const std::uint64_t first = index % level.blocks_per_plan;
-  run_each(schedules, plan, {schedules.firsts()[first / 2], first % 2 == 0, {}}, judge);
+  run_each(schedules, plan, {schedules.sequences()[first / 2], first % 2 == 0, {}, true}, judge);
 }
 
 /// Every second pass behind the schedule's first one.
 void ExhaustiveLane::run_each(const SmallSchedules& schedules, const Plan& plan,
                               SmallSchedule schedule, LaneJudge& judge) const {
   const PipelineOptions options = pipeline_options();
-  for (std::uint64_t i = 0; i < schedules.num_seconds(); ++i) {
+  for (std::uint64_t i = 0; i < schedules.num_passes(); ++i) {
     schedule.second.clear();
+    schedule.second_completed = i % 2 == 0;
     try {
       SmallRun run(plan, options, schedule);
-      schedule.second = schedules.sequence_at(i, schedules.num_calls());
+      schedule.second = schedules.sequences()[i / 2];
       std::uint64_t digest = run.take_digest();
       for (const UnitIndex unit : schedule.second) {
         run.call(unit);
         digest += run.take_digest();
       }
-      run.finish();
+      run.finish(schedule.second_completed);
       judge.judge(run.log(), [&] { return text_of(schedule, plan); });
       judge.note(0, 0, digest + run.take_digest());
     } catch (const std::exception& error) {

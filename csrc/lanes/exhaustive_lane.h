@@ -38,7 +38,7 @@ class ExhaustiveLane {
  public:
   explicit ExhaustiveLane(const ExhaustiveOptions& options);
 
-  /// How many schedules there are, those not counted that are the beginning of another.
+  /// How many schedules there are.
   std::uint64_t count() const { return num_schedules_; }
 
   /// Checks some more schedules, `num_schedules` or a few more, of those that go together.

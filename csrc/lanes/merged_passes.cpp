@@ -80,8 +80,8 @@ void MergedPasses::Layer::add(const Arrivals& more) {
 }
 
 SmallSchedule MergedPasses::schedule_of(const Way& way) const {
-  return {schedules_.firsts()[way.first], way.first_completed,
-          schedules_.sequence_at(way.second, way.num_calls)};
+  return {schedules_.sequences()[way.first], way.first_completed,
+          schedules_.sequence_at(way.second, way.num_calls), way.second_completed};
 }
 
 MergedPasses::Way MergedPasses::further(Way way, UnitIndex unit) const {
@@ -142,7 +142,7 @@ MergedPasses::Step MergedPasses::run_end(const Way& way) {
     const std::vector<EventId> before = PipelineState::awaitable_events(run.rig().pipeline());
     const std::size_t begin = run.log().ops().size();
     run.take_digest();
-    run.finish();
+    run.finish(way.second_completed);
     step.digest = run.take_digest();
     step.num_ops = run.log().ops().size() - begin;
     expect_in_scope(run.log(), begin, before, {});
@@ -156,22 +156,23 @@ MergedPasses::Step MergedPasses::run_end(const Way& way) {
 
 void MergedPasses::run() {
   Layer layer;
-  for (std::uint32_t first = 0; first < schedules_.firsts().size(); ++first) {
+  for (std::uint32_t first = 0; first < schedules_.sequences().size(); ++first) {
     begin(first, true, layer);
     begin(first, false, layer);
   }
-  for (unsigned call = 1; call <= schedules_.num_calls(); ++call) {
+  // A second pass may end behind each of its calls, and before the first one.
+  for (unsigned num_calls = 0; num_calls <= schedules_.num_calls(); ++num_calls) {
     Layer next;
     for (const Arrivals& from : layer.arrivals) {
-      for (UnitIndex unit = 0; unit < schedules_.num_units(); ++unit) {
+      end(from, true);
+      end(from, false);
+      for (UnitIndex unit = 0; num_calls < schedules_.num_calls() && unit < schedules_.num_units();
+           ++unit) {
         go_on(from, unit, next);
       }
     }
     judge_.note_states(layer.arrivals.size());
     layer = std::move(next);
-  }
-  for (const Arrivals& arrivals : layer.arrivals) {
-    end(arrivals);
   }
 }
 
@@ -224,27 +225,36 @@ void MergedPasses::go_on(const Arrivals& from, UnitIndex unit, Layer& next) {
   next.add(to);
 }
 
-void MergedPasses::end(const Arrivals& arrivals) {
-  const auto [at, is_new] = ends_.try_emplace(arrivals.state);
+void MergedPasses::end(Arrivals arrivals, bool completed) {
+  arrivals.way.second_completed = completed;
+  const auto [at, is_new] =
+      ends_.try_emplace(2 * std::uint64_t{arrivals.state} + (completed ? 1U : 0U));
   if (is_new) {
     at->second = run_end(arrivals.way);
   }
   const Step& step = at->second;
+  const std::uint64_t num_schedules = arrivals.num_schedules;
   if (!step.fault.empty()) {
-    give_up(arrivals, step.fault);
+    note_bad(arrivals, num_schedules, step.fault);
     return;
   }
-  const std::uint64_t num_schedules = arrivals.num_schedules;
   judge_.note(num_schedules, arrivals.num_ops + step.num_ops * num_schedules,
               arrivals.digest + step.digest * num_schedules);
 }
 
-/// All that would have gone on from there are bad.
+/// All that would have ended there, completed or not, or gone on from there, are bad.
 void MergedPasses::give_up(const Arrivals& arrivals, const std::string& why) {
-  std::uint64_t num_schedules = arrivals.num_schedules;
-  for (unsigned i = arrivals.way.num_calls; i < schedules_.num_calls(); ++i) {
-    num_schedules *= schedules_.num_units();
+  std::uint64_t num_ends = 0;
+  std::uint64_t num_sequences = 1;
+  for (unsigned i = arrivals.way.num_calls; i <= schedules_.num_calls(); ++i) {
+    num_ends += 2 * num_sequences;
+    num_sequences *= schedules_.num_units();
   }
+  note_bad(arrivals, arrivals.num_schedules * num_ends, why);
+}
+
+void MergedPasses::note_bad(const Arrivals& arrivals, std::uint64_t num_schedules,
+                            const std::string& why) {
   judge_.note(num_schedules, 0, 0);
   judge_.add_bad(text_of(schedule_of(arrivals.way), plan_) + ": " + why, num_schedules);
 }

@@ -42,12 +42,13 @@ class MergedPasses {
     std::string fault;  // empty: none
   };
 
-  /// A schedule up to some call of its second pass.
+  /// A schedule up to some call of its second pass, or to its end.
   struct Way {
     std::uint32_t first = 0;
     std::uint32_t second = 0;  // by its number
     std::uint8_t num_calls = 0;
     bool first_completed = true;
+    bool second_completed = true;
   };
 
   /// Schedules that have come to one state, and one of them.
@@ -76,8 +77,9 @@ class MergedPasses {
   Way further(Way way, UnitIndex unit) const;
   void begin(std::uint32_t first, bool completed, Layer& layer);
   void go_on(const Arrivals& from, UnitIndex unit, Layer& next);
-  void end(const Arrivals& arrivals);
+  void end(Arrivals arrivals, bool completed);
   void give_up(const Arrivals& arrivals, const std::string& why);
+  void note_bad(const Arrivals& arrivals, std::uint64_t num_schedules, const std::string& why);
 
   template <typename Run>
   Step attempt(const Run& run);
@@ -93,7 +95,7 @@ class MergedPasses {
 
   std::unordered_map<StateWords, State, WordsHash> states_;
   std::unordered_map<std::uint64_t, Step> calls_;  // by state, unit and the order's answers
-  std::unordered_map<State, Step> ends_;
+  std::unordered_map<std::uint64_t, Step> ends_;   // by state, and whether it is completed
 };
 
 #ifdef TORCH_OFFLOAD_MUTANTS

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "lanes/expect.h"
 
 namespace torch_offload {
 
@@ -20,12 +21,6 @@ void expect_refused(const char* what, const Call& call) {
     return;
   }
   throw std::logic_error(std::string("the pipeline has allowed ") + what);
-}
-
-void expect(bool is_so, const char* what) {
-  if (!is_so) {
-    throw std::logic_error(std::string("expected ") + what);
-  }
 }
 
 }  // namespace

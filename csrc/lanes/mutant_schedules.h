@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "lanes/moved_steps.h"
 #include "lanes/mutant_run.h"
 #include "lanes/placed_plan.h"
 
@@ -15,6 +16,7 @@ struct Schedule {
   std::string name;
   PipelineOptions options;
   Plan plan;
+  FileLimits files;
   std::function<void(MutantRun&)> go;
   bool runs_in_turn = true;
   bool may_fail = false;  ///< Whether calls of the device are made to fail in its midst, in turn.
@@ -23,12 +25,13 @@ struct Schedule {
 inline Outcome run(const Schedule& schedule, const Choice& choice) {
   Outcome outcome;
   try {
-    MutantRun run(schedule.plan, schedule.options, choice, outcome);
+    MutantRun run(schedule.plan, schedule.options, schedule.files, choice, outcome);
     run.runs_in_turn = schedule.runs_in_turn;
     schedule.go(run);
   } catch (const InternalError&) {
     outcome.was_refused = true;
   }
+  outcome.log = with_moved(outcome.log, mutation.moved_ops);
   return outcome;
 }
 
@@ -55,6 +58,15 @@ inline Plan places_in_between() {
                           512);
 }
 
+/// The last unit is on the device for good.
+inline Plan one_resident() {
+  Plan plan = two_places();
+  plan.places[3].reset();
+  plan.overlaps[1].clear();
+  plan.overlaps[3].clear();
+  return plan;
+}
+
 /// The first part of each: every event is recorded once, as in a model that has run before.
 inline void first_part(MutantRun& run) {
   run.pass({0, 1, 2, 3});
@@ -79,8 +91,8 @@ inline void edit_masters(MutantRun& run) {
   first_part(run);
   for (UnitIndex unit = 0; unit < 4; ++unit) {
     run.pipeline->synchronize_onload(unit);
-    run.edit(unit);
-    run.pack_anew(unit);
+    run.masters.edit(unit);
+    run.loader.upload(unit);
     run.pipeline->invalidate(unit);
     run.pass({0, 1, 2, 3});
   }
@@ -232,6 +244,39 @@ inline void fail_in_a_use_of_two_streams(MutantRun& run) {
   });
 }
 
+/// Packing fails in its midst. All units are raw then, and lie elsewhere: in a window that is as
+/// large as what was to stay packed, and each where another one was to stay.
+inline void fail_in_packing(MutantRun& run) {
+  run.pass({0, 1, 2, 3});
+  run.loader.pack(std::vector<Transport>(4, Transport::kPackedResident));
+  run.begin_failing();
+  try {
+    run.loader.upload_all();
+  } catch (const PlantedFailure&) {
+  }
+  run.end_failing();
+  run.loader.drop_packed();
+  run.device.set_current_stream(run.callers[1]);  // so that what the other one does may wait
+  run.pipeline->replan(plan_with_places(layers_of(2, 2, 2),
+                                        {{1536, 2048}, {1024, 1536}, {512, 1024}, {0, 512}}, 512));
+  run.device.set_current_stream(run.callers[0]);
+  run.pass({0, 1, 2, 3});
+  run.pass({0, 1, 2, 3});
+}
+
+/// What is on the device for good comes out of the same files as what streams.
+inline void bring_residents(MutantRun& run) {
+  run.pass({0});
+  run.begin_second_part();
+  const std::byte* const resident = run.loader.bring_resident(3, run.pipeline->streams().front());
+  run.loader.unlock_residents();
+  run.read_resident(3, resident);
+  run.pass({1, 2, 0});
+  run.read_resident(3, resident);
+  run.device.synchronize(run.device.current_stream());
+  run.loader.drop_residents();
+}
+
 /// Everything above in the modes in which it says something.
 inline std::vector<Schedule> all_schedules() {
   std::vector<Schedule> schedules;
@@ -241,6 +286,7 @@ inline std::vector<Schedule> all_schedules() {
     schedules.push_back({name + ", " + name_of(mode) + ", " + name_of(layout),
                          {mode, layout, poisons},
                          plan,
+                         {},
                          go,
                          runs_in_turn,
                          may_fail});
@@ -262,6 +308,11 @@ inline std::vector<Schedule> all_schedules() {
       packed.transports = transports;
       packed.decode_depth_bytes = packed.depth_bytes;
     }
+  };
+  const auto add_in_files = [&](const std::string& name, const FileLimits& files, const Plan& plan,
+                                void (*go)(MutantRun&), bool may_fail = false) {
+    add(name, Mode::kPipeline, StreamLayout::kShared, plan, go, true, may_fail);
+    schedules.back().files = files;
   };
   constexpr StreamLayout kShared = StreamLayout::kShared;
   constexpr StreamLayout kSplit = StreamLayout::kSplit;
@@ -286,15 +337,25 @@ inline std::vector<Schedule> all_schedules() {
   add_packed("edits", Mode::kPipeline, own_places(), edit_masters);
   add("passes without copies", Mode::kPipeline, kShared, own_places(), go_through_passes);
   add("edits", Mode::kPipeline, kShared, own_places(), edit_masters);
-  add("streams between uses", Mode::kEvents, kShared, two_places(), change_streams_between_uses,
-      false);
-  add("streams in a use", Mode::kEvents, kShared, two_places(), change_streams_in_a_use, false);
+  for (const Mode mode : {Mode::kEvents, Mode::kPipeline}) {
+    add("streams between uses", mode, kShared, two_places(), change_streams_between_uses, false);
+    add("streams in a use", mode, kShared, two_places(), change_streams_in_a_use, false);
+  }
   add("nested on another stream", Mode::kEvents, kShared, two_places(), nest_on_another_stream,
       false);
   add("replanned", Mode::kPipeline, kShared, own_places(), replan);
   add("old place", Mode::kPipeline, kSplit, places_in_between(), take_an_old_place);
   add("failures in a use of two streams", Mode::kEvents, kShared, two_places(),
       fail_in_a_use_of_two_streams, false, true);
+  add("failures in packing", Mode::kPipeline, kShared, two_places(), fail_in_packing, true, true);
+  const FileLimits takes_turns{true, 2, SIZE_MAX};
+  add_in_files("passes, files in turn", takes_turns, two_places(), go_through_passes);
+  add_in_files("other ways, files in turn", takes_turns, crossing_places(), go_another_way);
+  add_in_files("failures, files in turn", takes_turns, crossing_places(), fail_in_plain_calls,
+               true);
+  add_in_files("passes, files beyond a limit", {true, SIZE_MAX, 2}, two_places(),
+               go_through_passes);
+  add_in_files("residents, files", {true, SIZE_MAX, SIZE_MAX}, one_resident(), bring_residents);
   return schedules;
 }
 

@@ -1,5 +1,7 @@
 #include "lanes/mutants.h"
 
+#include <string>
+
 #include "check/hazard_checker.h"
 #include "core/error.h"
 #include "lanes/mutant_lane.h"
@@ -8,10 +10,7 @@ namespace torch_offload {
 
 inline namespace mutants {
 
-bool is_left_out(Step step) {
-  ++lanes::mutation.num_reached[step];
-  return step != Step::kNone && lanes::mutation.is_armed && lanes::mutation.step == step;
-}
+bool is_left_out(Step step) { return lanes::mutation.come_to(step); }
 
 }  // namespace mutants
 
@@ -35,7 +34,7 @@ const std::vector<Mutant>& all_mutants() {
       {Step::kPendingReady,
        "kPendingReady",
        "other ways, pipeline, split",
-       {0b000001, false, true, 0}},
+       {0b000001, false, false, 0}},
       {Step::kOwnPendingWait,
        "kOwnPendingWait",
        "poison, pipeline, shared",
@@ -71,7 +70,7 @@ const std::vector<Mutant>& all_mutants() {
       {Step::kCallerReturn,
        "kCallerReturn",
        "failures, pipeline, split",
-       {0b000001, false, true, 13}},
+       {0b000100, false, true, 0}},
       {Step::kHandoverRecord,
        "kHandoverRecord",
        "passes, pipeline, split",
@@ -91,7 +90,7 @@ const std::vector<Mutant>& all_mutants() {
       {Step::kOldPlaceWait,
        "kOldPlaceWait",
        "old place, pipeline, split",
-       {0b000001, false, true, 0}},
+       {0b000001, false, false, 0}},
       {Step::kDrainOwnStreams,
        "kDrainOwnStreams",
        "passes, pipeline, split",
@@ -129,10 +128,30 @@ const std::vector<Mutant>& all_mutants() {
        "kUploadDrain",
        "passes, staying packed, pipeline, shared",
        {0b001000, false, false, 0}},
+      {Step::kChunkRecord,
+       "kChunkRecord",
+       "passes, files in turn, pipeline, shared",
+       {0b000100, false, true, 0}},
+      {Step::kChunkDrain,
+       "kChunkDrain",
+       "passes, files in turn, pipeline, shared",
+       {0b000100, false, true, 0}},
+      {Step::kLimitDrain,
+       "kLimitDrain",
+       "passes, files beyond a limit, pipeline, shared",
+       {0b000100, false, false, 0}},
+      {Step::kOnceDrain,
+       "kOnceDrain",
+       "residents, files, pipeline, shared",
+       {0b000100, false, true, 0}},
       {Step::kFailedOnloadDrain,
        "kFailedOnloadDrain",
        "failures, pipeline, split",
        {0b000001, false, true, 38}},
+      {Step::kFailedUploadDrain,
+       "kFailedUploadDrain",
+       "failures in packing, pipeline, shared",
+       {0b001001, true, true, 2}},
       {Step::kFailedAcquireDrain,
        "kFailedAcquireDrain",
        "failures, streams, split",
@@ -144,7 +163,7 @@ const std::vector<Mutant>& all_mutants() {
       {Step::kFailedAcquireReturn,
        "kFailedAcquireReturn",
        "failures, pipeline, split",
-       {0b000001, false, true, 9}},
+       {0b000001, false, true, 22}},
       {Step::kFailedReleaseReturn,
        "kFailedReleaseReturn",
        "failures, pipeline, split",
@@ -165,18 +184,23 @@ const Schedule* find_schedule(const std::string& name) {
 
 }  // namespace lanes
 
-std::size_t num_mutants() { return lanes::all_mutants().size(); }
+std::size_t num_mutants() { return lanes::all_mutants().size() + lanes::moved_mutants().size(); }
 
-MutantOutcome run_mutant(std::size_t index, bool leaves_out) {
-  const lanes::Mutant& mutant = lanes::all_mutants().at(index);
+MutantOutcome run_mutant(std::size_t index, bool is_mutated) {
+  const std::size_t num_left_out = lanes::all_mutants().size();
+  const lanes::Mutant& mutant = index < num_left_out
+                                    ? lanes::all_mutants().at(index)
+                                    : lanes::moved_mutants().at(index - num_left_out);
   const lanes::Schedule* schedule = lanes::find_schedule(mutant.schedule);
   check_internal(schedule != nullptr, "a mutant without a schedule");
   lanes::mutation = {};
-  lanes::mutation.step = leaves_out ? mutant.step : Step::kNone;
+  lanes::mutation.step = is_mutated ? mutant.step : Step::kNone;
+  lanes::mutation.is_moved = mutant.is_moved;
   const lanes::Outcome outcome = lanes::run(*schedule, mutant.choice);
   const bool is_reached = lanes::mutation.num_reached[mutant.step] > 0;
   lanes::mutation = {};
-  return {mutant.name, is_reached, outcome.num_wrong, HazardChecker().check(outcome.log)};
+  return {std::string(mutant.name) + (mutant.is_moved ? ", moved" : ""), is_reached,
+          outcome.num_wrong, HazardChecker().check(outcome.log)};
 }
 
 }  // namespace torch_offload

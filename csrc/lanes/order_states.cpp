@@ -54,9 +54,9 @@ void OrderState::append(const Order& order, StateWords& words) {
 }
 
 OrderStates::OrderStates(const SmallSchedules& schedules) : num_units_(schedules.num_units()) {
-  for (const SmallSchedule::Sequence& first : schedules.firsts()) {
+  for (const SmallSchedule::Sequence& first : schedules.sequences()) {
     for (const bool completed : {false, true}) {
-      const SmallSchedule schedule{first, completed, {}};
+      const SmallSchedule schedule{first, completed, {}, true};
       Order order(static_order(num_units_));
       go(order, schedule);
       starts_.push_back(find(order, schedule));

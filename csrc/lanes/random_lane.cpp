@@ -9,6 +9,9 @@
 #include <vector>
 
 #include "core/error.h"
+#include "lanes/expect.h"
+#include "lanes/failing_end.h"
+#include "lanes/foretelling.h"
 #include "lanes/misuse.h"
 #include "lanes/placed_plan.h"
 #include "lanes/schedule_rig.h"
@@ -22,7 +25,8 @@ constexpr int kDeepestNesting = 3;
 
 class RandomSchedule {
  public:
-  explicit RandomSchedule(std::uint64_t seed) : random_(seed) {
+  explicit RandomSchedule(std::uint64_t seed)
+      : random_(seed), foretelling_(draw(3) == 0 ? (1 + draw(20)) * kSlice : 0) {
     constexpr Mode kModes[] = {Mode::kSync,   Mode::kStreams,  Mode::kEvents,
                                Mode::kEvents, Mode::kPipeline, Mode::kPipeline};
     PipelineOptions options;
@@ -33,6 +37,9 @@ class RandomSchedule {
     options.wait_for_each = draw(12) == 0;
     num_units_ = 1 + draw(8);
     rig_ = std::make_unique<ScheduleRig>(plan(units()), options, draw(8) == 0);
+    rig_->announce(foretelling_.wanted_bytes(),
+                   [this](UnitIndex unit) { foretelling_.note(unit); });
+    foretelling_.begin(pipeline().plan());
     routine_ = sequence();
   }
 
@@ -41,7 +48,8 @@ class RandomSchedule {
       between_passes();
       pass();
     }
-    return rig_->finish();
+    end();
+    return rig_->log();
   }
 
  private:
@@ -115,7 +123,7 @@ class RandomSchedule {
 
   void between_passes() {
     if (draw(4) == 0) {
-      rig_->edit(unit());
+      edit();
     }
     if (draw(8) == 0) {
       rig_->device().set_current_stream(rig_->callers()[draw(2)]);
@@ -128,6 +136,24 @@ class RandomSchedule {
     }
   }
 
+  /// New weights, which may need more room than there is once they are packed.
+  void edit() {
+    if (draw(6) == 0) {
+      rig_->fail_at(static_cast<int>(1 + draw(4)));
+    }
+    const UnitIndex edited = unit();
+    const bool fits = draw(4) != 0;
+    try {
+      rig_->edit(edited, fits);
+      expect(fits || pipeline().plan().transport(edited) == Transport::kRaw,
+             "a unit without room to be raw");
+      expect(!pipeline().is_whole(edited), "an edited unit to be copied anew");
+    } catch (const PlantedFailure&) {
+      // Nothing was written yet, or the unit is raw.
+    }
+    rig_->fail_at(0);
+  }
+
   /// Other places, in a window of another size. Now and then the device fails, or has no room.
   void replan() {
     const std::size_t trouble = draw(4);
@@ -137,17 +163,54 @@ class RandomSchedule {
     rig_->set_out_of_memory(trouble == 1);
     try {
       pipeline().replan(plan(pipeline().plan().units));
+      foretelling_.begin(pipeline().plan());
     } catch (const PlantedFailure&) {
       rig_->fail_at(0);  // it is as it was, or without a window
+      foretelling_.lose_track();
     } catch (const MemoryError&) {
+      foretelling_.lose_track();
       Misuse(*rig_).without_memory(unit());
     }
     rig_->fail_at(0);
     rig_->set_out_of_memory(false);
     if (!pipeline().has_window()) {
       pipeline().replan(plan(pipeline().plan().units));
+      foretelling_.begin(pipeline().plan());
     }
     rig_->pack();
+  }
+
+  void end() {
+    switch (draw(64)) {
+      case 0:
+        return end_with_a_failing_drain(*rig_, static_cast<int>(1 + draw(4)));
+      case 1:
+        if (draw(4) == 0) {
+          lose_window();
+        }
+        return end_with_lost_streams(*rig_, streams_to_lose());
+      default:
+        return end_well(*rig_);
+    }
+  }
+
+  /// A plan that needs another window, for which there is no room, nor for the former one.
+  void lose_window() {
+    Plan larger = pipeline().plan();
+    larger.window_bytes += kSlice;
+    rig_->set_out_of_memory(true);
+    try {
+      pipeline().replan(larger);
+    } catch (const MemoryError&) {
+      Misuse(*rig_).without_memory(unit());
+    }
+  }
+
+  /// All of them, or one.
+  std::vector<StreamId> streams_to_lose() {
+    std::vector<StreamId> streams = pipeline().streams();
+    streams.insert(streams.end(), rig_->callers().begin(), rig_->callers().end());
+    return draw(2) == 0 ? streams : std::vector<StreamId>{streams[draw(streams.size())]};
   }
 
   void pass() {
@@ -155,6 +218,7 @@ class RandomSchedule {
       rig_->fail_at(static_cast<int>(1 + draw(60)));
     }
     pipeline().enter();
+    foretelling_.begin_pass();
     bool completed = false;
     const StreamId found = rig_->device().current_stream();
     try {
@@ -168,6 +232,7 @@ class RandomSchedule {
     }
     rig_->fail_at(0);
     pipeline().leave(completed);
+    foretelling_.end_pass(completed);
   }
 
   /// One unit, perhaps with others inside it, perhaps on another stream, perhaps failing.
@@ -179,6 +244,7 @@ class RandomSchedule {
     if (draw(8) == 0) {
       rig_->device().set_current_stream(rig_->callers()[draw(2)]);
     }
+    foretelling_.begin_call(pipeline(), called);
     if (draw(5) != 0) {
       rig_->call(called);
     } else {
@@ -232,6 +298,7 @@ class RandomSchedule {
   }
 
   std::mt19937_64 random_;
+  Foretelling foretelling_;
   std::size_t num_units_ = 0;
   std::unique_ptr<ScheduleRig> rig_;
   std::vector<UnitIndex> routine_;

@@ -9,7 +9,8 @@
 namespace torch_offload {
 
 /// Random plans, orders, modes, layouts and depths, nested calls, calls that fail, edits, callers
-/// that change streams, devices that fail: each schedule drawn from its seed alone, 0, 1, 2, ...
+/// that change streams, loaders that are told what comes, devices that fail, at the very end too:
+/// each schedule drawn from its seed alone, 0, 1, 2, ...
 class RandomLane {
  public:
   /// `is_control`: leaves the waits out of each log, from one of them on.

@@ -26,6 +26,7 @@ void ScheduleRig::FailingDevice::count_down() {
   if (calls_until_failure > 0) {
     --calls_until_failure;
     if (calls_until_failure == 0) {
+      ++num_failures;
       throw PlantedFailure();
     }
   }
@@ -48,6 +49,9 @@ void ScheduleRig::FailingDevice::do_wait(StreamId stream, EventId event) {
 
 void ScheduleRig::FailingDevice::do_synchronize(StreamId stream) {
   count_down();
+  if (std::find(lost_streams.begin(), lost_streams.end(), stream) != lost_streams.end()) {
+    throw PlantedFailure();
+  }
   SimDevice::do_synchronize(stream);
 }
 
@@ -84,6 +88,7 @@ PackedSource ScheduleRig::MasterLoader::source_of(UnitIndex unit) const {
 
 void ScheduleRig::MasterLoader::pack(const Plan& plan, bool has_decode_stream) {
   packed_.reset();
+  transports_ = plan.transports;
   PackedLoader::Options options;
   options.has_decode_stream = has_decode_stream;
   options.streams = packed_streams_;
@@ -104,16 +109,31 @@ void ScheduleRig::MasterLoader::pack(const Plan& plan, bool has_decode_stream) {
   PackedLoader& loader = packed_.emplace(rig_.device_, plan.units.size(), options);
   packed_streams_ = loader.streams();
   for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
-    if (plan.transport(unit) == Transport::kPacked) {
-      loader.set_source(unit, source_of(unit));
-    }
-    upload(unit);
+    pack_anew(unit);
   }
 }
 
-void ScheduleRig::MasterLoader::upload(UnitIndex unit) {
-  if (packed_ && packed_->has_room(unit)) {
+Transport ScheduleRig::MasterLoader::pack_anew(UnitIndex unit) {
+  if (!packed_) {
+    return Transport::kRaw;
+  }
+  if (transports_[unit] == Transport::kPacked) {
+    packed_->set_source(unit, source_of(unit));
+  } else if (transports_[unit] == Transport::kPackedResident) {
     packed_->upload(unit, source_of(unit));
+  }
+  return transports_[unit];
+}
+
+void ScheduleRig::MasterLoader::drop(UnitIndex unit) {
+  if (packed_) {
+    packed_->drop_source(unit);
+  }
+}
+
+void ScheduleRig::MasterLoader::leak() {
+  if (packed_) {
+    packed_->leak();
   }
 }
 
@@ -200,10 +220,17 @@ ScheduleRig::~ScheduleRig() { finish(); }
 
 const OpLog& ScheduleRig::finish() {
   if (pipeline_) {
-    fail_at(0);
+    // An owner asks before he gives up what is his; where all can be drained, the pipeline will.
+    const bool is_drained = device_.lost_streams.empty() || pipeline_->drain();
+    if (!is_drained) {
+      loader_.leak();
+    }
     pipeline_.reset();
+    fail_at(0);
     loader_.pack({}, false);
-    device_.unregister_host(masters_);
+    if (is_drained) {
+      device_.unregister_host(masters_);
+    }
     device_.attach_log(nullptr);
   }
   return log_;
@@ -245,11 +272,15 @@ void ScheduleRig::call(UnitIndex unit, const std::function<void(const std::byte*
   pipeline_->release(unit);
 }
 
-void ScheduleRig::edit(UnitIndex unit) {
+void ScheduleRig::edit(UnitIndex unit, bool fits) {
   pipeline_->synchronize_onload(unit);
   device_.host_write(masters_ + offsets_[unit], sizes_[unit], unit);
-  loader_.upload(unit);
   pipeline_->invalidate(unit);
+  loader_.drop(unit);  // raw, unless all goes well
+  pipeline_->set_transport(unit, Transport::kRaw);
+  if (fits) {
+    pipeline_->set_transport(unit, loader_.pack_anew(unit));
+  }
 }
 
 }  // namespace torch_offload

@@ -55,20 +55,30 @@ class ScheduleRig {
   void call(UnitIndex unit, const std::function<void(const std::byte*)>& inside);
   /// One call whose module does nothing but its kernels.
   void call(UnitIndex unit);
-  /// Gives the master new bytes, with the care that its owner has to take.
-  void edit(UnitIndex unit);
+  /// Gives the master new bytes, with the care that its owner has to take. A packed unit that no
+  /// longer `fits` where there is room for it, or that could not be brought there, is raw from then
+  /// on, until it is edited once more.
+  void edit(UnitIndex unit, bool fits = true);
   /// Packs units as the pipeline's plan says, which has just been replanned.
   void pack();
+  /// Lets the loader want so many bytes to be announced.
+  void announce(std::size_t bytes, std::function<void(UnitIndex)> told) {
+    announced_bytes_ = bytes;
+    told_ = std::move(told);
+  }
 
   /// The `call`-th submission from now on fails; 0: none does.
   void fail_at(int call) { device_.calls_until_failure = call; }
   /// Whether the device has no memory left to give.
   void set_out_of_memory(bool is_out) { device_.is_out_of_memory = is_out; }
-  bool has_failed() const { return device_.calls_until_failure == 0; }
+  /// How often one has, so far.
+  int num_failures() const { return device_.num_failures; }
+  /// From now on nobody learns when what these streams were given is done.
+  void lose(std::vector<StreamId> streams) { device_.lost_streams = std::move(streams); }
 
   /// Lets the device carry out all that it was given; the log does not hear of it.
   void settle();
-  /// Ends everything and returns its log.
+  /// Ends everything and returns its log. What lost streams may still read or write stays.
   const OpLog& finish();
 
  private:
@@ -76,7 +86,9 @@ class ScheduleRig {
    public:
     using SimDevice::SimDevice;
     int calls_until_failure = 0;
+    int num_failures = 0;
     bool is_out_of_memory = false;
+    std::vector<StreamId> lost_streams;
 
    protected:
     void do_set_current_stream(StreamId stream) override;
@@ -101,11 +113,17 @@ class ScheduleRig {
                   std::uint64_t generation) override;
     StreamId first_writer(UnitIndex unit, StreamId copy_stream) const override;
     std::vector<StreamId> own_streams() const override;
+    std::size_t announced_bytes() const override { return rig_.announced_bytes_; }
+    void announce(UnitIndex unit) override { rig_.told_(unit); }
 
     /// Nothing may be in flight.
     void pack(const Plan& plan, bool has_decode_stream);
-    /// Brings a unit that stays packed to the device as it is now.
-    void upload(UnitIndex unit);
+    /// Packs the unit as it is now. Returns how it travels.
+    Transport pack_anew(UnitIndex unit);
+    /// It is raw from now on.
+    void drop(UnitIndex unit);
+    /// Leaves what a decoder may still read to the device.
+    void leak();
 
    private:
     PackedSource source_of(UnitIndex unit) const;
@@ -117,6 +135,7 @@ class ScheduleRig {
     StreamId own_stream_ = kNoStream;
     EventId begun_ = kNoEvent;
     std::optional<PackedLoader> packed_;
+    std::vector<Transport> transports_;  // by unit, as it was planned; empty: all are raw
     PackedStreams packed_streams_;
   };
 
@@ -137,6 +156,8 @@ class ScheduleRig {
   std::vector<std::uint64_t> generations_;
   std::byte* masters_ = nullptr;
   std::vector<StreamId> callers_;
+  std::size_t announced_bytes_ = 0;
+  std::function<void(UnitIndex)> told_;
   std::unique_ptr<Pipeline> pipeline_;
 };
 

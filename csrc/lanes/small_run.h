@@ -21,7 +21,7 @@ inline namespace mutants {  // see core/steps.h
 /// A small schedule on its way through the real pipeline, call by call.
 class SmallRun {
  public:
-  /// Runs the schedule; its second pass goes on.
+  /// Runs the schedule, but for the end of its second pass, which goes on.
   SmallRun(const Plan& plan, const PipelineOptions& options, const SmallSchedule& schedule)
       : rig_(plan, options) {
     rig_.pipeline().enter();
@@ -37,8 +37,8 @@ class SmallRun {
   }
 
   void call(UnitIndex unit) { rig_.call(unit); }
-  void finish() {
-    rig_.pipeline().leave(true);
+  void finish(bool completed) {
+    rig_.pipeline().leave(completed);
     rig_.finish();
   }
 

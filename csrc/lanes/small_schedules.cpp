@@ -66,10 +66,10 @@ SmallSchedules::SmallSchedules(unsigned num_units, unsigned max_places, unsigned
   for (const std::vector<unsigned>& one : placements) {
     plans_.push_back(plan_of(one, transports));
   }
-  for (unsigned length = 0; length <= num_calls; ++length) {
-    num_seconds_ *= length == 0 ? 1 : num_units;
-    for (std::uint64_t i = 0; i < num_seconds_; ++i) {
-      firsts_.push_back(sequence_at(i, length));
+  std::uint64_t num_sequences = 1;
+  for (unsigned length = 0; length <= num_calls; ++length, num_sequences *= num_units) {
+    for (std::uint64_t i = 0; i < num_sequences; ++i) {
+      sequences_.push_back(sequence_at(i, length));
     }
   }
 }
@@ -89,7 +89,8 @@ std::string text_of(const SmallSchedule& schedule, const Plan& plan) {
     places += place ? std::to_string(place->begin / kSlice) : "-";
   }
   return "places " + places + ", passes " + text_of(schedule.first) +
-         (schedule.first_completed ? "" : " cut short") + " and " + text_of(schedule.second);
+         (schedule.first_completed ? "" : " cut short") + " and " + text_of(schedule.second) +
+         (schedule.second_completed ? "" : " cut short");
 }
 
 }  // namespace torch_offload

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "check/hazard_checker.h"
+#include "lanes/complaints.h"
 #include "lanes/exhaustive_lane.h"
 #include "lanes/placed_plan.h"
 #include "lanes/random_lane.h"
@@ -113,6 +114,22 @@ TEST(ScheduleRigTest, CopiesThatALoaderMakesElsewhereAreDrainedBeforeTheWindowGo
   }
 }
 
+TEST(ComplaintsTest, WhatNobodyHasTakenIsPassedOn) {
+  ::testing::internal::CaptureStderr();
+  {
+    Complaints complaints;
+    std::fprintf(stderr, "expected: one\nnot expected\n");
+    EXPECT_EQ(complaints.take("expected: "), 1U);
+    EXPECT_EQ(complaints.take("expected: "), 0U);
+    std::fprintf(stderr, "expected: two\nexpected: three\nnor this\n");
+    EXPECT_EQ(complaints.take("expected: "), 2U);
+    std::fprintf(stderr, "expected: too late\n");
+  }
+  std::fprintf(stderr, "afterwards\n");
+  EXPECT_EQ(::testing::internal::GetCapturedStderr(),
+            "not expected\nnor this\nexpected: too late\nafterwards\n");
+}
+
 class ExhaustiveLaneTest : public ::testing::TestWithParam<std::tuple<Mode, StreamLayout>> {
  protected:
   ExhaustiveLaneTest() {
@@ -207,12 +224,12 @@ TEST(ExhaustiveLaneCountTest, CountsWhatCanBeCountedByHand) {
   options.max_units = 2;
   options.max_places = 2;
   options.max_calls = 1;
-  // One unit: 1 placement, first passes [] and [0], each completed or not, second passes [0].
-  // Two units: 2 placements, first passes [], [0] and [1], second passes [0] and [1].
-  EXPECT_EQ(ExhaustiveLane(options).count(), 1U * 4U * 1U + 2U * 6U * 2U);
-  // Placements: 1, 2, 5, 14 and 41; first passes: twice 6, 63, 364, 1365 and 3906.
-  EXPECT_EQ(ExhaustiveLane({}).count(), 1U * 12U * 1U + 2U * 126U * 32U + 5U * 728U * 243U +
-                                            14U * 2730U * 1024U + 41U * 7812U * 3125U);
+  // One unit: 1 placement; two passes, each [] or [0], completed or not.
+  // Two units: 2 placements; two passes, each [], [0] or [1], completed or not.
+  EXPECT_EQ(ExhaustiveLane(options).count(), 1U * 4U * 4U + 2U * 6U * 6U);
+  // Placements: 1, 2, 5, 14 and 41; passes: twice 6, 63, 364, 1365 and 3906.
+  EXPECT_EQ(ExhaustiveLane({}).count(), 1U * 12U * 12U + 2U * 126U * 126U + 5U * 728U * 728U +
+                                            14U * 2730U * 2730U + 41ULL * 7812U * 7812U);
 }
 
 TEST(ExhaustiveLaneCountTest, ThreadsGiveTheSameReport) {

@@ -1,6 +1,6 @@
-// The pipeline with each of its steps left out, one at a time. The checker must notice every one,
-// from the log alone; and to show that it is no formality, each is also seen to yield wrong bytes
-// on a device that runs its streams in the worst order.
+// The pipeline with each of its steps left out or taken at the wrong moment, one at a time. The
+// checker must notice every one, from the log alone; and to show that it is no formality, each is
+// also seen to yield wrong bytes on a device that runs its streams in the worst order.
 
 #include <gtest/gtest.h>
 
@@ -24,10 +24,15 @@ using lanes::all_mutants;
 using lanes::all_schedules;
 using lanes::Choice;
 using lanes::find_schedule;
+using lanes::kind_of;
+using lanes::moved_mutants;
 using lanes::Mutant;
 using lanes::mutation;
 using lanes::Outcome;
 using lanes::Schedule;
+using lanes::StepKind;
+using lanes::Unmoved;
+using lanes::unmoved_steps;
 
 /// Which streams stand still: none, one or two of them, or all, in either order of being let go.
 std::vector<Choice> orders_of(const Schedule& schedule) {
@@ -110,7 +115,8 @@ std::string find_line(const Mutant& mutant) {
           line = std::string("{Step::") + mutant.name + ", \"" + mutant.name + "\", \"" +
                  schedule.name + "\", {0b" + std::bitset<6>(one.held).to_string() + ", " +
                  (one.callers_go_last ? "true, " : "false, ") +
-                 (begins_late ? "true, " : "false, ") + std::to_string(one.failing_call) + "}},";
+                 (begins_late ? "true, " : "false, ") + std::to_string(one.failing_call) + "}" +
+                 (mutant.is_moved ? ", true}," : "},");
           return is_noticed_and_wrong(outcome);
         };
         if (any_run(schedule, choice, is_shown)) {
@@ -127,6 +133,7 @@ class MutantTest : public ::testing::TestWithParam<Mutant> {
   MutantTest() {
     mutation = {};
     mutation.step = GetParam().step;
+    mutation.is_moved = GetParam().is_moved;
   }
   ~MutantTest() override { mutation = {}; }
 };
@@ -142,7 +149,9 @@ TEST_P(MutantTest, IsNoticedAndYieldsWrongBytes) {
       << " findings; instead: " << find_line(mutant);
 }
 
-INSTANTIATE_TEST_SUITE_P(All, MutantTest, ::testing::ValuesIn(all_mutants()),
+INSTANTIATE_TEST_SUITE_P(LeftOut, MutantTest, ::testing::ValuesIn(all_mutants()),
+                         [](const auto& info) { return std::string(info.param.name); });
+INSTANTIATE_TEST_SUITE_P(Moved, MutantTest, ::testing::ValuesIn(moved_mutants()),
                          [](const auto& info) { return std::string(info.param.name); });
 
 /// Decoders are held back by the steps that hold copies back, each of which is needed there too.
@@ -208,11 +217,11 @@ TEST(MutantsTest, PlanWithoutOneOverlapIsNoticedAndYieldsWrongBytes) {
 /// The same through the door that bindings use; a twin is neither wrong nor noticed.
 TEST(MutantsTest, LaneTellsMutantsFromTheirTwins) {
   for (std::size_t i = 0; i < num_mutants(); ++i) {
-    const MutantOutcome mutant = run_mutant(i, /*leaves_out=*/true);
+    const MutantOutcome mutant = run_mutant(i, /*is_mutated=*/true);
     EXPECT_TRUE(mutant.is_reached) << mutant.step;
     EXPECT_GT(mutant.num_wrong, 0) << mutant.step;
     EXPECT_FALSE(mutant.findings.empty()) << mutant.step;
-    const MutantOutcome twin = run_mutant(i, /*leaves_out=*/false);
+    const MutantOutcome twin = run_mutant(i, /*is_mutated=*/false);
     EXPECT_TRUE(twin.is_reached) << mutant.step;
     EXPECT_EQ(twin.num_wrong, 0) << mutant.step;
     EXPECT_TRUE(twin.findings.empty()) << mutant.step;
@@ -225,6 +234,44 @@ TEST(MutantsTest, EveryStepHasAMutant) {
   for (std::size_t i = 0; i < all_mutants().size(); ++i) {
     EXPECT_EQ(all_mutants()[i].step, static_cast<Step>(i)) << all_mutants()[i].name;
   }
+}
+
+TEST(MutantsTest, EveryStepIsMovedOrHasItsReason) {
+  std::vector<Step> steps;
+  for (const Mutant& mutant : moved_mutants()) {
+    EXPECT_TRUE(mutant.is_moved);
+    EXPECT_NE(kind_of(mutant.step), StepKind::kNone) << mutant;
+    steps.push_back(mutant.step);
+  }
+  for (const Unmoved& unmoved : unmoved_steps()) {
+    EXPECT_GT(std::string(unmoved.reason).size(), 40U);
+    steps.push_back(unmoved.step);
+  }
+  std::sort(steps.begin(), steps.end());
+  ASSERT_EQ(steps.size(), static_cast<std::size_t>(Step::kNone));
+  for (std::size_t i = 0; i < steps.size(); ++i) {
+    EXPECT_EQ(steps[i], static_cast<Step>(i));
+  }
+}
+
+/// What yields no wrong bytes is noticed all the same, if it is a call of the device.
+TEST(MutantsTest, CallThatCannotMatterWhenItIsMovedIsNoticed) {
+  int num_noticed = 0;
+  for (const Unmoved& unmoved : unmoved_steps()) {
+    if (kind_of(unmoved.step) == StepKind::kNone) {
+      continue;
+    }
+    const Mutant& mutant = all_mutants()[static_cast<std::size_t>(unmoved.step)];
+    mutation = {};
+    mutation.step = mutant.step;
+    mutation.is_moved = true;
+    const Outcome outcome = run(*find_schedule(mutant.schedule), mutant.choice);
+    EXPECT_EQ(outcome.num_wrong, 0) << mutant;
+    EXPECT_FALSE(HazardChecker().check(outcome.log).empty()) << mutant;
+    ++num_noticed;
+  }
+  mutation = {};
+  EXPECT_EQ(num_noticed, 1);
 }
 
 }  // namespace

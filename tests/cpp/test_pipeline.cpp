@@ -24,7 +24,6 @@ using testing::Rig;
 using testing::sequence_of;
 
 constexpr std::size_t kSlice = kAlignmentBytes;
-constexpr PipelineOptions kDefault{};
 
 /// Four units in two places: 0 and 2 share bytes, 1 and 3 do.
 Plan two_places() {

@@ -209,7 +209,7 @@ class Mutants(Lane):
     def control(self) -> Tally:
         """A mutant that leaves nothing out."""
         tally = Tally()
-        self._judge(tally, _C.run_mutant(0, leaves_out=False))
+        self._judge(tally, _C.run_mutant(0, is_mutated=False))
         return tally
 
     def run(self, effort: Effort) -> Tally:
@@ -217,8 +217,8 @@ class Mutants(Lane):
         tally = Tally()
         total = _C.num_mutants()
         for index in range(total):
-            self._judge(tally, _C.run_mutant(index, leaves_out=True))
-            twin = _C.run_mutant(index, leaves_out=False)
+            self._judge(tally, _C.run_mutant(index, is_mutated=True))
+            twin = _C.run_mutant(index, is_mutated=False)
             if twin.findings or twin.num_wrong:
                 tally.add_fault(f"{twin.step}: the twin that leaves nothing out is flagged")
             effort.progress(index + 1, total)
