@@ -200,7 +200,7 @@ class Linearisations(Lane):
 
 
 class Mutants(Lane):
-    """The pipeline without one of its steps, or with one taken at the wrong moment: noticed, wrong."""
+    """The pipeline without one of its steps, or with it at the wrong moment: noticed and wrong."""
 
     name = "mutants"
     tried = "each wait, record, drain and restore of the pipeline left out or moved, one by one"
