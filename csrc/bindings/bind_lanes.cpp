@@ -134,7 +134,7 @@ void bind_lanes(py::module_& module) {
       .def("advance", &LinearisationLane::advance, py::arg("num_orders"), NoGil())
       .def("report", &LinearisationLane::report);
 
-  py::class_<MutantOutcome>(module, "MutantOutcome", "A run with one step left out.")
+  py::class_<MutantOutcome>(module, "MutantOutcome", "A run with one step left out, or moved.")
       .def_readonly("step", &MutantOutcome::step)
       .def_readonly("is_reached", &MutantOutcome::is_reached)
       .def_readonly("num_wrong", &MutantOutcome::num_wrong)

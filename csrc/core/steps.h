@@ -7,9 +7,10 @@ namespace torch_offload {
 /// What keeps the pipeline's order: its waits, records, drains, and what it remembers for them.
 ///
 /// Each is named at the place where it is taken. The lanes build the pipeline a second time with
-/// TORCH_OFFLOAD_MUTANTS, leave the steps out one at a time, and see that this is noticed: no step
-/// is there in vain, and none could go missing in silence. That pipeline lives in a namespace of
-/// its own, so that both can be linked together; the product's leaves nothing out and pays nothing.
+/// TORCH_OFFLOAD_MUTANTS, leave the steps out or move them, one at a time, and see that this is
+/// noticed: no step is there in vain, and none could go missing in silence. That pipeline lives in
+/// a namespace of its own, so that both can be linked together; the product's leaves nothing out
+/// and pays nothing.
 enum class Step : std::uint8_t {
   // A reader behind its copy.
   kReadyRecord,      ///< Behind the copy.

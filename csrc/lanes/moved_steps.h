@@ -59,7 +59,8 @@ inline OpLog with_moved(const OpLog& log, const std::vector<std::size_t>& steps)
   }
   std::vector<Op> ops = log.ops();
   const auto move = [&](std::size_t step) {
-    ops = moved(std::move(ops), step, wrong_place(ops, step));
+    const std::size_t place = wrong_place(ops, step);
+    ops = moved(std::move(ops), step, place);
   };
   // So that none moves another one that is still to be moved.
   if (ops[steps.front()].kind == OpKind::kRecord) {

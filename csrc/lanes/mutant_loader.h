@@ -116,11 +116,11 @@ class MutantLoader : public Loader {
     }
     file_ = std::make_shared<const FileMapping>(MemoryFile(bytes).path());
     const std::shared_ptr<Device> borrowed(std::shared_ptr<Device>(), &device_);
-    files_.emplace(borrowed, std::vector{file_},
-                   most_chunks == SIZE_MAX ? LockedFiles::kNoLimit : most_chunks * page, page,
-                   HostLimits{});
+    const std::size_t most_bytes =
+        most_chunks == SIZE_MAX ? LockedFiles::kNoLimit : most_chunks * page;
+    files_ =
+        std::make_unique<LockedFiles>(borrowed, std::vector{file_}, most_bytes, page, HostLimits{});
   }
-  bool has_file() const { return files_.has_value(); }
   void close_file() { files_.reset(); }
 
   /// Brings the unit to the device for good, out of pages that are locked for this once. Kernels of
@@ -163,7 +163,7 @@ class MutantLoader : public Loader {
   MutantMasters& masters_;
   std::optional<PackedLoader> packed_;
   std::shared_ptr<const FileMapping> file_;
-  std::optional<LockedFiles> files_;
+  std::unique_ptr<LockedFiles> files_;
   std::vector<DeviceMemory> residents_;
 };
 

@@ -244,8 +244,8 @@ inline void fail_in_a_use_of_two_streams(MutantRun& run) {
   });
 }
 
-/// Packing fails in its midst. All units are raw then, and lie elsewhere: in a window that is as
-/// large as what was to stay packed, and each where another one was to stay.
+/// Packing fails in its midst, or not. If so, all units are raw then. They lie elsewhere from then
+/// on: in a window that is as large as what was to stay packed, each where another one was to stay.
 inline void fail_in_packing(MutantRun& run) {
   run.pass({0, 1, 2, 3});
   run.loader.pack(std::vector<Transport>(4, Transport::kPackedResident));
@@ -253,9 +253,9 @@ inline void fail_in_packing(MutantRun& run) {
   try {
     run.loader.upload_all();
   } catch (const PlantedFailure&) {
+    run.loader.drop_packed();
   }
   run.end_failing();
-  run.loader.drop_packed();
   run.device.set_current_stream(run.callers[1]);  // so that what the other one does may wait
   run.pipeline->replan(plan_with_places(layers_of(2, 2, 2),
                                         {{1536, 2048}, {1024, 1536}, {512, 1024}, {0, 512}}, 512));

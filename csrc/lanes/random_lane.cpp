@@ -149,7 +149,7 @@ class RandomSchedule {
              "a unit without room to be raw");
       expect(!pipeline().is_whole(edited), "an edited unit to be copied anew");
     } catch (const PlantedFailure&) {
-      // Nothing was written yet, or the unit is raw.
+      rig_->fail_at(0);  // nothing was written yet, or the unit is raw
     }
     rig_->fail_at(0);
   }

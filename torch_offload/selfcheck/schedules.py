@@ -31,7 +31,7 @@ class RandomSchedules(Lane):
     """Each schedule drawn from its seed, run through the real pipeline in virtual time."""
 
     name = "random"
-    tried = "random plans, orders, modes, nested and failing calls; each log checked"
+    tried = "random plans, orders, modes, edits, nested and failing calls; each log checked"
     counts = "distinct schedules"
 
     _CHUNK = 1000
@@ -200,14 +200,14 @@ class Linearisations(Lane):
 
 
 class Mutants(Lane):
-    """The pipeline without one of its steps: noticed from the log, and really wrong."""
+    """The pipeline without one of its steps, or with it at the wrong moment: noticed and wrong."""
 
     name = "mutants"
-    tried = "each wait, record, drain and restore of the pipeline left out, one by one"
+    tried = "each wait, record, drain and restore of the pipeline left out or moved, one by one"
     counts = "mutants flagged"
 
     def control(self) -> Tally:
-        """A mutant that leaves nothing out."""
+        """A mutant that changes nothing."""
         tally = Tally()
         self._judge(tally, _C.run_mutant(0, is_mutated=False))
         return tally
@@ -220,7 +220,7 @@ class Mutants(Lane):
             self._judge(tally, _C.run_mutant(index, is_mutated=True))
             twin = _C.run_mutant(index, is_mutated=False)
             if twin.findings or twin.num_wrong:
-                tally.add_fault(f"{twin.step}: the twin that leaves nothing out is flagged")
+                tally.add_fault(f"{twin.step}: the twin that changes nothing is flagged")
             effort.progress(index + 1, total)
         flagged = total - tally.num_faults
         tally.note = f"{flagged} of {total} flagged; each yields wrong bytes on worker threads"
