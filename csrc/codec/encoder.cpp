@@ -103,18 +103,23 @@ void UnitEncoder::add(const TensorSource& tensor) {
 
 /// All chunks of all tensors that may be packed, unless it was done.
 void UnitEncoder::count(std::vector<ExponentCounts>& counts) const {
-  parallel_for(chunks_.size(), options_.num_threads, [&](std::size_t index) {
-    const Chunk& chunk = chunks_[index];
-    const Source& source = sources_[chunk.entry];
+  std::vector<std::size_t> not_counted;
+  for (std::size_t index = 0; index < chunks_.size(); ++index) {
+    const Source& source = sources_[chunks_[index].entry];
     if (!source.may_be_packed) {
-      return;
+      continue;
     }
     if (source.counted != nullptr) {
-      counts[index] = source.counted[chunk.first_tile / kTilesPerChunk];
-      return;
+      counts[index] = source.counted[chunks_[index].first_tile / kTilesPerChunk];
+    } else {
+      not_counted.push_back(index);
     }
+  }
+  parallel_for(not_counted.size(), options_.num_threads, [&](std::size_t number) {
+    const std::size_t index = not_counted[number];
+    const Chunk& chunk = chunks_[index];
     const std::uint64_t first = chunk.first_tile * kTileWeights;
-    count_exponents(source.bytes + 2 * first,
+    count_exponents(sources_[chunk.entry].bytes + 2 * first,
                     std::min(kCountedWeights, entries_[chunk.entry].size_bytes / 2 - first),
                     counts[index]);
   });
@@ -251,8 +256,15 @@ std::vector<UnitEncoder::Range> UnitEncoder::not_summed() const {
 
 std::uint64_t UnitEncoder::sum_rest(const std::byte* blob) const {
   const std::vector<Range> ranges = not_summed();
+  std::uint64_t size_bytes = 0;
+  for (const auto [begin, end] : ranges) {
+    size_bytes += end - begin;
+  }
+  // Most ranges are small, and a thread that is started must be worth it.
+  const auto num_threads = static_cast<unsigned>(
+      std::min<std::uint64_t>(options_.num_threads, size_bytes / kSummedBytes));
   std::vector<std::uint64_t> sums(ranges.size());
-  parallel_for(ranges.size(), options_.num_threads, [&](std::size_t index) {
+  parallel_for(ranges.size(), num_threads, [&](std::size_t index) {
     const auto [begin, end] = ranges[index];
     sums[index] = sum_of_blocks(blob + begin, end - begin, begin / kSumBlockBytes);
   });
