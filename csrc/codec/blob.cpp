@@ -80,12 +80,9 @@ void check_table(const BlobHeader& header, const std::vector<TensorEntry>& entri
            "counts that a tensor can have");
     expect(entry.data_offset >= data_end && entry.data_offset % kDataAlignmentBytes == 0 &&
                entry.data_offset <= header.blob_bytes &&
-               sections_of(entry.codec, entry.size_bytes, entry.num_escapes, entry.num_patches)
-                       .size_bytes <= header.blob_bytes - entry.data_offset,
+               sections_of(entry).size_bytes <= header.blob_bytes - entry.data_offset,
            "data within it");
-    data_end =
-        entry.data_offset +
-        sections_of(entry.codec, entry.size_bytes, entry.num_escapes, entry.num_patches).size_bytes;
+    data_end = entry.data_offset + sections_of(entry).size_bytes;
     place_end = entry.place_offset + entry.size_bytes;
     num_tiles += num_tiles_of(entry.size_bytes);
     expect(num_tiles <= kMaxTiles, "fewer tiles");
@@ -142,8 +139,7 @@ BlobView BlobView::checked(const std::byte* bytes, std::uint64_t size_bytes,
     if (entry.codec == Codec::kRaw) {
       continue;
     }
-    const Sections sections =
-        sections_of(entry.codec, entry.size_bytes, entry.num_escapes, entry.num_patches);
+    const Sections sections = sections_of(entry);
     const std::byte* const data = bytes + entry.data_offset;
     const std::uint64_t num_groups = num_groups_of(entry.size_bytes / 2);
     parallel_for(num_tiles_of(entry.size_bytes), num_threads, [&](std::size_t tile) {

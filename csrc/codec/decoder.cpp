@@ -20,9 +20,7 @@ constexpr std::uint32_t kTilesPerChunk = 64;
 class EntryDecoder {
  public:
   EntryDecoder(const TensorEntry& entry, const std::byte* blob)
-      : entry_(entry),
-        sections_(sections_of(entry.codec, entry.size_bytes, entry.num_escapes, entry.num_patches)),
-        data_(blob + entry.data_offset) {
+      : entry_(entry), sections_(sections_of(entry)), data_(blob + entry.data_offset) {
     std::copy(std::begin(entry.palette), std::end(entry.palette), palette_.begin());
   }
 

@@ -5,11 +5,14 @@
 #include <optional>
 #include <vector>
 
+#include "codec/chunk.h"
 #include "codec/codec.h"
 #include "codec/format.h"
 #include "codec/group.h"
 
 namespace torch_offload {
+
+struct WrittenChunk;
 
 /// Exponents are counted by so many weights of a tensor, the last of which may be fewer.
 constexpr std::uint64_t kCountedWeights = std::uint64_t{64} * kTileWeights;
@@ -61,29 +64,33 @@ class UnitEncoder {
   void encode(std::byte* blob) const;
 
  private:
-  /// What one thread encodes at a time: whole tiles of one entry.
-  struct Chunk {
-    std::size_t entry = 0;
-    std::uint64_t first_weight = 0;
-    std::uint64_t num_weights = 0;
-    std::uint32_t first_escape = 0;
-    std::uint32_t num_escapes = 0;
-    std::uint32_t first_patch = 0;
-    std::uint32_t num_patches = 0;
+  /// Where an entry is read from.
+  struct Source {
+    const std::byte* bytes = nullptr;         // none where only sizes are asked for
+    const ExponentCounts* counted = nullptr;  // of its first chunk; none: to be counted
+    bool may_be_packed = false;
   };
-  class ChunkWriter;
+  /// Some bytes of the blob, [begin, end).
+  struct Range {
+    std::uint64_t begin = 0;
+    std::uint64_t end = 0;
+  };
 
   void add(const TensorSource& tensor);
-  void choose(std::size_t entry_index, std::size_t first_chunk,
-              const std::vector<ExponentCounts>& counts);
-  void copy_raw(std::byte* blob, std::size_t entry_index) const;
+  void count(std::vector<ExponentCounts>& counts) const;
+  void choose(TensorEntry& entry, const ExponentCounts* counts, Chunk* chunks,
+              std::size_t num_chunks) const;
+  std::uint64_t place_data();
+  void write_rest(std::byte* blob) const;
+  void join_escapes(std::byte* blob, const std::vector<WrittenChunk>& written) const;
+  std::vector<Range> not_summed() const;
+  std::uint64_t sum_rest(const std::byte* blob) const;
 
   EncodeOptions options_;
   BlobHeader header_;
   std::vector<TensorEntry> entries_;
-  std::vector<const std::byte*> sources_;       // by entry
-  std::vector<const ExponentCounts*> counted_;  // by entry, of its first chunk; none: to be counted
-  std::vector<Chunk> chunks_;                   // of the packed entries, in order
+  std::vector<Source> sources_;  // by entry
+  std::vector<Chunk> chunks_;    // of all entries, in order
 };
 
 }  // namespace torch_offload

@@ -39,7 +39,7 @@
 namespace torch_offload {
 
 constexpr std::uint64_t kBlobMagic = 0x44454B4341504F54;  // "TOPACKED"
-constexpr std::uint32_t kBlobVersion = 1;
+constexpr std::uint32_t kBlobVersion = 2;
 
 /// Where a tensor's data begins in the blob.
 constexpr std::size_t kDataAlignmentBytes = 256;
@@ -60,7 +60,7 @@ struct BlobHeader {
   std::uint64_t unpacked_bytes = 0;  ///< Of the place.
   std::uint32_t num_tiles = 0;
   std::uint32_t reserved = 0;
-  std::uint64_t checksum = 0;  ///< Of all the blob, with zero in this field.
+  std::uint64_t checksum = 0;  ///< With zero in this field: Note [The checksum].
   std::uint64_t reserved2[2] = {0, 0};
 };
 static_assert(sizeof(BlobHeader) == 64, "the header is part of the format");
@@ -136,6 +136,10 @@ constexpr Sections sections_of(Codec codec, std::uint64_t size_bytes, std::uint3
   sections.patches = end;
   sections.size_bytes = end + std::uint64_t{num_patches} * 4;
   return sections;
+}
+
+constexpr Sections sections_of(const TensorEntry& entry) {
+  return sections_of(entry.codec, entry.size_bytes, entry.num_escapes, entry.num_patches);
 }
 
 }  // namespace torch_offload

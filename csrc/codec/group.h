@@ -6,7 +6,7 @@
 
 #include "codec/format.h"
 
-// One group of weights, coded and decoded on the CPU. Plain loops over fixed lengths, for the
+// One group of weights, and how it is decoded on the CPU. Plain loops over fixed lengths, for the
 // compiler to make vectors of; what a section holds is in Note [The packed format].
 
 namespace torch_offload {
@@ -61,19 +61,6 @@ void for_each_escape(const E33Codes& codes, Visit visit) {
 }
 
 std::uint32_t num_escapes_in(const E33Codes& codes);
-
-/// Adds the exponents of `num_weights` weights, which need not be aligned.
-void count_exponents(const std::byte* weights, std::uint64_t num_weights, ExponentCounts& counts);
-
-/// The plane of bytes: sign and mantissa.
-void split_bytes(const GroupWeights& weights, GroupBytes& bytes);
-
-/// Weights from `num_weights` on are padding. An exponent that is not in the palette gets code 0.
-void encode_e4p(const GroupWeights& weights, std::uint32_t num_weights, const Palette& palette,
-                E4pCodes& codes);
-/// Likewise; an exponent that is not among the first seven makes an escape.
-void encode_e33(const GroupWeights& weights, std::uint32_t num_weights, const Palette& palette,
-                E33Codes& codes);
 
 void decode_e4p(const GroupBytes& bytes, const E4pCodes& codes, const Palette& palette,
                 GroupWeights& weights);

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <string>
 
+#include "codec/exponents.h"
 #include "codec/parallel.h"
 #include "core/error.h"
 

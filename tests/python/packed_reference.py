@@ -5,12 +5,18 @@ Slow and plain: numbers are read with `struct`, weights are decoded one at a tim
 
 from __future__ import annotations
 
+import functools
 import struct
 
 HEADER = struct.Struct("<QIIQQIIQQQ")
 ENTRY = struct.Struct("<IIQQQII16sQ")
 MAGIC = int.from_bytes(b"TOPACKED", "little")
 RAW, E4P, E33 = range(3)
+
+
+MASK = 2**64 - 1
+MULTIPLIER = 0x9E3779B97F4A7C15
+CHECKSUM_AT = 40
 
 
 def _up(value: int, step: int) -> int:
@@ -90,10 +96,36 @@ def _tensor(blob: bytes, entry: tuple[int, ...], palette: bytes) -> bytes:
     return struct.pack(f"<{count}H", *weights)
 
 
+def _mix(total: int, word: int) -> int:
+    product = (total ^ word) * MULTIPLIER & MASK
+    return product ^ product >> 29
+
+
+def _block_sum(number: int, block: bytes) -> int:
+    lanes = [(4 * number + lane + 1) * MULTIPLIER & MASK for lane in range(4)]
+    for index, word in enumerate(struct.unpack("<32Q", block.ljust(256, b"\0"))):
+        lanes[index % 4] = _mix(lanes[index % 4], word)
+    return functools.reduce(_mix, lanes, number)
+
+
+def checksum(data: bytes) -> int:
+    """That of bytes, as Note [The checksum] defines it."""
+    blocks = (data[begin : begin + 256] for begin in range(0, len(data), 256))
+    return _mix(sum(_block_sum(*block) for block in enumerate(blocks)) & MASK, len(data))
+
+
+def blob_checksum(blob: bytes) -> int:
+    """That of a packed unit: with zeros where it stands."""
+    return checksum(blob[:CHECKSUM_AT] + bytes(8) + blob[CHECKSUM_AT + 8 :])
+
+
 def decode(blob: bytes, place_bytes: int, filler: int = 0) -> bytes:
     """Returns the place, with `filler` where no tensor lies."""
-    magic, version, num_tensors, size, unpacked, num_tiles, zero, *_ = HEADER.unpack_from(blob)
-    assert (magic, version, size, unpacked, zero) == (MAGIC, 1, len(blob), place_bytes, 0)
+    magic, version, num_tensors, size, unpacked, num_tiles, zero, found, *_ = HEADER.unpack_from(
+        blob
+    )
+    assert (magic, version, size, unpacked, zero) == (MAGIC, 2, len(blob), place_bytes, 0)
+    assert found == blob_checksum(blob)
     place = bytearray([filler]) * place_bytes
     tiles = 0
     for index in range(num_tensors):
