@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import types
 import venv
 import zipfile
@@ -399,6 +400,14 @@ def test_version_has_one_source() -> None:
     others = [ROOT / name for name in ("pyproject.toml", "setup.py", "CMakeLists.txt")]
     for path in others:
         assert _version.__version__ not in path.read_text(), path
+
+
+def test_readme_names_every_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    readme = (ROOT / "README.md").read_text()
+    assert project["optional-dependencies"]
+    for extra in project["optional-dependencies"]:
+        assert f'`".[{extra}]"`' in readme
 
 
 def test_cmake_lists_every_source_file() -> None:
