@@ -93,7 +93,7 @@ def wrap_ancestor(
                 outermost.failed(error)
             raise
         if idle_units is not None:
-            idle_units.tell(engine, stacklevel=3 if leaf_cut is None else 4)
+            idle_units.tell(engine)
         if outermost is not None:
             outermost.after()
         return output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +10,7 @@ from typing import TypeAlias
 import torch
 
 from torch_offload import _C
+from torch_offload.user_warning import warn_user
 
 DeviceMaker: TypeAlias = Callable[[torch.device], _C.Device]
 
@@ -63,10 +63,9 @@ def resolve_device(device: torch.device | str | int | None) -> torch.device:
     if device is None:
         if torch.cuda.is_available() and _C.has_cuda:
             return torch.device("cuda", torch.cuda.current_device())
-        warnings.warn(
-            "torch_offload: no CUDA device found; weights are streamed through a window in host "
-            "memory (device='cpu'), which is for trying things out, not for speed",
-            stacklevel=3,
+        warn_user(
+            "no CUDA device found; weights are streamed through a window in host "
+            "memory (device='cpu'), which is for trying things out, not for speed"
         )
         return torch.device("cpu")
     resolved = _parse(device)

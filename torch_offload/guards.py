@@ -86,14 +86,20 @@ def _guarded_apply(
 
     ``pipeline()``, Trainer and every script call ``.to(device)`` on a model that is there already.
     """
-    refuse = refusal("a conversion such as .to(), .cuda() or .half()", reason)
+    what = "a conversion such as .to(), .cuda() or .half()"
+    refuse = refusal(what, reason)
+    refuse_from_outside = refusal(
+        what, f"{reason}; what lies before it in the module around it has been converted by now"
+    )
 
     def _apply(
         fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> nn.Module | None:
         for probe in probes:
             if fn(probe) is not probe:
-                refuse()
+                # A module around the model converts its parts one by one, in its own `_apply`.
+                is_from_outside = sys._getframe(1).f_code.co_name == "_apply"
+                (refuse_from_outside if is_from_outside else refuse)()
         return reference()
 
     return _apply

@@ -6,10 +6,9 @@ A unit that is never called streams nothing, and nobody would notice: its weight
 
 from __future__ import annotations
 
-import warnings
-
 from torch_offload import _C
 from torch_offload._C import StateError
+from torch_offload.user_warning import warn_user
 
 _LISTED = 6
 
@@ -20,13 +19,8 @@ class IdleUnits:
     def __init__(self) -> None:
         self._has_looked = False
 
-    def tell(self, engine: _C.Engine, stacklevel: int) -> None:
-        """Warns of units that were not called yet; at the first call of this only.
-
-        Args:
-            engine: Of the model.
-            stacklevel: How far up the user's line is, as `warnings.warn` counts for the caller.
-        """
+    def tell(self, engine: _C.Engine) -> None:
+        """Warns of units that were not called yet; at the first call of this only."""
         if self._has_looked:
             return
         try:
@@ -40,11 +34,10 @@ class IdleUnits:
         ]
         if idle:
             more = f" and {len(idle) - _LISTED} more" if len(idle) > _LISTED else ""
-            warnings.warn(
-                f"torch_offload: the first forward called {len(streamed) - len(idle)} of "
+            warn_user(
+                f"the first forward called {len(streamed) - len(idle)} of "
                 f"{len(streamed)} units, and none of {', '.join(map(repr, idle[:_LISTED]))}{more}; "
                 "that is fine for a part that this input does not need, but if it was used without "
                 "a call (module.forward(...), or its weights alone), keep it on the device with "
-                "resident=[...]",
-                stacklevel=stacklevel + 1,
+                "resident=[...]"
             )

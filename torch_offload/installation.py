@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -41,6 +40,7 @@ from torch_offload.progress import Progress
 from torch_offload.recording import Recorder
 from torch_offload.storage import ResidentMove
 from torch_offload.units import UnitSpec
+from torch_offload.user_warning import warn_user
 
 # transformers compiles the forward by itself for static caches; it asks this method before.
 _AUTO_COMPILE = "_valid_auto_compile_criteria"
@@ -353,10 +353,9 @@ class _Installation:
         self._engine.close()
         LOGGER.info("removed: the plain model is back")
         if elsewhere:
-            warnings.warn(
-                f"torch_offload: no room on their former device for {', '.join(elsewhere)}; they "
-                "are on the CPU now",
-                stacklevel=4,
+            warn_user(
+                f"no room on their former device for {', '.join(elsewhere)}; they "
+                "are on the CPU now"
             )
 
     def _before_saving(self, *args: object) -> None:
@@ -534,10 +533,7 @@ class _Installation:
                 if self._config.masters == "plain"
                 else "the next forward packs the units"
             )
-            warnings.warn(
-                f"torch_offload: {what_follows}, as they could not be packed anew: {error}",
-                stacklevel=2,
-            )
+            warn_user(f"{what_follows}, as they could not be packed anew: {error}")
 
     def _ranges_of(self, parameters: Sequence[Sequence[str]]) -> list[tuple[int, int]]:
         firsts = [self._positions[names[0]] for names in parameters]
@@ -565,11 +561,10 @@ class _Installation:
                 planned = self._plan(cut, budget)
             self._apply(model, planned, may_be_raw=True)
         except (ValueError, *_MEMORY_ERRORS) as error:
-            warnings.warn(
-                "torch_offload: the units stay as they are, as there is no room for the small "
+            warn_user(
+                "the units stay as they are, as there is no room for the small "
                 "weights that would stay on the device beside leaves; change gpu_budget or free "
-                f"memory ({error})",
-                stacklevel=2,
+                f"memory ({error})"
             )
             return
         self._cut = KeptCut.of(cut)

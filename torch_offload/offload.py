@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch_offload.memory import Memory, memory_of
 from torch_offload.packing import Packing, packed_host_bytes
 from torch_offload.planning import Cut, Planned, cut_model, plan_best, plan_cut
 from torch_offload.transport import packing_for
+from torch_offload.user_warning import warn_user
 
 
 def offload(
@@ -181,10 +181,9 @@ def offload_with(
     except FilesNotLockedError as error:
         if files.masters != "auto":
             raise
-        warnings.warn(
-            "torch_offload: weights are copied into page-locked memory, as the checkpoint's pages "
-            f"cannot be locked: {error}",
-            stacklevel=3,
+        warn_user(
+            "weights are copied into page-locked memory, as the checkpoint's pages "
+            f"cannot be locked: {error}"
         )
         return offload_with(model, target, config, memory, FileMasters(masters="arena"))
 

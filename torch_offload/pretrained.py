@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch_offload.file_masters import FileMasters, Masters, read_file_tensors
 from torch_offload.file_tensors import FileTensor
 from torch_offload.handle import Handle
 from torch_offload.offload import offload, offload_with
+from torch_offload.user_warning import warn_user
 
 _OFFLOAD_OPTIONS = frozenset(inspect.signature(offload).parameters) - {"model", "device"}
 #: Where ``packed_cache=True`` keeps the file, within the checkpoint's folder: others read every
@@ -313,9 +313,7 @@ def _files_stay_on_disk(files: FileMasters) -> Iterator[None]:
 def _say_arena(files: FileMasters, reason: str) -> None:
     if files.masters == "mmap":
         raise ValueError(f"expected masters='mmap' to be possible, got {reason}; use 'auto'")
-    warnings.warn(
-        f"torch_offload: weights are copied into page-locked memory, as {reason}", stacklevel=4
-    )
+    warn_user(f"weights are copied into page-locked memory, as {reason}")
 
 
 # --- models of one's own -----------------------------------------------------------------------

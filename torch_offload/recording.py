@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch_offload import _C
+from torch_offload.user_warning import warn_user
 
 #: What to write so that there is a log; part of every error that misses one.
 HOW_TO_RECORD = "with handle.record(times=True) as log:"
@@ -56,10 +56,9 @@ class Recorder:
             if not self._engine.is_closed:
                 self._engine.attach_log(self._kept)
                 if warn_of_cut and self.unit_names() != names:
-                    warnings.warn(
-                        "torch_offload: the log ends where the units were cut anew, as the first "
-                        "forwards of granularity='module' do; record a later forward",
-                        stacklevel=3,
+                    warn_user(
+                        "the log ends where the units were cut anew, as the first "
+                        "forwards of granularity='module' do; record a later forward"
                     )
 
     def unit_names(self) -> list[str]:

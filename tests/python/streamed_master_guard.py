@@ -17,13 +17,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _pop_mode,
+    _push_mode,
+)
 from torch.utils._pytree import tree_iter
 
 from torch_offload import _C
 from torch_offload.handle import Handle
 from torch_offload.packed_parameter import PackedParameter
 from torch_offload.reads import COMPARES_KINDS
+from torch_offload.selfcheck.lane import Lane, Tally
 
 # The engine itself reads and writes masters, to adopt what a user has replaced; its operators are
 # called from C++, so that the wrapper is the innermost Python frame.
@@ -234,6 +240,20 @@ class StreamedMasterGuard(TorchDispatchMode):
                 raise StreamedMasterReadError(
                     f"{func} reads the master of '{name}' during a forward, outside its unit's call"
                 )
+
+
+@contextmanager
+def unguarded_control(lane: Lane) -> Iterator[None]:
+    """Lets a lane of the self-check run its control, which the guard would see before the lane."""
+    control = lane.control
+
+    def unguarded() -> Tally:
+        with _disable_current_modes():
+            return control()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lane, "control", unguarded)
+        yield
 
 
 def _is_own_call() -> bool:

@@ -163,6 +163,7 @@ def test_device_unnamed_without_a_gpu_warns_once(monkeypatch: pytest.MonkeyPatch
     with pytest.warns(UserWarning, match="no CUDA device found") as caught:
         handle = torch_offload.offload(tiny_stack())
     assert len(caught) == 1
+    assert caught[0].filename == __file__
     assert handle.device == HOST
 
 

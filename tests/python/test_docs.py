@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,19 @@ def test_looking_at_a_run(number: int, folder: Path, device: torch.device) -> No
         run(blocks_of("docs/tuning.md")[number], device, handle=handle, model=model, inputs=inputs)
     made = {path.name for path in folder.parent.iterdir()} - {"folder"}
     assert made == [{"p.json"}, {"t.png"}, set()][number]
+
+
+def test_results_in_the_readme_are_what_the_script_makes_of_the_json() -> None:
+    made = subprocess.run(
+        [sys.executable, "tools/results_table.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    text = (ROOT / "README.md").read_text()
+    block = text.partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
+    assert block.strip() == made.stdout.strip(), "run tools/results_table.py --write README.md"
 
 
 def test_no_block_is_left_out() -> None:

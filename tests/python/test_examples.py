@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import torch_offload
+from tests.python.dropin import tiny_llama
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples"
 README = ROOT / "README.md"
@@ -96,6 +99,31 @@ def test_demo_verdict_with_nothing_streamed_fails(demo) -> None:
     is_well, lines = demo.verdict_of([a_run(demo, onloaded=0, is_equal=True)], torch.device("cpu"))
     assert not is_well
     assert "NOTHING was streamed" in lines[0]
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_demo_ends_with_1_where_an_output_differs(
+    demo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], planted: bool
+) -> None:
+    """The planted fault: in pipeline alone the model answers with another bit."""
+    from real_models import RealModel
+
+    model = tiny_llama()
+
+    def spoil(model: torch.nn.Module, args: tuple[object, ...], output):
+        handle = torch_offload.handle_of(model)
+        if planted and handle is not None and handle.config.mode == "pipeline":
+            output.logits = torch.nextafter(output.logits, torch.full_like(output.logits, 9.0))
+        return output
+
+    model.register_forward_hook(spoil)
+    monkeypatch.setattr(demo, "load_tasks", lambda device, *_: [demo.forward_task(loaded, device)])
+    loaded = RealModel("tiny", model, None)
+    assert demo.main(["--device", "cpu"]) == int(planted)
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("tiny, pipeline: the output DIFFERS" in said) == planted
+    assert "tiny, sync: the output DIFFERS" not in said
+    assert ("equal to the last bit" in said) != planted
 
 
 def test_demo_same_bits_tells_a_negative_zero_apart(demo) -> None:

@@ -1,7 +1,7 @@
 """The streamed forward of every family of the zoo: the plain model's bits, exactly counted copies.
 
-The plain model to compare with is the aligned one, on the same device. Each case runs under a few
-rows of a covering array; five families run under the full product.
+The plain model to compare with is the aligned one, on the same device. Each case runs as by default
+and under a few rows of a covering array; five families run under the full product.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ STREAMS = ("shared", "split")
 GRANULARITIES = ("sublayer", "layer", "module")
 DEPTHS = (0, None)
 
+# What `offload(model)` does: every case runs so.
+DEFAULT = ("pipeline", "shared", "sublayer", None)
 # Three rows of one group for a case: the next case takes the next group. See TestCoveringArray.
 ROWS: tuple[tuple[str, str, str, int | None], ...] = (
-    ("pipeline", "shared", "sublayer", None),
+    DEFAULT,
     ("events", "split", "module", None),
     ("streams", "split", "layer", None),
     ("events", "shared", "layer", None),
@@ -201,7 +203,7 @@ def assert_streams(
 
 def _rows_of(name: str) -> list[tuple[str, str, str, int | None]]:
     begin = list(CASES).index(name) * ROWS_PER_CASE % len(ROWS)
-    rows = ROWS[begin : begin + ROWS_PER_CASE]
+    rows = dict.fromkeys((DEFAULT, *ROWS[begin : begin + ROWS_PER_CASE]))
     return [row for row in rows if not (row[2] == "layer" and name in NO_LAYERS)]
 
 
@@ -317,6 +319,11 @@ class TestCoveringArray:
         for one, other in itertools.combinations(range(len(axes)), 2):
             wanted = set(itertools.product(axes[one], axes[other])) - {("sync", "split")}
             assert {(row[one], row[other]) for row in ROWS} == wanted
+
+    def test_every_case_runs_as_by_default(self) -> None:
+        config = torch_offload.Config()
+        assert (config.mode, config.streams, config.granularity, config.depth) == DEFAULT
+        assert all(DEFAULT in _rows_of(name) for name in CASES)
 
     def test_neighbouring_cases_take_every_row(self) -> None:
         neighbours = list(CASES)[: len(ROWS) // ROWS_PER_CASE]

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.lanes import all_lanes
 from tests.lanes.fuzzed_commands import GOOD, options_of_commands
+from tests.python.streamed_master_guard import unguarded_control
 from torch_offload.selfcheck import Effort, Lane
-from torch_offload.selfcheck.lane import Tally
 from torch_offload.selfcheck.runner import run_lane
 
 
 @pytest.mark.parametrize("lane", all_lanes(), ids=lambda lane: lane.name)
-def test_slice_of_lane_finds_its_control_and_no_fault(
-    lane: Lane, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    control = lane.control
-
-    def unguarded() -> Tally:
-        with _disable_current_modes():  # the guard would see before the lane what is not streamed
-            return control()
-
-    monkeypatch.setattr(lane, "control", unguarded)
-    result = run_lane(lane, Effort())
+def test_slice_of_lane_finds_its_control_and_no_fault(lane: Lane) -> None:
+    with unguarded_control(lane):
+        result = run_lane(lane, Effort())
     assert result.control, result.reason
     assert result.verdict == "passed", "\n".join((result.reason, *result.examples))
 

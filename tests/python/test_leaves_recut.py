@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,8 +89,10 @@ def test_budget_without_room_beside_leaves_keeps_the_sublayers_and_the_output(
     budget = least_budget(model, device)
     with offloaded(model, device, gpu_budget=budget) as handle:
         names = leaf_names(handle)
-        with pytest.warns(UserWarning, match="the units stay as they are, as there is no room"):
+        text = "the units stay as they are, as there is no room"
+        with pytest.warns(UserWarning, match=text) as caught:
             forward()
+        assert Path(caught[0].filename).parent == Path(__file__).parent
         assert leaf_cut_of(handle).is_settled
         assert leaf_names(handle) == names
         forward()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import types
 import venv
 import zipfile
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SITE = Path(sysconfig.get_path("purelib"))
 MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 BUILD_WHEEL = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+BUILD_EDITABLE = "from setuptools import build_meta; build_meta.build_editable('editable')"
 
 # Stands in for cmake, for which a wheel takes seconds instead of minutes: notes how it was called,
 # and installs what the real one would.
@@ -99,14 +101,16 @@ Build = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def build(source: Path, tmp_path: Path) -> Build:
-    """Returns a function that runs the build of a wheel in an environment with a given torch."""
+    """Returns a function that runs a build, of a wheel, in an environment with a given torch."""
 
-    def run(torch_folder: Path | None, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        torch_folder: Path | None, *, what: str = BUILD_WHEEL, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         packages = setuptools_packages() + ([torch_folder] if torch_folder else [])
         fake = {"cmake": FAKE_CMAKE, "ninja": ""}
         python = make_python(tmp_path / "environment", packages, fake)
         return subprocess.run(
-            [python, "-c", BUILD_WHEEL],
+            [python, "-c", what],
             cwd=source,
             env={"PATH": os.environ["PATH"], **environment},
             capture_output=True,
@@ -276,6 +280,40 @@ def test_wheel_contains_the_package_the_extension_and_the_licence_only(
     assert "linux_x86_64" in wheel.name  # not a wheel for any machine
 
 
+def test_editable_build_puts_the_extension_beside_the_sources(
+    build: Build, source: Path, tmp_path: Path
+) -> None:
+    """What ``pip install --no-build-isolation -e .`` builds, and then installs."""
+    built = [source / "torch_offload" / name for name in (MODULE, "_build_info.py")]
+    for path in built:
+        path.unlink(missing_ok=True)
+    (source / "editable").mkdir()
+    result = build(make_torch(tmp_path, "2.11.0"), what=BUILD_EDITABLE)
+    assert result.returncode == 0, result.stderr
+    assert all(path.is_file() for path in built)
+    (wheel,) = (source / "editable").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+        archive.extractall(tmp_path / "installed")
+    for path in built:
+        path.unlink()
+    assert not [name for name in files if name.startswith("torch_offload/")], "a copy, not a link"
+    # As Python would: what the wheel leaves in site-packages leads to the tree.
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-c",
+            f"import importlib.util, site; site.addsitedir({str(tmp_path / 'installed')!r})\n"
+            "print(importlib.util.find_spec('torch_offload').origin)",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == str(source / "torch_offload" / "__init__.py")
+
+
 def test_build_calls_cmake_with_its_own_python_and_names_no_source(
     build: Build, source: Path, tmp_path: Path
 ) -> None:
@@ -362,6 +400,14 @@ def test_version_has_one_source() -> None:
     others = [ROOT / name for name in ("pyproject.toml", "setup.py", "CMakeLists.txt")]
     for path in others:
         assert _version.__version__ not in path.read_text(), path
+
+
+def test_readme_names_every_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    readme = (ROOT / "README.md").read_text()
+    assert project["optional-dependencies"]
+    for extra in project["optional-dependencies"]:
+        assert f'`".[{extra}]"`' in readme
 
 
 def test_cmake_lists_every_source_file() -> None:

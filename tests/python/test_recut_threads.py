@@ -138,10 +138,10 @@ def test_idle_units_are_told_after_a_later_forward() -> None:
             raise torch_offload.StateError("another thread")
 
     idle = IdleUnits()
-    idle.tell(Busy(), stacklevel=1)  # type: ignore[arg-type]  # all that is asked of it
+    idle.tell(Busy())  # type: ignore[arg-type]  # all that is asked of it
     model = tiny_stack(2)
     with torch_offload.offload(model, HOST) as handle, pytest.warns(UserWarning, match="0 of 4"):
-        idle.tell(handle._engine, stacklevel=1)
+        idle.tell(handle._engine)
 
 
 def test_tables_come_back_whatever_the_engine_says(monkeypatch: pytest.MonkeyPatch) -> None:

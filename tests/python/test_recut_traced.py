@@ -11,7 +11,16 @@ from torch import nn
 
 import torch_offload
 from tests.python import expect
-from tests.python.dropin import IDLE_WARNING, assert_equal, raising, tiny_llama, tokens
+from tests.python.dropin import (
+    IDLE_WARNING,
+    assert_equal,
+    raising,
+    rows,
+    streamed,
+    tiny_llama,
+    tiny_stack,
+    tokens,
+)
 from tests.python.fake_memory import FakeMemory
 from tests.python.models import CASES
 from torch_offload.config import Config
@@ -85,3 +94,16 @@ def test_traced_pass_that_runs_out_of_memory_gives_back_and_the_next_is_right() 
     assert all(unit.acquired for unit in streamed)
     del hook
     assert_can_be_removed_and_offloaded(model, handle, before)
+
+
+@torch.no_grad()
+def test_warning_at_the_end_of_a_block_shows_the_users_line(device: torch.device) -> None:
+    model, x = tiny_stack(), rows(device)
+    with streamed(model, device, granularity="module") as handle:
+        block = handle.record()
+        block.__enter__()
+        model(x)
+        model(x)
+        with pytest.warns(UserWarning, match="the log ends where the units were cut") as caught:
+            block.__exit__(None, None, None)
+        assert [warning.filename for warning in caught] == [__file__]

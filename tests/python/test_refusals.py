@@ -130,6 +130,30 @@ def test_copy_of_a_module_that_stays_is_a_plain_one(device: torch.device) -> Non
         assert torch.equal(model(x), must)
 
 
+@pytest.mark.parametrize(
+    "convert", [nn.Module.half, lambda m: m.to("meta"), lambda m: m.to_empty(device="cpu")]
+)
+def test_conversion_from_outside_says_what_has_been_converted(
+    device: torch.device, convert: Callable[[nn.Module], Any]
+) -> None:
+    """The part of an outer module that comes before the model is no part of the model."""
+    model = tiny_stack()
+    plain = plain_on(model, device)
+    x = rows(device)
+    with streamed(model, device) as handle:
+        before = expect.snapshot(model)
+        first, last = nn.Linear(2, 2), nn.Linear(2, 2)
+        weights = [first.weight.data, last.weight.data]
+        with pytest.raises(StateError, match=r"before it.*has been converted by now; call handle"):
+            convert(nn.Sequential(first, model, last))
+        assert first.weight.data_ptr() != weights[0].data_ptr()
+        assert last.weight.data_ptr() == weights[1].data_ptr()
+        expect.assert_unchanged(model, before)
+        assert_streams_like_plain(model, plain, handle, lambda m: m(x))
+        with pytest.raises(StateError, match=r"no single place to convert; call handle"):
+            model.half()
+
+
 def test_saving_a_whole_model_says_what_became_of_the_file(tmp_path: Path) -> None:
     model = tiny_stack()
     with streamed(model, HOST):
