@@ -31,15 +31,15 @@ class EditedPasses:
         """By other Parameter objects."""
         self._replaced |= self._units_of(parameters)
 
-    def refreshed(self) -> None:
-        """All of them, by `Handle.refresh`.
+    def refreshed(self, edited: Collection[str]) -> None:
+        """All of them, by `Handle.refresh`, some behind an edit that no counter shows.
 
         With packed masters it finds every edit, packs those units on the spot, and no others: what
         is brought ahead from then on is new.
         """
         streamed = {unit.name for unit in self._handle.units if unit.place is not None}
         if self._handle.config.masters == "packed":
-            found = self._replaced & self._packed()
+            found = (self._replaced | self._units_of(edited)) & self._packed()
             self._replaced -= found
             self._stale |= found | (streamed - self._packed())
         else:

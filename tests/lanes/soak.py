@@ -106,7 +106,7 @@ def _one_element(streamed: Streamed) -> None:
     for model in streamed.both:
         model.get_parameter(name).data.view(-1)[-1] = value
     streamed.handle.refresh()
-    streamed.passes.refreshed()
+    streamed.passes.refreshed([name])
 
 
 def _replaced(streamed: Streamed) -> None:

@@ -148,7 +148,7 @@ class Life(RuleBasedStateMachine):
         for model in (self.model, self.plain):
             model.get_parameter(name).data.view(-1)[3] = 0.125
         self.handle.refresh()
-        self.passes.refreshed()
+        self.passes.refreshed([name])
         self._count("edits")
 
     @rule(block=st.integers(0, 1))
