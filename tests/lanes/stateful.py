@@ -66,6 +66,7 @@ class Life(RuleBasedStateMachine):
 
     tally: Tally
     forgets_stale = False
+    num_unseen = 0
 
     @initialize(
         num_blocks=st.integers(2, 4),
@@ -143,10 +144,14 @@ class Life(RuleBasedStateMachine):
 
     @rule(block=st.integers(0, 1), part=st.sampled_from(["attn", "mlp.up", "mlp.down"]))
     def edited_unseen(self, block: int, part: str) -> None:
-        """One element, by a way that no counter shows; `refresh` tells of it."""
+        """One element, by a way that no counter shows; `refresh` tells of it.
+
+        Another value each time: packed masters are compared whole, and the same would cost nothing.
+        """
         name = f"blocks.{block}.{part}.weight"
+        self.num_unseen += 1
         for model in (self.model, self.plain):
-            model.get_parameter(name).data.view(-1)[3] = 0.125
+            model.get_parameter(name).data.view(-1)[3] = 0.125 + self.num_unseen
         self.handle.refresh()
         self.passes.refreshed([name])
         self._count("edits")
