@@ -173,7 +173,7 @@ class Soak(Lane):
     def run(self, effort: Effort) -> Tally:
         """Quick: 400 forwards; full: 10,000."""
         tally = Tally()
-        share = effort.pick(400, 10_000) // len(_WAYS)
+        share = -(-effort.pick(400, 10_000) // len(_WAYS))  # no less in all
         for number, way in enumerate(_WAYS, 1):
             self._soak(tally, {"depth": 0, "gpu_budget": None} | way, share, seed=number)
             effort.progress(number, len(_WAYS))
