@@ -37,7 +37,7 @@ class PackedParameter:
         args, kwargs = tree_map_only(PackedParameter, convert, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def __repr__(self) -> str:
+    def __repr__(self: Any) -> str:
         """As of the plain parameter."""
         shown = unpacked(self).requires_grad_(self.requires_grad)
         shown.__class__ = type(self).__mro__[2]  # beside this one, see packed_class_of

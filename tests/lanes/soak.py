@@ -21,7 +21,8 @@ from torch_offload.selfcheck.lane import Effort, Lane, Tally, all_caught
 from torch_offload.selfcheck.subjects import Stack
 
 HOST = torch.device("cpu")
-_WIDTH = 16
+# Narrower ones are not worth packing.
+_WIDTH, _PACKED_WIDTH = 16, 128
 _WAYS: tuple[dict[str, Any], ...] = (
     {},
     {"streams": "split"},
@@ -31,6 +32,11 @@ _WAYS: tuple[dict[str, Any], ...] = (
     {"granularity": "module"},
     {"granularity": "layer"},
     {"depth": None},
+    {"transport": "packed"},
+    {"transport": "packed", "mode": "events", "streams": "split"},
+    {"transport": "packed_resident"},
+    {"transport": "packed", "masters": "packed"},
+    {"transport": "packed_resident", "masters": "packed", "streams": "split"},
 )
 # Until the units are cut and the order is learned.
 _WARM_UP = 5
@@ -39,12 +45,17 @@ _WARM_UP = 5
 class Streamed:
     """A streamed model beside its plain one."""
 
-    def __init__(self, options: dict[str, Any], choice: random.Random) -> None:
+    def __init__(
+        self, options: dict[str, Any], choice: random.Random, *, knows_packing: bool = True
+    ) -> None:
         self.choice = choice
-        self.model: Any = torch_offload.align(Stack(4, _WIDTH).eval())
+        is_packed = "transport" in options
+        self.width = _PACKED_WIDTH if is_packed else _WIDTH
+        self.dtype = torch.bfloat16 if is_packed else torch.float32
+        self.model: Any = torch_offload.align(Stack(4, self.width).eval().to(self.dtype))
         self.plain: Any = torch_offload.align(copy.deepcopy(self.model))
         self.handle = torch_offload.offload(self.model, HOST, **options)
-        self.passes = EditedPasses(self.handle)
+        self.passes = EditedPasses(self.handle, knows_packing=knows_packing)
         self._cuts_leaves = options.get("granularity") == "module"
 
     @property
@@ -55,6 +66,11 @@ class Streamed:
     def weight(self) -> str:
         """The name of one parameter or other."""
         return self.choice.choice([name for name, _ in self.plain.named_parameters()])
+
+    def values(self, rows: int, seed: int | None = None) -> torch.Tensor:
+        """Random ones, of the model's width."""
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return torch.randn(rows, self.width, generator=generator).to(self.dtype)
 
     def forward(self, x: torch.Tensor) -> int:
         """One forward of both. Returns how many copies it took.
@@ -90,12 +106,12 @@ def _one_element(streamed: Streamed) -> None:
     for model in streamed.both:
         model.get_parameter(name).data.view(-1)[-1] = value
     streamed.handle.refresh()
-    streamed.passes.refreshed()
+    streamed.passes.refreshed([name])
 
 
 def _replaced(streamed: Streamed) -> None:
     block, seed = streamed.choice.randrange(4), streamed.choice.randrange(2**31)
-    values = torch.randn(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(seed)) / 8
+    values = streamed.values(streamed.width, seed) / 8
     for model in streamed.both:
         model.blocks[block].attn.weight = nn.Parameter(values.clone())
     torch_offload.align(streamed.plain)
@@ -139,17 +155,25 @@ class Soak(Lane):
     counts = "forwards bit-equal"
 
     def control(self) -> Tally:
-        """An edit of one element that the streamed model does not get, and models not streamed."""
+        """An edit of one element that the streamed model does not get, and models not streamed.
+
+        And an oracle that takes edits of packed units for those of raw ones.
+        """
         controls = {}
-        for plant in (_unseen, _unwrapped, _passed_by):
-            tally = controls[plant.__name__] = Tally()
-            self._soak(tally, {"depth": 0, "gpu_budget": None}, 40, seed=1, edits=(plant,))
+        options = {"depth": 0, "gpu_budget": None}
+        packed = {"transport": "packed", "masters": "packed"}
+        for way in ({}, packed):
+            for plant in (_unseen, _unwrapped, _passed_by):
+                tally = controls[f"{plant.__name__} {way}"] = Tally()
+                self._soak(tally, options | way, 40, seed=1, edits=(plant,))
+        tally = controls["edits of raw units"] = Tally()
+        self._soak(tally, options | packed, 40, seed=1, edits=(_in_place,), knows_packing=False)
         return all_caught(controls)
 
     def run(self, effort: Effort) -> Tally:
         """Quick: 400 forwards; full: 10,000."""
         tally = Tally()
-        share = effort.pick(400, 10_000) // len(_WAYS)
+        share = -(-effort.pick(400, 10_000) // len(_WAYS))  # no less in all
         for number, way in enumerate(_WAYS, 1):
             self._soak(tally, {"depth": 0, "gpu_budget": None} | way, share, seed=number)
             effort.progress(number, len(_WAYS))
@@ -167,6 +191,8 @@ class Soak(Lane):
         count: int,
         seed: int,
         edits: tuple[Edit, ...] = _EDITS,
+        *,
+        knows_packing: bool = True,
     ) -> None:
         choice = random.Random(seed)
         process, devices = Process.now(), Devices()
@@ -174,7 +200,7 @@ class Soak(Lane):
         num_edits = num_copies = 0
         with warnings.catch_warnings(), devices_made_by(devices):
             warnings.filterwarnings("ignore", "torch_offload: the first forward called")
-            streamed = Streamed(options, choice)
+            streamed = Streamed(options, choice, knows_packing=knows_packing)
             for number in range(count):
                 if number == _WARM_UP:
                     held, running = devices.held(), Process.now()
@@ -184,7 +210,7 @@ class Soak(Lane):
                 if choice.random() < 0.1:
                     sequence = choice.choices(range(4), k=4)
                     streamed.model.sequence = streamed.plain.sequence = sequence
-                x = torch.randn(choice.randint(1, 9), _WIDTH)
+                x = streamed.values(choice.randint(1, 9))
                 tally.count += 1
                 try:
                     num_copies += streamed.forward(x)

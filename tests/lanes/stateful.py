@@ -37,16 +37,23 @@ from torch_offload.selfcheck.lane import Effort, Lane, Tally
 from torch_offload.selfcheck.subjects import Stack
 
 HOST = torch.device("cpu")
-_WIDTH = 8
+# Narrower ones are not worth packing.
+_WIDTH, _PACKED_WIDTH = 8, 128
 _STEPS = 6
 
-_WAYS = st.sampled_from(
-    [
-        {"mode": mode, "streams": streams}
-        for mode in ("pipeline", "events", "streams", "sync")
-        for streams in ("shared", "split")
-        if (mode, streams) != ("sync", "split")
-    ]
+_MODES = [
+    {"mode": mode, "streams": streams}
+    for mode in ("pipeline", "events", "streams", "sync")
+    for streams in ("shared", "split")
+    if (mode, streams) != ("sync", "split")
+]
+_PACKED = [
+    {"transport": transport, "masters": masters}
+    for transport in ("packed", "packed_resident")
+    for masters in ("plain", "packed")
+]
+_WAYS = st.sampled_from(_MODES) | st.sampled_from(
+    [mode | packed for mode in _MODES for packed in _PACKED]
 )
 
 
@@ -59,6 +66,7 @@ class Life(RuleBasedStateMachine):
 
     tally: Tally
     forgets_stale = False
+    num_unseen = 0
 
     @initialize(
         num_blocks=st.integers(2, 4),
@@ -75,7 +83,11 @@ class Life(RuleBasedStateMachine):
         self.stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "torch_offload: the first forward called")
         torch.manual_seed(num_blocks)
-        self.model: Any = torch_offload.align(Stack(num_blocks, _WIDTH).eval())
+        is_packed = "transport" in way
+        self.width = _PACKED_WIDTH if is_packed else _WIDTH
+        self.dtype = torch.bfloat16 if is_packed else torch.float32
+        stack = Stack(num_blocks, self.width).eval().to(self.dtype)
+        self.model: Any = torch_offload.align(stack)
         self.plain: Any = torch_offload.align(copy.deepcopy(self.model))
         config = torch_offload.Config(**way, granularity=granularity, depth=depth, gpu_budget=None)
         with devices_made_by(self.devices):
@@ -83,6 +95,11 @@ class Life(RuleBasedStateMachine):
         # As it is outside `watch`, for a second thread, which must not be counted.
         self.entrance: Callable[..., Any] = vars(self.model)["_call_impl"]
         self.passes = EditedPasses(self.handle)
+        self._count("packed lives", int(is_packed))
+
+    def _rows(self, rows: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(rows)
+        return torch.randn(rows, self.width, generator=generator).to(self.dtype)
 
     def _count(self, figure: str, by: int = 1) -> None:
         self.tally.figures[figure] = self.tally.figures.get(figure, 0) + by
@@ -99,7 +116,7 @@ class Life(RuleBasedStateMachine):
     @rule(rows=st.integers(1, 5), times=st.integers(1, 3))
     def forward(self, rows: int, times: int) -> None:
         """The plain model's bits."""
-        x = torch.randn(rows, _WIDTH, generator=torch.Generator().manual_seed(rows))
+        x = self._rows(rows)
 
         def call() -> None:
             must = self.plain(x)
@@ -121,18 +138,22 @@ class Life(RuleBasedStateMachine):
         name = f"blocks.{block}.{part}.weight"
         with torch.no_grad():
             for model in (self.model, self.plain):
-                model.get_parameter(name).mul_(0.5)
+                model.get_parameter(name).mul_(0.75)
         self.passes.edited([name])
         self._count("edits")
 
     @rule(block=st.integers(0, 1), part=st.sampled_from(["attn", "mlp.up", "mlp.down"]))
     def edited_unseen(self, block: int, part: str) -> None:
-        """One element, by a way that no counter shows; `refresh` tells of it."""
+        """One element, by a way that no counter shows; `refresh` tells of it.
+
+        Another value each time: packed masters are compared whole, and the same would cost nothing.
+        """
         name = f"blocks.{block}.{part}.weight"
+        self.num_unseen += 1
         for model in (self.model, self.plain):
-            model.get_parameter(name).data.view(-1)[3] = 0.125
+            model.get_parameter(name).data.view(-1)[3] = 0.125 + self.num_unseen
         self.handle.refresh()
-        self.passes.refreshed()
+        self.passes.refreshed([name])
         self._count("edits")
 
     @rule(block=st.integers(0, 1))
@@ -140,7 +161,9 @@ class Life(RuleBasedStateMachine):
         """Another Parameter object in its place."""
         name = f"blocks.{block}.attn.weight"
         for model in (self.model, self.plain):
-            model.blocks[block].attn.weight = nn.Parameter(torch.full((_WIDTH, _WIDTH), 0.0625))
+            model.blocks[block].attn.weight = nn.Parameter(
+                torch.full((self.width, self.width), 0.0625, dtype=self.dtype)
+            )
         torch_offload.align(self.plain)
         self.passes.replaced([name])
         self._count("edits")
@@ -158,7 +181,7 @@ class Life(RuleBasedStateMachine):
 
         def call() -> None:
             try:
-                self.model(torch.ones(1, _WIDTH))
+                self.model(self._rows(1))
             except PlantedError:
                 self._count("exceptions")
             else:
@@ -172,7 +195,7 @@ class Life(RuleBasedStateMachine):
     @rule()
     def forward_in_a_thread(self) -> None:
         """Of its own, one after the other."""
-        x = torch.ones(2, _WIDTH)
+        x = self._rows(2)
         outputs: list[torch.Tensor] = []
 
         def in_thread() -> None:
@@ -196,7 +219,7 @@ class Life(RuleBasedStateMachine):
 
         def in_thread() -> None:
             try:
-                self.entrance(torch.ones(1, _WIDTH))
+                self.entrance(self._rows(1))
             except torch_offload.StateError as error:
                 refused.append(error)
 
@@ -206,7 +229,7 @@ class Life(RuleBasedStateMachine):
             thread.join(60)
 
         hook = self.model.blocks[0].attn.register_forward_pre_hook(intrude)
-        x = torch.ones(3, _WIDTH)
+        x = self._rows(3)
 
         def call() -> None:
             assert torch.equal(self.model(x), self.plain(x)), "the outputs differ"
@@ -264,7 +287,7 @@ class Stateful(Lane):
                 tally.add_fault("no example was completed")
         tally.note = (
             f"{tally.figures['passes']:,} passes, {tally.figures['passes counted exactly']:,} "
-            "counted exactly"
+            f"counted exactly; {tally.figures['packed lives']:,} examples begun with packed units"
         )
         return tally
 

@@ -6,7 +6,8 @@ the plan, and four sentences, which are all of its independence from the C++ pip
 * A unit must be copied before a call unless its bytes are still whole in its place.
 * A copy overwrites every unit whose place overlaps.
 * `sync` and `streams` copy nothing that was not asked for; `events` copies within the layer in use;
-  `pipeline` goes on into the next pass, until `depth` bytes are ahead or a place is taken.
+  `pipeline` goes on into the next pass, until `depth` bytes are ahead or a place is taken; units
+  that stay packed on the device, and are decoded rather than copied, have a depth of their own.
 * A pass is expected to repeat the last completed one that began with the same unit. A pass like the
   one before it is expected to come again, another to be followed by what followed it last time.
   Before the first pass, the planned order is expected.
@@ -363,7 +364,11 @@ class _Window:
     def __init__(self, handle: Handle, whole: frozenset[int]) -> None:
         units = handle.units
         self._mode = handle.config.mode
-        self._depth_bytes = handle._engine.plan.depth_bytes
+        plan = handle._engine.plan
+        # Those that stay packed on the device are brought ahead for themselves, unless all units
+        # come in the order of their use.
+        self._lanes = [unit.transport == "packed_resident" and not plan.one_ring for unit in units]
+        self._depths = (plan.depth_bytes, plan.decode_depth_bytes)
         self._sizes = [unit.size_bytes for unit in units]
         self._layers = [unit.layer_index for unit in units]
         self._places = [unit.place for unit in units]
@@ -399,19 +404,20 @@ class _Window:
         if self._mode in ("sync", "streams"):
             return
         ahead: list[int] = []
-        ahead_bytes = 0
+        ahead_bytes, is_over = [0, 0], [False, False]
         for _ in range(len(self._sizes)):
             unit = next(following)
             if self._mode == "events" and self._layers[unit] != self._layers[last]:
                 return
-            ahead_bytes += self._sizes[unit]
-            if ahead and ahead_bytes > self._depth_bytes:
-                return
+            lane = self._lanes[unit]
+            is_first = ahead_bytes[lane] == 0
+            ahead_bytes[lane] += self._sizes[unit]
             taken = any(other != unit and self.overlap(unit, other) for other in ahead)
-            if unit not in self._whole and taken:
-                return
-            self.demand(unit)
-            ahead.append(unit)
+            is_over[lane] |= not is_first and ahead_bytes[lane] > self._depths[lane]
+            is_over[lane] |= unit not in self._whole and taken
+            if not is_over[lane]:
+                self.demand(unit)
+                ahead.append(unit)
 
 
 def assert_copies(calls: Calls) -> None:

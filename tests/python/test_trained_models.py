@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -202,3 +203,34 @@ def test_remove_after_forwards_gives_the_plain_model_back(
     assert torch_offload.handle_of(loaded.model) is None
     expect.assert_unchanged(loaded.model, before, same_memory=False)
     assert torch.equal(embed(loaded, device), expected)
+
+
+@pytest.mark.parametrize("transport", ["packed", "packed_resident"])
+@pytest.mark.parametrize(("name", "layers"), [("minilm", 6), ("gemma", 18)])
+def test_packed_weights_in_bf16_are_bit_equal(
+    request: pytest.FixtureRequest, device: torch.device, name: str, layers: int, transport: str
+) -> None:
+    loaded = request.getfixturevalue(name)
+    model = torch_offload.align(copy.deepcopy(loaded.model).bfloat16())
+    tokens = torch.arange(100, 108, device=device)[None]
+    with torch.inference_mode():
+        expected = model(tokens)[0]
+        with torch_offload.offload(
+            model, device, transport=transport, gpu_budget=None, depth=0
+        ) as handle:
+            with expect.watch(handle) as calls:
+                for _ in range(FORWARDS):
+                    assert torch.equal(model(tokens)[0], expected)
+            expect.assert_streams_exactly(calls)
+            expect.assert_at_rest(handle)
+            stats, units = handle.stats, [unit for unit in handle.units if unit.place is not None]
+            assert {unit.layer_index for unit in units} == set(range(layers))
+            assert {unit.transport for unit in units} == {transport}
+            assert stats.onloads >= FORWARDS * len(units)
+            if transport == "packed":
+                assert stats.bytes_copied == sum(u.copied_bytes * u.onloads for u in units)
+                assert 0.65 < stats.bytes_copied / stats.bytes_onloaded < 0.72
+            else:
+                assert all(unit.copied_bytes == 0 for unit in units)
+                assert 0.65 < stats.packed_bytes / sum(u.size_bytes for u in units) < 0.72
+        assert torch.equal(model(tokens)[0], expected)

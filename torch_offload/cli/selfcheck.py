@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def selfcheck(
     full: Annotated[
-        bool, typer.Option("--full", help="Try much more; takes some minutes.")
+        bool, typer.Option("--full", help="Try much more: half an hour and more.")
     ] = False,
     lanes: Annotated[
         str | None, typer.Option(help="Some lanes only, such as random,mutants.")
