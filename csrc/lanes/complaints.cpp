@@ -58,14 +58,11 @@ std::size_t Complaints::take(const std::string& begin) {
 
 void Complaints::read() {
   std::fflush(stderr);
-  lseek(said_, 0, SEEK_SET);
   std::array<char, 4096> buffer{};
-  for (ssize_t size = 0; (size = ::read(said_, buffer.data(), buffer.size())) > 0;) {
+  for (ssize_t size = 0; (size = pread(said_, buffer.data(), buffer.size(), read_bytes_)) > 0;) {
     text_.append(buffer.data(), static_cast<std::size_t>(size));
+    read_bytes_ += size;
   }
-  // What comes next begins anew: the place of writing is shared with that of reading.
-  static_cast<void>(ftruncate(said_, 0));
-  lseek(said_, 0, SEEK_SET);
 }
 
 }  // namespace torch_offload

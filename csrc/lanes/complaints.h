@@ -1,5 +1,7 @@
 #pragma once
 
+#include <sys/types.h>
+
 #include <cstddef>
 #include <mutex>
 #include <string>
@@ -27,7 +29,8 @@ class Complaints {
   const std::lock_guard<std::mutex> lock_;
   int standard_error_ = -1;  // where it goes to otherwise
   int said_ = -1;            // where it goes to now
-  std::string text_;         // what was read of that, but for the lines taken
+  off_t read_bytes_ = 0;     // of that
+  std::string text_;         // what was read of it, but for the lines taken
 };
 
 }  // namespace torch_offload
