@@ -1,13 +1,16 @@
 #pragma once
 
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <random>
 #include <set>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "host/host_device.h"
 #include "lanes/device_fault.h"
@@ -75,9 +78,17 @@ class LateHostDevice : public FaultyDevice<HostDevice> {
     hold_back(stream);
     FaultyDevice::do_copy(stream, copy);
   }
+  /// From bytes of its own: with a fault the next copy may come while the decoder runs, which has
+  /// checked a blob by then, and would follow offsets that nobody has checked.
   void do_decode(StreamId stream, const Decode& decode) override {
     hold_back(stream);
-    FaultyDevice::do_decode(stream, decode);
+    const auto blob = std::make_shared<std::vector<std::byte>>(decode.packed_bytes);
+    run(stream,
+        [blob, source = decode.source] { std::memcpy(blob->data(), source, blob->size()); });
+    Decode own = decode;
+    own.source = blob->data();
+    FaultyDevice::do_decode(stream, own);
+    run(stream, [blob] {});  // which keeps it until then
   }
 
  private:
