@@ -36,7 +36,7 @@ def observed_uncut(handle: torch_offload.Handle) -> Iterator[list[int]]:
     frozen: Any = SimpleNamespace(
         units=units,
         config=handle.config,
-        _engine=SimpleNamespace(plan=SimpleNamespace(depth_bytes=handle._engine.plan.depth_bytes)),
+        _engine=SimpleNamespace(plan=handle._engine.plan),  # a copy, from before it is cut
     )
     streamed = [index for index, unit in enumerate(units) if unit.place is not None]
     one = expect.Pass(
