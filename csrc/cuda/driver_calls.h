@@ -8,7 +8,7 @@
 namespace torch_offload {
 
 /// The three calls that every unit of a steady forward makes, at the driver instead of through
-/// CUDA's runtime: 3.5 us less a unit. Each returns whether it was done. If not, make the runtime's
+/// CUDA's runtime, which takes longer. Each returns whether it was done. If not, make the runtime's
 /// call: it gives a thread that has no context yet the one of the current device, and its errors
 /// are the ones that everybody knows.
 ///
