@@ -126,8 +126,22 @@ at::Tensor empty_blob(std::uint64_t size_bytes) {
   return blob;
 }
 
+/// The first `size_bytes` of the memory that is there, or memory of its own.
+at::Tensor memory_for(std::uint64_t size_bytes, const std::optional<at::Tensor>& memory) {
+  if (!memory) {
+    return empty_blob(size_bytes);
+  }
+  check_bytes(*memory, "memory for the packed unit", at::kCPU);
+  if (size_of(*memory) < size_bytes) {
+    throw ValueError("expected memory for a packed unit of " + std::to_string(size_bytes) +
+                     " bytes, got " + std::to_string(size_of(*memory)));
+  }
+  return memory->view({-1}).narrow(0, 0, static_cast<std::int64_t>(size_bytes));
+}
+
 PackedUnit pack(const std::vector<at::Tensor>& tensors, const std::optional<std::string>& codec,
-                unsigned num_threads, std::uint64_t max_entry_weights) {
+                unsigned num_threads, std::uint64_t max_entry_weights,
+                const std::optional<at::Tensor>& memory) {
   EncodeOptions options;
   options.num_threads = threads_or_default(num_threads);
   if (codec) {
@@ -139,7 +153,7 @@ PackedUnit pack(const std::vector<at::Tensor>& tensors, const std::optional<std:
   const UnitEncoder encoder = encoder_of(tensors, options);
   const py::gil_scoped_release no_gil;
   PackedUnit unit;
-  unit.blob = empty_blob(encoder.blob_bytes());
+  unit.blob = memory_for(encoder.blob_bytes(), memory);
   encoder.encode(static_cast<std::byte*>(unit.blob.mutable_data_ptr()));
   for (const at::Tensor& tensor : tensors) {
     unit.place_bytes += aligned_size(size_of(tensor));
@@ -199,7 +213,9 @@ void bind_codec(py::module_& module) {
       });
   module.def("pack", &pack, py::arg("tensors"), py::arg("codec") = py::none(),
              py::arg("num_threads") = 0, py::arg("max_entry_weights") = 0,
-             "Packs tensors as they would lie in a place, each at a multiple of 256 bytes.");
+             py::arg("memory") = py::none(),
+             "Packs tensors as they would lie in a place, each at a multiple of 256 bytes, into "
+             "the beginning of `memory` where that is given. Blocks until that is done.");
   module.def(
       "count_exponents",
       [](const at::Tensor& weights) {

@@ -50,6 +50,20 @@ def test_all_patterns_come_back(codec: str) -> None:
     check([weights_of(torch.arange(2**16, dtype=torch.int32))], codec)
 
 
+def test_memory_that_is_there_is_packed_into() -> None:
+    tensors = [weights_of(torch.arange(2**12, dtype=torch.int32))]
+    expected = _C.pack(tensors).blob
+    memory = torch.full((expected.numel() + 5,), FILLER, dtype=torch.uint8)
+    unit = _C.pack(tensors, memory=memory)
+    assert unit.blob.data_ptr() == memory.data_ptr()
+    assert torch.equal(unit.blob, expected)
+    assert memory[expected.numel() :].tolist() == 5 * [FILLER]
+    with pytest.raises(ValueError, match=f"of {expected.numel()} bytes, got 8"):
+        _C.pack(tensors, memory=memory[:8])
+    with pytest.raises(TypeError, match="contiguous uint8 tensor on the CPU"):
+        _C.pack(tensors, memory=memory.float())
+
+
 EXPONENTS = st.lists(st.integers(0, 255), min_size=1, max_size=24)
 LENGTHS = st.one_of(
     st.integers(0, 70),
