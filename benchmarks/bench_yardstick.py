@@ -49,14 +49,14 @@ def _measure_forward(
     plain_ms = reference.plain_ms(workload, shape)
     forwards = 2
     is_compute_bound = plain_ms > expected_floor_ms
-    plain_turns = 2 if is_compute_bound else 1
+    link = functools.partial(reference.link.copy, streamed.streamed_bytes)
     round_s = alternation_seconds(
         plain_ms,
         max(plain_ms, expected_floor_ms),
         forwards=forwards,
         wire_ms=expected_floor_ms,
-        wire_turns=2,
-        plain_turns=plain_turns,
+        wire_turns=0 if is_compute_bound else 2,
+        plain_turns=2 if is_compute_bound else 1,
     )
     rounds = part.rounds(wanted_rounds, round_s, weight=weight)
     with Counting(streamed) as counting:
@@ -67,8 +67,9 @@ def _measure_forward(
             forwards=forwards,
             rounds=rounds,
             masters=functools.partial(reference.link.copy_from, streamed.masters),
-            link=lambda: reference.link.copy(streamed.streamed_bytes),
-            beside_copies=is_compute_bound,
+            link=link,
+            wire_apart=is_compute_bound,
+            beside_copies=link if is_compute_bound else None,
         )
     resident, ours = spread(times.plain_ms), spread(times.streamed_ms)
     masters, link = spread(times.masters_ms), spread(times.link_ms)
@@ -129,7 +130,7 @@ def bench_forward_sublayer(
         yardstick,
         shape_index,
         "sublayer",
-        wanted_rounds=5,
+        wanted_rounds=8,
         weight=4.0,
     )
 

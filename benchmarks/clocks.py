@@ -113,7 +113,8 @@ def alternate(
     lead_in: bool = True,
     masters: Run | None = None,
     link: Run | None = None,
-    beside_copies: bool = False,
+    wire_apart: bool = False,
+    beside_copies: Run | None = None,
 ) -> Alternation:
     """Times `forwards` calls of each model per round, the two taking turns round by round.
 
@@ -124,19 +125,26 @@ def alternate(
     copies and kernels add up to whole forwards. What never runs ahead of a forward needs no such
     `lead_in`. What the wire alone takes for the bytes of a forward has its turns as well, because
     others use the host's memory at the same time: `masters` copies the very bytes from where they
-    lie, `link` as many from a small buffer. With `beside_copies` the plain model has a second turn
-    beside `link` on a stream of its own: what copies take from kernels that do not wait for them.
+    lie, `link` as many from a small buffer. Meanwhile the clocks recover, and sink again in whoever
+    comes next: where kernels are the limit, `wire_apart` takes these turns in front of all rounds.
+    With `beside_copies` the plain model has a second turn beside these on a stream of their own:
+    what copies take from kernels that do not wait for them.
     """
     plain_ms: list[float] = []
     masters_ms: list[float] = []
     link_ms: list[float] = []
     beside_ms: list[float] = []
-    pair = beside(plain, link) if beside_copies and plain is not None and link is not None else None
+    pair = None if plain is None or beside_copies is None else beside(plain, beside_copies)
     begun = 0
 
     def plain_turn() -> None:
         if plain is not None:
             plain_ms.extend(device_ms(plain, forwards=forwards, rounds=1))
+
+    def wire_turns() -> None:
+        for run, times in ((masters, masters_ms), (link, link_ms)):
+            if run is not None:
+                times.extend(device_ms(run, forwards=1, rounds=1, lead_in=False))
 
     def turns_in_front() -> None:
         nonlocal begun
@@ -145,9 +153,8 @@ def alternate(
         begun += 1
         if pair is not None:
             beside_ms.extend(device_ms(pair, forwards=forwards, rounds=1))
-        for run, times in ((masters, masters_ms), (link, link_ms)):
-            if run is not None:
-                times.extend(device_ms(run, forwards=1, rounds=1, lead_in=False))
+        if not wire_apart:
+            wire_turns()
         if begun % 2 == 0:
             plain_turn()
         synchronize()
@@ -158,6 +165,9 @@ def alternate(
         for _ in range(forwards):
             streamed()
 
+    if wire_apart:
+        for _ in range(3):
+            wire_turns()
     benchmark.pedantic(timed, setup=turns_in_front, rounds=rounds)
     if begun % 2:
         plain_turn()
