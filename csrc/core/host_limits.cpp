@@ -24,8 +24,9 @@ constexpr char kOverride[] = "TORCH_OFFLOAD_HOST_MEMORY_CHECK";
 ///
 /// Note [No numbers through iostreams]
 /// Inside a Python process another library may bring its own copy of the C++ runtime, and its
-/// locale facets take the place of ours: `stream >> number` was seen to give zero and call it good.
-/// So files are read as bytes and numbers by from_chars, which knows no locale.
+/// locale facets take the place of ours: `stream >> number` was seen to give zero and call it good,
+/// and `stream << number` to end in SIGSEGV. So files are read as bytes, numbers by from_chars and
+/// written by to_chars and to_string, which know no locale.
 std::string text_of(const std::string& path) {
   std::string text;
   const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "re"),

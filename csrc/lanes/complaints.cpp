@@ -3,10 +3,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstdio>
-#include <sstream>
 #include <system_error>
 
 namespace torch_offload {
@@ -43,14 +43,15 @@ Complaints::~Complaints() {
 std::size_t Complaints::take(const std::string& begin) {
   read();
   std::size_t num_taken = 0;
-  std::istringstream lines(text_);
   std::string left;
-  for (std::string line; std::getline(lines, line);) {
-    if (line.rfind(begin, 0) == 0) {
+  for (std::size_t at = 0; at < text_.size();) {
+    const std::size_t end = std::min(text_.find('\n', at), text_.size() - 1) + 1;
+    if (text_.compare(at, begin.size(), begin) == 0) {
       ++num_taken;
     } else {
-      left += line + '\n';
+      left.append(text_, at, end - at);
     }
+    at = end;
   }
   text_ = left;
   return num_taken;

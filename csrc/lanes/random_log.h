@@ -1,10 +1,11 @@
 #pragma once
 
+#include <array>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <random>
 #include <set>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -226,17 +227,27 @@ class RandomLog {
   std::vector<Use> open_;
 };
 
+/// A range of addresses in words. Note [No numbers through iostreams] says why by hand.
+inline std::string text_of(const AddressRange& range) {
+  const auto hex = [](std::uintptr_t address) {
+    std::array<char, 2 * sizeof(address)> digits{};
+    char* const end = std::to_chars(digits.data(), digits.data() + digits.size(), address, 16).ptr;
+    return std::string(digits.data(), end);
+  };
+  return hex(range.begin) + "-" + hex(range.end);
+}
+
+/// What happened, an op a line; ids that an op has not are -1.
 inline std::string text_of(const OpLog& log) {
-  std::ostringstream text;
+  std::string text;
   for (std::size_t i = 0; i < log.ops().size(); ++i) {
     const Op& op = log.ops()[i];
-    text << "  " << i << ": " << name_of(op.kind) << " stream " << static_cast<int>(op.stream)
-         << " event " << static_cast<int>(op.event) << " unit " << static_cast<int>(op.unit)
-         << " memory " << std::hex << op.memory.begin << "-" << op.memory.end << " source "
-         << op.source.begin << "-" << op.source.end << std::dec << (op.is_done ? " done" : "")
-         << "\n";
+    const auto id = [](std::uint32_t value) { return std::to_string(static_cast<int>(value)); };
+    text += "  " + std::to_string(i) + ": " + name_of(op.kind) + " stream " + id(op.stream) +
+            " event " + id(op.event) + " unit " + id(op.unit) + " memory " + text_of(op.memory) +
+            " source " + text_of(op.source) + (op.is_done ? " done" : "") + "\n";
   }
-  return text.str();
+  return text;
 }
 
 }  // namespace torch_offload::lanes

@@ -436,3 +436,17 @@ def test_stub_matches_the_extension() -> None:
     command = [sys.executable, str(ROOT / "tools/check_stub.py")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_extension_passes_nothing_through_iostreams() -> None:
+    """Note [No numbers through iostreams]: beside another C++ runtime they crash."""
+    uses = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sorted((ROOT / "csrc").rglob("*"))
+        if path.suffix in (".h", ".cpp", ".cu")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(
+            r"#include <(sstream|iostream|fstream|iomanip)>|std::(i|o|)(string|f)stream", line
+        )
+    ]
+    assert uses == []
