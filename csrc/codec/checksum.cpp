@@ -20,9 +20,11 @@ constexpr std::size_t kPartBlocks = kPartBytes / kSumBlockBytes;
 
 constexpr std::uint64_t kMultiplier = 0x9E3779B97F4A7C15;
 
+__extension__ using Product = unsigned __int128;
+
 constexpr std::uint64_t mix(std::uint64_t sum, std::uint64_t word) {
-  const std::uint64_t product = (sum ^ word) * kMultiplier;
-  return product ^ (product >> 29U);
+  const Product product = Product{sum ^ word} * kMultiplier;
+  return static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64U);
 }
 
 /// The lanes do not wait for each other, and blocks neither.

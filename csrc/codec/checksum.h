@@ -4,20 +4,20 @@
 #include <cstdint>
 
 // Note [The checksum]
-// It guards against damage, not against an adversary. Bytes are cut into blocks of 256, the last of
-// which is filled up with zeros. A block is 32 words of 64 bits; each of four lanes takes every
-// fourth of them, and all numbers are taken modulo 2^64:
+// It guards against damage and mistakes, not against an adversary. Bytes are cut into blocks of
+// 256, the last of which is filled up with zeros. A block is 32 words of 64 bits; each of four
+// lanes takes every fourth of them, and all sums are taken modulo 2^64:
 //
-//   mix(sum, word):  p = (sum ^ word) * 0x9E3779B97F4A7C15;  p ^ (p >> 29)
+//   mix(sum, word):  p = (sum ^ word) * 0x9E3779B97F4A7C15, 128 bits;  low half ^ high half
 //   block b:         lane i (i < 4) begins as (4 b + i + 1) * 0x9E3779B97F4A7C15, and takes the
 //                    words i, i + 4, ..., i + 28 by lane = mix(lane, word)
 //                    sum of the block: begins as b, and takes the lanes 0 to 3 in the same way
 //   all:             mix(sum of all blocks, number of bytes)
 //
-// So blocks may be summed in any order and by anybody, right where they have been written. `mix` is
-// a bijection of either argument while the other stands: a change within one word changes the
-// checksum for sure. Any other, such as of blocks that have changed places, does so but for a
-// chance of 2^-64, or nearly.
+// So blocks may be summed in any order and by anybody, right where they have been written. Both
+// halves of the product count because the low one carries nothing down: of it alone the highest
+// bits of two words can make up for each other. Folding the product is the step of Wang Yi's
+// wyhash.
 
 namespace torch_offload {
 

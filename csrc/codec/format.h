@@ -39,7 +39,7 @@
 namespace torch_offload {
 
 constexpr std::uint64_t kBlobMagic = 0x44454B4341504F54;  // "TOPACKED"
-constexpr std::uint32_t kBlobVersion = 2;
+constexpr std::uint32_t kBlobVersion = 3;
 
 /// Where a tensor's data begins in the blob.
 constexpr std::size_t kDataAlignmentBytes = 256;

@@ -97,8 +97,8 @@ def _tensor(blob: bytes, entry: tuple[int, ...], palette: bytes) -> bytes:
 
 
 def _mix(total: int, word: int) -> int:
-    product = (total ^ word) * MULTIPLIER & MASK
-    return product ^ product >> 29
+    product = (total ^ word) * MULTIPLIER
+    return product & MASK ^ product >> 64
 
 
 def _block_sum(number: int, block: bytes) -> int:

@@ -319,7 +319,7 @@ def _rewritten(
 
 
 def _other_version(file: Path) -> None:
-    _rewritten(file, lambda tensors, metadata: metadata.update(blob_version="1"))
+    _rewritten(file, lambda tensors, metadata: metadata.update(blob_version="2"))
 
 
 def _other_kind(file: Path) -> None:
