@@ -259,7 +259,7 @@ def bench_patterns(
     plain, streamed = stage.plain(yardstick), budgets.streamed("sublayer")
     handle, model = streamed.handle, streamed.model
     budget = budgets.budget(_SHARES[3])
-    installation: Any = handle._replan.__self__  # type: ignore[attr-defined]  # no public way
+    installation: Any = handle._installed  # no public way
     cut = installation._cut.find(model)
     specs = (*cut.specs, *cut.outsiders.heads)
     outside = bytes_outside(model, specs, set())

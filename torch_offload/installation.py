@@ -131,15 +131,15 @@ class _Installation:
         wants_leaves: bool,
     ) -> None:
         self._device = device
-        self._config = config
+        self.config = config
         self._memory = memory
         self._packing = packing
         self._times: MeasuredTimes | None = None  # of the last profile
         self._cut = KeptCut.of(cut)
-        self._placed = Placed.of(planned)
+        self.placed = Placed.of(planned)
         self._residents = ResidentMove(device)
         self._gathered = ResidentMove(torch.device("cpu"))
-        self._bytes_resident = 0
+        self.bytes_resident = 0
         self._former_devices: list[tuple[weakref.ref[torch.Tensor], torch.device]] = []
         self._wrapped: list[weakref.ref[nn.Module]] = []
         self._guarded: list[weakref.ref[nn.Module]] = []
@@ -203,7 +203,7 @@ class _Installation:
         total_bytes += sum(spec.num_bytes for _, spec in streamed)
         with Progress("moving weights", total_bytes) as progress:
             self._residents.move(residents, from_file, progress.advance)
-            self._bytes_resident = self._residents.size_bytes
+            self.bytes_resident = self._residents.size_bytes
             self._move_streamed(planned, progress)
         for index, _ in streamed[:1]:
             try:
@@ -233,16 +233,16 @@ class _Installation:
             counts: Of parameters that have not changed since, by position.
         """
         is_raw = all(way == "raw" for way in planned.plan.transports)
-        if is_raw and self._config.masters == "plain":
+        if is_raw and self.config.masters == "plain":
             return
         most_bytes = planned.packable.packed_bytes
-        if self._config.packed_cache is None:
+        if self.config.packed_cache is None:
             self._engine.pack(most_bytes, counts)
         else:
             # Imported here, as only the cache needs safetensors.
             from torch_offload.packed_cache import PackedCache
 
-            PackedCache(self._config.packed_cache).pack(self._engine, most_bytes, counts)
+            PackedCache(self.config.packed_cache).pack(self._engine, most_bytes, counts)
 
     def wrap(self, model: nn.Module, planned: Planned) -> None:
         """Wraps the call of each streamed unit, of each table, and of all that is above one."""
@@ -256,7 +256,7 @@ class _Installation:
         for index, spec in streamed:
             # Noted before it is done: an interrupt in between must not leave it behind.
             self._wrapped.append(weakref.ref(spec.module))
-            wrap_unit(spec.module, self._engine, index, spec.name if self._config.nvtx else None)
+            wrap_unit(spec.module, self._engine, index, spec.name if self.config.nvtx else None)
         embeddings = []
         for table in planned.tables:
             for _, embedding in table.modules:
@@ -318,19 +318,8 @@ class _Installation:
         ]
         self._residents.forget()
         self._gathered.forget()
-        handle = Handle(
-            model,
-            self._engine,
-            self._device,
-            self._config,
-            lambda: self._bytes_resident,
-            self.undo,
-            self._recorder,
-            self.replan,
-            lambda: self._placed,
-            self.note_times,
-        )
-        if self._config.debug:
+        handle = Handle(model, self._engine, self._device, self._recorder, self)
+        if self.config.debug:
             self._recorder.keep()
         LOGGER.info("offloaded: %r", handle)
         vars(model)[HANDLE_KEY] = handle  # the last thing that can be interrupted
@@ -393,7 +382,7 @@ class _Installation:
         cut = self._cut.find(model)
         planned = plan_cut(cut, config, self._budget(config), self._packing, times)
         self._apply(model, planned)
-        self._config = config
+        self.config = config
         self._times = times
         self._adaptation.configure(config)
 
@@ -405,7 +394,7 @@ class _Installation:
         """By the options that there are."""
         knows = self._times is not None and self._times.knows(cut.units)
         times = self._times if knows else None
-        return plan_cut(cut, self._config, budget, packing or self._packing, times)
+        return plan_cut(cut, self.config, budget, packing or self._packing, times)
 
     def _budget(self, config: Config) -> int | None:
         """What weights may take by these options; None where every unit is to stream."""
@@ -416,7 +405,7 @@ class _Installation:
     def _weights_bytes(self) -> int:
         engine = self._engine
         packed_bytes = engine.staging_bytes + engine.packed_resident_bytes
-        return self._bytes_resident + engine.window_bytes + packed_bytes
+        return self.bytes_resident + engine.window_bytes + packed_bytes
 
     def _grow(self, model: nn.Module, budget: int) -> None:
         """Takes what has turned out to be free, or gives back what is not; at the least the window.
@@ -427,7 +416,7 @@ class _Installation:
             cut = self._cut.find(model)
             budget = max(budget, least_budget(cut, self._packing))
             planned = self._plan(cut, budget)
-            if not Placed.of(planned).is_like(self._placed):  # else nothing would move
+            if not Placed.of(planned).is_like(self.placed):  # else nothing would move
                 self._apply(model, planned)
         except (ValueError, _C.StateError, *_MEMORY_ERRORS) as error:
             LOGGER.info("kept the plan: %s", error)
@@ -471,11 +460,11 @@ class _Installation:
             _C.check_host_memory(added_bytes(leaving), HOST_RESERVE_BYTES)
         names = {table.name for table in planned.tables}
         free = [table for table in self._cut.find(model).outsiders.tables if not table.head]
-        now = {table.name for table in free if table.name in self._placed.tables}
+        now = {table.name for table in free if table.name in self.placed.tables}
         to_host = [t for t in free if t.name in names - now]
         to_device = [t for t in free if t.name in now - names]
         moves = [ResidentMove(torch.device("cpu")), ResidentMove(self._device)]
-        former, placed = self._placed, Placed.of(planned)
+        former, placed = self.placed, Placed.of(planned)
         try:
             for table in to_host:
                 moves[0].move(
@@ -484,7 +473,7 @@ class _Installation:
             moved = self._engine.recut(planned.plan, self._ranges(planned.specs))
             moves[1].move(table.weight for table in to_device)
             self._pack_again(planned, *_MEMORY_ERRORS if may_be_raw else ())
-            bytes_resident = self._bytes_resident + moved
+            bytes_resident = self.bytes_resident + moved
             bytes_resident -= sum(table.size_bytes for table in to_host)
             bytes_resident += sum(table.size_bytes for table in to_device)
             former_devices = self._former_devices + [
@@ -504,8 +493,8 @@ class _Installation:
             raise
 
         def adopt() -> None:
-            self._bytes_resident, self._former_devices = bytes_resident, former_devices
-            self._placed = placed
+            self.bytes_resident, self._former_devices = bytes_resident, former_devices
+            self.placed = placed
             self._unwrap()
             self.wrap(model, planned)
 
@@ -514,7 +503,7 @@ class _Installation:
         except BaseException:
             adopt()  # half wrapped is neither plan: the weights lie by the new one
             raise
-        if self._config.debug:
+        if self.config.debug:
             self._recorder.keep()  # the former log tells of another plan
 
     def _lies_as(self, plan: _C.Plan) -> bool:
@@ -530,7 +519,7 @@ class _Installation:
         except bearable as error:
             what_follows = (
                 "the units travel raw"
-                if self._config.masters == "plain"
+                if self.config.masters == "plain"
                 else "the next forward packs the units"
             )
             warn_user(f"{what_follows}, as they could not be packed anew: {error}")
@@ -552,11 +541,11 @@ class _Installation:
         """
         LOGGER.info("cutting the units anew: %d leaves and sublayers", len(specs))
         cut = replace(self._cut.find(model), specs=tuple(specs), granularity="module")
-        budget = self._budget(self._config)
+        budget = self._budget(self.config)
         try:
             if budget is None and self._packing.transport != "packed_resident":
                 window_bytes = self._engine.window_bytes
-                planned = plan_in_window(cut, self._config, window_bytes, self._packing)
+                planned = plan_in_window(cut, self.config, window_bytes, self._packing)
             else:
                 planned = self._plan(cut, budget)
             self._apply(model, planned, may_be_raw=True)
