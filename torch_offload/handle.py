@@ -17,7 +17,7 @@ from torch import nn
 from torch_offload import _C
 from torch_offload._C import StateError
 from torch_offload.config import Config
-from torch_offload.counts import OffloadStats, UnitInfo
+from torch_offload.counts import OffloadStats, UnitInfo, stats_of
 from torch_offload.description import UnitDescription, describe_unit
 from torch_offload.hazards import Finding, check
 from torch_offload.placed import Placed
@@ -115,24 +115,7 @@ class Handle:
         Raises:
             StateError: After `remove`.
         """
-        stats = self._engine.stats
-        return OffloadStats(
-            forwards=stats.forwards,
-            onloads=stats.onloads,
-            prefetched=stats.prefetched,
-            misses=stats.misses,
-            bytes_onloaded=stats.bytes_onloaded,
-            bytes_resident=self._installed.bytes_resident,
-            window_bytes=self._engine.window_bytes,
-            host_bytes=self._engine.host_bytes,
-            cpu_seconds=self._engine.cpu_seconds,
-            hits=stats.hits,
-            extra_places=stats.extra_places,
-            bytes_copied=self._engine.bytes_copied,
-            staging_bytes=self._engine.staging_bytes,
-            file_bytes_locked=self._engine.file_bytes_locked,
-            packed_bytes=self._engine.packed_resident_bytes,
-        )
+        return stats_of(self._engine, self._installed.bytes_resident)
 
     @property
     def units(self) -> Sequence[UnitInfo]:

@@ -17,6 +17,7 @@ from torch_offload.adapting import Adaptation
 from torch_offload.budget import AUTO, budget_on
 from torch_offload.calls import unwrap, wrap_ancestor, wrap_unit
 from torch_offload.config import Config
+from torch_offload.counts import stats_of
 from torch_offload.debugging import LOGGER
 from torch_offload.devices import make_device
 from torch_offload.execution_device import answer_device, give_class_back
@@ -403,9 +404,7 @@ class _Installation:
         return budget_on(config.gpu_budget, self._memory)
 
     def _weights_bytes(self) -> int:
-        engine = self._engine
-        packed_bytes = engine.staging_bytes + engine.packed_resident_bytes
-        return self.bytes_resident + engine.window_bytes + packed_bytes
+        return stats_of(self._engine, self.bytes_resident).device_bytes
 
     def _grow(self, model: nn.Module, budget: int) -> None:
         """Takes what has turned out to be free, or gives back what is not; at the least the window.
