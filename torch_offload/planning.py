@@ -121,6 +121,12 @@ def planned_units(specs: Sequence[UnitSpec]) -> list[_C.Unit]:
     ]
 
 
+def streamed_units(planned: Planned) -> list[tuple[int, UnitSpec]]:
+    """The units that have a place, each with its position among all."""
+    places = planned.plan.places
+    return [(i, spec) for i, spec in enumerate(planned.specs) if places[i] is not None]
+
+
 def plan_cut(
     cut: Cut,
     config: Config,
