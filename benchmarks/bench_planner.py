@@ -18,7 +18,7 @@ from yardstick import Stage, Streamed, Workload, bound, require_equal, shape_id
 
 from torch_offload import _C
 from torch_offload.choice import Packable, choose
-from torch_offload.packing import BF16_SHARE
+from torch_offload.packing import BF16_SHARE, held_bytes
 from torch_offload.planning import Planned, bytes_outside
 from torch_offload.prediction import run_scenario
 
@@ -53,8 +53,7 @@ class Budgets:
         if granularity != self._granularity:
             self._granularity = granularity
             if streamed.extra_bytes is not None:
-                stats = streamed.handle.stats
-                used = streamed.extra_bytes + stats.bytes_resident + stats.window_bytes
+                used = streamed.extra_bytes + streamed.handle.stats.device_bytes
                 self._not_allocated = used - torch.cuda.memory_allocated()
         return streamed
 
@@ -104,8 +103,7 @@ def bench_planning_time(part: Part, leaves: bool, transport: str) -> None:
         choice = choose(units, budget_bytes=int(share * whole), packable=packable)
         seconds.append(time.perf_counter() - begin)
         gaps.append(choice.gap)
-        kept = choice.plan.resident_bytes + choice.packed_resident_bytes
-        assert choice.plan.window_bytes + kept + choice.staging_bytes <= int(share * whole)
+        assert held_bytes(choice.plan, packable.packed_bytes) <= int(share * whole)
     part.figures.update(
         what="planning",
         num_units=len(units),
@@ -259,7 +257,7 @@ def bench_patterns(
     plain, streamed = stage.plain(yardstick), budgets.streamed("sublayer")
     handle, model = streamed.handle, streamed.model
     budget = budgets.budget(_SHARES[3])
-    installation: Any = handle._replan.__self__  # type: ignore[attr-defined]  # no public way
+    installation: Any = handle._installed  # no public way
     cut = installation._cut.find(model)
     specs = (*cut.specs, *cut.outsiders.heads)
     outside = bytes_outside(model, specs, set())

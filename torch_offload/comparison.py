@@ -211,8 +211,7 @@ def _device_bytes(
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if handle is not None:
-        stats = handle.stats
-        return stats.window_bytes + stats.staging_bytes + stats.packed_bytes + stats.bytes_resident
+        return handle.stats.device_bytes
     return _weight_bytes(model) if method == "plain" else None
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch_offload import _C
+
 
 @dataclass(frozen=True)
 class OffloadStats:
@@ -27,6 +29,8 @@ class OffloadStats:
         file_bytes_locked: Bytes of checkpoint files that were brought into memory and page-locked
             so far: each once, and once more whenever it has its turn where not all are locked.
         packed_bytes: The device allocation in which units stay packed.
+        device_bytes: All that weights take on the device: `bytes_resident`, `window_bytes`,
+            `staging_bytes` and `packed_bytes`.
     """
 
     forwards: int
@@ -44,6 +48,37 @@ class OffloadStats:
     staging_bytes: int
     file_bytes_locked: int
     packed_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        """All that weights take on the device, window and ring included."""
+        return self.bytes_resident + self.window_bytes + self.staging_bytes + self.packed_bytes
+
+
+def stats_of(engine: _C.Engine, bytes_resident: int) -> OffloadStats:
+    """Counts of an engine so far, and what stays on the device beside it. Does not block.
+
+    Raises:
+        StateError: If the engine is closed.
+    """
+    stats = engine.stats
+    return OffloadStats(
+        forwards=stats.forwards,
+        onloads=stats.onloads,
+        prefetched=stats.prefetched,
+        misses=stats.misses,
+        bytes_onloaded=stats.bytes_onloaded,
+        bytes_resident=bytes_resident,
+        window_bytes=engine.window_bytes,
+        host_bytes=engine.host_bytes,
+        cpu_seconds=engine.cpu_seconds,
+        hits=stats.hits,
+        extra_places=stats.extra_places,
+        bytes_copied=engine.bytes_copied,
+        staging_bytes=engine.staging_bytes,
+        file_bytes_locked=engine.file_bytes_locked,
+        packed_bytes=engine.packed_resident_bytes,
+    )
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from rich.text import Text
 from torch_offload import _C
 from torch_offload.choice import KERNEL_SHARES, NOMINAL_LINK_BYTES_PER_SECOND, RAW
 from torch_offload.measured_times import measured_times
-from torch_offload.packing import Rates
-from torch_offload.prediction import Prediction, Scenario, held_bytes, predict, predict_plan
+from torch_offload.packing import Rates, held_bytes
+from torch_offload.prediction import Prediction, Scenario, predict, predict_plan
 from torch_offload.profile import Profile
 from torch_offload.rates import format_byte_rate, parse_byte_rate
 from torch_offload.sizes import format_size
@@ -108,7 +108,7 @@ class Explanation:
     def device_bytes(self) -> int:
         """All weights on the device, window and ring included."""
         found = self.prediction
-        return self.outside_bytes + held_bytes(found.scenario, found.plan)
+        return self.outside_bytes + held_bytes(found.plan, found.scenario.packable.packed_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -275,7 +275,11 @@ def explain(
 
 def _other_transport(handle: Handle, scenario: Scenario, placed: Placed) -> OtherTransport | None:
     """What ``"auto"`` would gain where units travel raw, and what they lose where it chose."""
-    budget = None if handle.config.gpu_budget is None else held_bytes(scenario, placed.plan)
+    budget = (
+        None
+        if handle.config.gpu_budget is None
+        else held_bytes(placed.plan, scenario.packable.packed_bytes)
+    )
     if scenario.packable.transport != "raw":
         transport, packable, basis = "raw", RAW, "as they are"
     else:
@@ -329,7 +333,7 @@ def _scenario_of(
 
 
 def _changes(scenario: Scenario, placed: Placed) -> Iterator[Change]:
-    now = held_bytes(scenario, placed.plan)
+    now = held_bytes(placed.plan, scenario.packable.packed_bytes)
     whole = sum(unit.size_bytes for unit in placed.plan.units)
     steps = [step * _GIB for step in _STEPS_GIB]
     if whole < 8 * _GIB:

@@ -15,7 +15,12 @@ from torch_offload.file_tensors import FileTensor
 from torch_offload.sizes import format_size, parse_size
 from torch_offload.units import UnitSpec
 
-Masters = Literal["auto", "mmap", "arena", "packed"]
+#: Where weights that come from a checkpoint wait; `Masters` are those of a model in memory.
+CheckpointMasters = Literal["auto", "mmap", "arena", "packed"]
+_WORDS_OF_OFFLOAD = {
+    "plain": ": offload()'s word for a model that is in memory already; from a checkpoint 'auto' "
+    "streams the same weights without a copy of them, and 'arena' copies them"
+}
 
 # A parameter of which more than half had to be copied is no parameter of a file any more.
 _MOST_COPIED_SHARE = 0.5
@@ -37,21 +42,22 @@ class FileMasters:
         beside_bytes: Host memory that the offloaded model will take beside the files.
     """
 
-    masters: Masters = "auto"
+    masters: CheckpointMasters = "auto"
     host_budget: int | None = None
     views: dict[int, _C.FileView] = field(default_factory=dict)
     beside_bytes: int = 0
 
     @classmethod
-    def asked_for(cls, masters: Masters, host_budget: int | str | None) -> FileMasters:
+    def asked_for(cls, masters: CheckpointMasters, host_budget: int | str | None) -> FileMasters:
         """Checks the two options.
 
         Raises:
             ValueError: For one that cannot be.
         """
-        if masters not in get_args(Masters):
+        if masters not in get_args(CheckpointMasters):
             raise ValueError(
-                f"expected masters to be one of 'auto', 'mmap', 'arena', 'packed', got {masters!r}"
+                "expected masters to be one of 'auto', 'mmap', 'arena', 'packed', got "
+                f"{masters!r}{_WORDS_OF_OFFLOAD.get(str(masters), '')}"
             )
         budget = None if host_budget is None else parse_size(host_budget, "host_budget")
         return cls(masters=masters, host_budget=budget)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from rich.console import Console
@@ -17,7 +17,7 @@ from torch import nn
 from torch_offload import _C
 from torch_offload._C import StateError
 from torch_offload.config import Config
-from torch_offload.counts import OffloadStats, UnitInfo
+from torch_offload.counts import OffloadStats, UnitInfo, stats_of
 from torch_offload.description import UnitDescription, describe_unit
 from torch_offload.hazards import Finding, check
 from torch_offload.placed import Placed
@@ -39,6 +39,34 @@ KEEP: Any = object()
 HANDLE_KEY = "_torch_offload_handle"
 
 
+class Installed(Protocol):
+    """What a handle needs of the one who moved the weights and wrapped the calls.
+
+    Lifetime: the handle owns it; it holds neither handle nor model, or they would form a cycle.
+    """
+
+    @property
+    def config(self) -> Config:
+        """The options that hold now."""
+
+    @property
+    def bytes_resident(self) -> int:
+        """Weights and buffers that stay on the device."""
+
+    @property
+    def placed(self) -> Placed:
+        """Where the weights are now."""
+
+    def replan(self, model: nn.Module, config: Config, times: MeasuredTimes | None) -> None:
+        """Goes on with other options for budget and depth; see `Handle.replan`."""
+
+    def note_times(self, times: MeasuredTimes) -> None:
+        """Lets later plans go by what forwards were measured to take."""
+
+    def undo(self, model: nn.Module) -> None:
+        """Gives the plain model back. Blocks while copying."""
+
+
 class Handle:
     """An offloaded model: counters, report, refresh, and the way back.
 
@@ -55,25 +83,20 @@ class Handle:
         model: nn.Module,
         engine: _C.Engine,
         device: torch.device,
-        config: Config,
-        bytes_resident: Callable[[], int],
-        undo: Callable[[nn.Module], None],
         recorder: Recorder,
-        replan: Callable[[nn.Module, Config, MeasuredTimes | None], None],
-        placed: Callable[[], Placed],
-        note_times: Callable[[MeasuredTimes], None],
+        installed: Installed,
     ) -> None:
         self._model = weakref.ref(model)
         self._engine = engine
-        self._undo = undo
-        self._bytes_resident = bytes_resident
         self._recorder = recorder
-        self._replan = replan
-        self._placed = placed
-        self._note_times = note_times
+        self._installed = installed
         self._last_profile: Profile | None = None
         self.device = device
-        self.config = config
+
+    @property
+    def config(self) -> Config:
+        """The options that hold now: those of `offload`, as `replan` changed them."""
+        return self._installed.config
 
     @property
     def model(self) -> nn.Module | None:
@@ -92,24 +115,7 @@ class Handle:
         Raises:
             StateError: After `remove`.
         """
-        stats = self._engine.stats
-        return OffloadStats(
-            forwards=stats.forwards,
-            onloads=stats.onloads,
-            prefetched=stats.prefetched,
-            misses=stats.misses,
-            bytes_onloaded=stats.bytes_onloaded,
-            bytes_resident=self._bytes_resident(),
-            window_bytes=self._engine.window_bytes,
-            host_bytes=self._engine.host_bytes,
-            cpu_seconds=self._engine.cpu_seconds,
-            hits=stats.hits,
-            extra_places=stats.extra_places,
-            bytes_copied=self._engine.bytes_copied,
-            staging_bytes=self._engine.staging_bytes,
-            file_bytes_locked=self._engine.file_bytes_locked,
-            packed_bytes=self._engine.packed_resident_bytes,
-        )
+        return stats_of(self._engine, self._installed.bytes_resident)
 
     @property
     def units(self) -> Sequence[UnitInfo]:
@@ -243,9 +249,9 @@ class Handle:
             self._recorder,
             self.config,
             self.device,
-            self._bytes_resident(),
+            self._installed.bytes_resident,
             self._keep_profile,
-            self._placed().packable,
+            self._installed.placed.packable,
         )
 
     def _keep_profile(self, profile: Profile) -> None:
@@ -253,7 +259,7 @@ class Handle:
 
         self._last_profile = profile
         if profile.sequence:
-            self._note_times(measured_times(profile))
+            self._installed.note_times(measured_times(profile))
 
     def _profiled(self) -> Profile | None:
         """The last profile, if it is of the units that there are now."""
@@ -338,9 +344,9 @@ class Handle:
 
         if profile is KEEP:
             profile = self._profiled()
-        self._replan(model, config, None if profile is None else measured_times(profile))
+        times = None if profile is None else measured_times(profile)
+        self._installed.replan(model, config, times)
         self._last_profile = profile
-        self.config = config
 
     def explain(self, *, link: str | None = None) -> Explanation:
         """Says what is resident and why, what bounds a forward, and what more memory would change.
@@ -363,7 +369,7 @@ class Handle:
         if self._engine.is_closed:
             raise StateError("expected a live handle, got one after remove(); call offload() again")
         # As it is now: a unit that would not pack as well as was planned travels raw.
-        placed = replace(self._placed(), plan=self._engine.plan)
+        placed = replace(self._installed.placed, plan=self._engine.plan)
         return explain(self, placed, self._profiled(), link)
 
     def refresh(self) -> None:
@@ -399,7 +405,7 @@ class Handle:
         if model is None:
             self._engine.close()
             return
-        self._undo(model)
+        self._installed.undo(model)
 
     def __enter__(self) -> Handle:
         return self
@@ -422,7 +428,7 @@ class Handle:
             f"<torch_offload.Handle of {name} on {self.device}: mode={self.config.mode!r}, "
             f"{len(streamed)} units of {format_size(sum(u.size_bytes for u in streamed))} streamed "
             f"through {format_size(self._engine.window_bytes)}, "
-            f"{format_size(self._bytes_resident())} resident>"
+            f"{format_size(self._installed.bytes_resident)} resident>"
         )
 
 

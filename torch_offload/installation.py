@@ -10,40 +10,40 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from torch_offload import _C
 from torch_offload.adapting import Adaptation
 from torch_offload.budget import AUTO, budget_on
-from torch_offload.calls import unwrap, wrap_ancestor, wrap_unit
 from torch_offload.config import Config
+from torch_offload.counts import stats_of
 from torch_offload.debugging import LOGGER
 from torch_offload.devices import make_device
-from torch_offload.execution_device import answer_device, give_class_back
 from torch_offload.file_masters import FileMasters
-from torch_offload.gathering import gather_rows, stop_gathering
-from torch_offload.guards import Probes, guard, guard_resident, unguard
 from torch_offload.handle import HANDLE_KEY, Handle
 from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes
-from torch_offload.idle import IdleUnits
 from torch_offload.kept_cut import KeptCut
 from torch_offload.leaves import LeafCut
 from torch_offload.measured_times import MeasuredTimes
 from torch_offload.memory import Memory
-from torch_offload.mismatch import MismatchExplainer
-from torch_offload.module_tree import modules_above, parameter_slots
+from torch_offload.module_tree import parameter_slots
 from torch_offload.packed_parameter import packed_class_of
 from torch_offload.packing import Packing
 from torch_offload.placed import Placed
-from torch_offload.planning import Cut, Planned, least_budget, plan_cut, plan_in_window
+from torch_offload.planning import (
+    Cut,
+    Planned,
+    least_budget,
+    plan_cut,
+    plan_in_window,
+    streamed_units,
+)
 from torch_offload.progress import Progress
 from torch_offload.recording import Recorder
 from torch_offload.storage import ResidentMove
 from torch_offload.units import UnitSpec
 from torch_offload.user_warning import warn_user
+from torch_offload.wrapping import Wrapping
 
-# transformers compiles the forward by itself for static caches; it asks this method before.
-_AUTO_COMPILE = "_valid_auto_compile_criteria"
 _MEMORY_ERRORS = (MemoryError, torch.OutOfMemoryError)
 # Smaller weights that stay on the device are not worth locking pages of a file for.
 _LEAST_BYTES_FROM_FILE = 2**20
@@ -90,7 +90,7 @@ def install(
     )
     try:
         installation.move_weights(model, planned, files)
-        installation.wrap(model, planned)
+        installation.wrapping.wrap(model, planned)
         return installation.commit(model)
     except BaseException:
         installation.undo(model)
@@ -131,22 +131,20 @@ class _Installation:
         wants_leaves: bool,
     ) -> None:
         self._device = device
-        self._config = config
+        self.config = config
         self._memory = memory
         self._packing = packing
         self._times: MeasuredTimes | None = None  # of the last profile
         self._cut = KeptCut.of(cut)
-        self._placed = Placed.of(planned)
+        self.placed = Placed.of(planned)
         self._residents = ResidentMove(device)
         self._gathered = ResidentMove(torch.device("cpu"))
-        self._bytes_resident = 0
+        self.bytes_resident = 0
         self._former_devices: list[tuple[weakref.ref[torch.Tensor], torch.device]] = []
-        self._wrapped: list[weakref.ref[nn.Module]] = []
-        self._guarded: list[weakref.ref[nn.Module]] = []
         slots = [slot for spec in planned.specs for slot in parameter_slots(spec, files)]
         self._positions = {name: index for index, (name, *_) in enumerate(slots)}
         try:
-            lock_limit_bytes = files.lock_limit_bytes([spec for _, spec in _streamed(planned)])
+            lock_limit_bytes = files.lock_limit_bytes([spec for _, spec in streamed_units(planned)])
         except MemoryError as error:
             raise FilesNotLockedError(str(error)) from error
         self._engine = _C.Engine(
@@ -157,24 +155,29 @@ class _Installation:
             poison_on_release=config.poison or config.debug,
             parameters=slots,
             plan=planned.plan,
-            ranges=self._ranges(planned.specs),
+            ranges=self._ranges(self.placed.parameters),
             wait_for_each=config.debug,
             lock_limit_bytes=lock_limit_bytes,
             residents=list(files.views.values()),
             packed_class_of=packed_class_of if config.masters == "packed" else None,
         )
         self._recorder = Recorder(self._engine)
-        self._has_files = bool(files.views)
         self._table_views = {
             table.name: view
             for table in cut.outsiders.tables
             if (view := files.view_of(table.weight)) is not None
         }
-        self._save_hook: RemovableHandle | None = None
-        self._idle_units = IdleUnits()
-        self._leaf_cut = LeafCut(model, cut.specs, self._cut_anew) if wants_leaves else None
         self._adaptation = Adaptation(
             model, memory, config, self._weights_bytes, self._shrink, self._grow
+        )
+        self.wrapping = Wrapping(
+            self._engine,
+            device,
+            LeafCut(model, cut.specs, self._cut_anew) if wants_leaves else None,
+            self._adaptation,
+            self._table_views,
+            names_ranges=config.nvtx,
+            finds_edits=bool(files.views),
         )
 
     def move_weights(self, model: nn.Module, planned: Planned, files: FileMasters) -> None:
@@ -191,9 +194,9 @@ class _Installation:
             except MemoryError:  # what cannot be locked goes the ordinary way
                 return None
 
-        streamed = _streamed(planned)
+        streamed = streamed_units(planned)
         tables = {id(table.weight) for table in planned.tables}
-        elsewhere = _parameter_ids(streamed) | tables
+        elsewhere = {id(weight) for _, spec in streamed for _, weight in spec.parameters} | tables
         residents = [
             tensor
             for tensor in (*model.parameters(), *model.buffers())
@@ -203,7 +206,7 @@ class _Installation:
         total_bytes += sum(spec.num_bytes for _, spec in streamed)
         with Progress("moving weights", total_bytes) as progress:
             self._residents.move(residents, from_file, progress.advance)
-            self._bytes_resident = self._residents.size_bytes
+            self.bytes_resident = self._residents.size_bytes
             self._move_streamed(planned, progress)
         for index, _ in streamed[:1]:
             try:
@@ -221,7 +224,7 @@ class _Installation:
             for table in planned.tables
             if not table.head and table.weight.device.type != "cpu"
         )
-        for index, spec in _streamed(planned):
+        for index, spec in streamed_units(planned):
             self._engine.move_in(index)
             progress.advance(spec.num_bytes)
 
@@ -233,81 +236,16 @@ class _Installation:
             counts: Of parameters that have not changed since, by position.
         """
         is_raw = all(way == "raw" for way in planned.plan.transports)
-        if is_raw and self._config.masters == "plain":
+        if is_raw and self.config.masters == "plain":
             return
         most_bytes = planned.packable.packed_bytes
-        if self._config.packed_cache is None:
+        if self.config.packed_cache is None:
             self._engine.pack(most_bytes, counts)
         else:
             # Imported here, as only the cache needs safetensors.
             from torch_offload.packed_cache import PackedCache
 
-            PackedCache(self._config.packed_cache).pack(self._engine, most_bytes, counts)
-
-    def wrap(self, model: nn.Module, planned: Planned) -> None:
-        """Wraps the call of each streamed unit, of each table, and of all that is above one."""
-        streamed = _streamed(planned)
-        explainer = MismatchExplainer(
-            self._device,
-            ((*named, spec.module) for _, spec in streamed for named in spec.parameters),
-            self._leaf_cut.distrust if self._leaf_cut else lambda names: None,
-        )
-        self._answer_device(model, planned)
-        for index, spec in streamed:
-            # Noted before it is done: an interrupt in between must not leave it behind.
-            self._wrapped.append(weakref.ref(spec.module))
-            wrap_unit(spec.module, self._engine, index, spec.name if self._config.nvtx else None)
-        embeddings = []
-        for table in planned.tables:
-            for _, embedding in table.modules:
-                embeddings.append(embedding)
-                self._wrapped.append(weakref.ref(embedding))
-                view = self._table_views.get(table.name)
-                gather_rows(embedding, table.name, self._device, view)
-        # Above a unit that stays as well: it may be given back when memory runs out.
-        inner = {id(spec.module) for spec in planned.specs} | set(map(id, embeddings))
-        for module in modules_above(model, inner):
-            self._wrapped.append(weakref.ref(module))
-            idle_units = self._idle_units if module is model else None
-            wrap_ancestor(
-                module, self._engine, explainer, self._leaf_cut, idle_units, self._adaptation
-            )
-        self._guard(model, planned)
-
-    def _answer_device(self, model: nn.Module, planned: Planned) -> None:
-        """Keeps ``model.device`` what it is without us, where a table is the first parameter."""
-        tables = {id(table.weight) for table in planned.tables}
-        for module in model.modules():
-            first = next(module.parameters(), None)
-            if first is not None and id(first) in tables:
-                self._wrapped.append(weakref.ref(module))
-                answer_device(module, self._device)
-
-    def _guard(self, model: nn.Module, planned: Planned) -> None:
-        """Guards every module with weights or buffers below it.
-
-        Where weights are, or may come to be, elsewhere, against more than where all of them stay.
-        """
-        away = _parameter_ids(list(enumerate(planned.specs)))
-        away |= {id(table.weight) for table in planned.tables}
-        probes = Probes(self._device)
-        holders = {
-            id(module)
-            for module in model.modules()
-            if any(id(parameter) in away for parameter in module._parameters.values())
-        }
-        for module in model.modules():
-            self._guarded.append(weakref.ref(module))
-            if any(id(inner) in holders for inner in module.modules()):
-                guard(module, probes.of(module))
-            elif kinds := probes.of(module):
-                guard_resident(module, kinds)
-        if hasattr(model, _AUTO_COMPILE):
-            vars(model)[_AUTO_COMPILE] = _never
-        if self._has_files:
-            self._save_hook = model.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-                self._before_saving
-            )
+            PackedCache(self.config.packed_cache).pack(self._engine, most_bytes, counts)
 
     def commit(self, model: nn.Module) -> Handle:
         """Lets go of the former weights and returns the handle, which the model keeps."""
@@ -318,19 +256,8 @@ class _Installation:
         ]
         self._residents.forget()
         self._gathered.forget()
-        handle = Handle(
-            model,
-            self._engine,
-            self._device,
-            self._config,
-            lambda: self._bytes_resident,
-            self.undo,
-            self._recorder,
-            self.replan,
-            lambda: self._placed,
-            self.note_times,
-        )
-        if self._config.debug:
+        handle = Handle(model, self._engine, self._device, self._recorder, self)
+        if self.config.debug:
             self._recorder.keep()
         LOGGER.info("offloaded: %r", handle)
         vars(model)[HANDLE_KEY] = handle  # the last thing that can be interrupted
@@ -340,8 +267,7 @@ class _Installation:
     def undo(self, model: nn.Module) -> None:
         """Gives the plain model back, from whatever point was reached. Blocks while copying."""
         elsewhere = self._engine.move_out()
-        self._unwrap()
-        vars(model).pop(_AUTO_COMPILE, None)
+        self.wrapping.unwrap(model)
         vars(model).pop(HANDLE_KEY, None)
         self._residents.undo()
         self._gathered.undo()
@@ -358,33 +284,12 @@ class _Installation:
                 "are on the CPU now"
             )
 
-    def _before_saving(self, *args: object) -> None:
-        """What is saved is what the next forward computes with: no edit has been missed."""
-        if not self._engine.is_closed and not self._engine.in_pass:
-            self._engine.find_edits()
-
-    def _unwrap(self) -> None:
-        for reference in self._wrapped:
-            if (module := reference()) is not None:
-                unwrap(module)
-                stop_gathering(module)
-                give_class_back(module)
-        self._wrapped.clear()
-        if self._save_hook is not None:
-            self._save_hook.remove()
-            self._save_hook = None
-        for reference in self._guarded:
-            if (module := reference()) is not None:
-                unguard(module)
-        self._guarded.clear()
-
-    def _ranges(self, specs: Sequence[UnitSpec]) -> list[tuple[int, int]]:
+    def _ranges(self, parameters: Sequence[Sequence[str]]) -> list[tuple[int, int]]:
         """Each unit's run of consecutive positions in the engine's list of parameters."""
-        ranges = []
-        for spec in specs:
-            first = self._positions[spec.parameters[0][0]]
-            ranges.append((first, first + len(spec.parameters)))
-        return ranges
+        firsts = [self._positions[names[0]] for names in parameters]
+        return [
+            (first, first + len(names)) for first, names in zip(firsts, parameters, strict=True)
+        ]
 
     # --- other plans -------------------------------------------------------------------------
 
@@ -393,7 +298,7 @@ class _Installation:
         cut = self._cut.find(model)
         planned = plan_cut(cut, config, self._budget(config), self._packing, times)
         self._apply(model, planned)
-        self._config = config
+        self.config = config
         self._times = times
         self._adaptation.configure(config)
 
@@ -405,7 +310,7 @@ class _Installation:
         """By the options that there are."""
         knows = self._times is not None and self._times.knows(cut.units)
         times = self._times if knows else None
-        return plan_cut(cut, self._config, budget, packing or self._packing, times)
+        return plan_cut(cut, self.config, budget, packing or self._packing, times)
 
     def _budget(self, config: Config) -> int | None:
         """What weights may take by these options; None where every unit is to stream."""
@@ -414,9 +319,7 @@ class _Installation:
         return budget_on(config.gpu_budget, self._memory)
 
     def _weights_bytes(self) -> int:
-        engine = self._engine
-        packed_bytes = engine.staging_bytes + engine.packed_resident_bytes
-        return self._bytes_resident + engine.window_bytes + packed_bytes
+        return stats_of(self._engine, self.bytes_resident).device_bytes
 
     def _grow(self, model: nn.Module, budget: int) -> None:
         """Takes what has turned out to be free, or gives back what is not; at the least the window.
@@ -427,7 +330,7 @@ class _Installation:
             cut = self._cut.find(model)
             budget = max(budget, least_budget(cut, self._packing))
             planned = self._plan(cut, budget)
-            if not Placed.of(planned).is_like(self._placed):  # else nothing would move
+            if not Placed.of(planned).is_like(self.placed):  # else nothing would move
                 self._apply(model, planned)
         except (ValueError, _C.StateError, *_MEMORY_ERRORS) as error:
             LOGGER.info("kept the plan: %s", error)
@@ -462,7 +365,7 @@ class _Installation:
             MemoryError: If host or device memory is missing; all is then as it was.
         """
         LOGGER.info("planning anew: %d units", len(planned.specs))
-        streamed = [spec for _, spec in _streamed(planned)]
+        streamed = [spec for _, spec in streamed_units(planned)]
         leaving: list[list[torch.Tensor]] = [
             [parameter for _, parameter in spec.parameters if parameter.device.type != "cpu"]
             for spec in streamed
@@ -471,20 +374,20 @@ class _Installation:
             _C.check_host_memory(added_bytes(leaving), HOST_RESERVE_BYTES)
         names = {table.name for table in planned.tables}
         free = [table for table in self._cut.find(model).outsiders.tables if not table.head]
-        now = {table.name for table in free if table.name in self._placed.tables}
+        now = {table.name for table in free if table.name in self.placed.tables}
         to_host = [t for t in free if t.name in names - now]
         to_device = [t for t in free if t.name in now - names]
         moves = [ResidentMove(torch.device("cpu")), ResidentMove(self._device)]
-        former, placed = self._placed, Placed.of(planned)
+        former, placed = self.placed, Placed.of(planned)
         try:
             for table in to_host:
                 moves[0].move(
                     [table.weight], partial(_shown_again, self._table_views.get(table.name))
                 )
-            moved = self._engine.recut(planned.plan, self._ranges(planned.specs))
+            moved = self._engine.recut(planned.plan, self._ranges(placed.parameters))
             moves[1].move(table.weight for table in to_device)
             self._pack_again(planned, *_MEMORY_ERRORS if may_be_raw else ())
-            bytes_resident = self._bytes_resident + moved
+            bytes_resident = self.bytes_resident + moved
             bytes_resident -= sum(table.size_bytes for table in to_host)
             bytes_resident += sum(table.size_bytes for table in to_device)
             former_devices = self._former_devices + [
@@ -496,7 +399,7 @@ class _Installation:
         except BaseException:
             try:
                 if not self._lies_as(former.plan):  # an interrupt may strike just behind a success
-                    self._engine.recut(former.plan, self._ranges_of(former.parameters))
+                    self._engine.recut(former.plan, self._ranges(former.parameters))
                     self._pack_again(former, Exception)
             finally:
                 for move in moves:
@@ -504,17 +407,17 @@ class _Installation:
             raise
 
         def adopt() -> None:
-            self._bytes_resident, self._former_devices = bytes_resident, former_devices
-            self._placed = placed
-            self._unwrap()
-            self.wrap(model, planned)
+            self.bytes_resident, self._former_devices = bytes_resident, former_devices
+            self.placed = placed
+            self.wrapping.unwrap(model)
+            self.wrapping.wrap(model, planned)
 
         try:
             adopt()
         except BaseException:
             adopt()  # half wrapped is neither plan: the weights lie by the new one
             raise
-        if self._config.debug:
+        if self.config.debug:
             self._recorder.keep()  # the former log tells of another plan
 
     def _lies_as(self, plan: _C.Plan) -> bool:
@@ -530,16 +433,10 @@ class _Installation:
         except bearable as error:
             what_follows = (
                 "the units travel raw"
-                if self._config.masters == "plain"
+                if self.config.masters == "plain"
                 else "the next forward packs the units"
             )
             warn_user(f"{what_follows}, as they could not be packed anew: {error}")
-
-    def _ranges_of(self, parameters: Sequence[Sequence[str]]) -> list[tuple[int, int]]:
-        firsts = [self._positions[names[0]] for names in parameters]
-        return [
-            (first, first + len(names)) for first, names in zip(firsts, parameters, strict=True)
-        ]
 
     def _cut_anew(self, model: nn.Module, specs: list[UnitSpec]) -> None:
         """Goes on with other units. Blocks until nothing is in flight.
@@ -552,11 +449,11 @@ class _Installation:
         """
         LOGGER.info("cutting the units anew: %d leaves and sublayers", len(specs))
         cut = replace(self._cut.find(model), specs=tuple(specs), granularity="module")
-        budget = self._budget(self._config)
+        budget = self._budget(self.config)
         try:
             if budget is None and self._packing.transport != "packed_resident":
                 window_bytes = self._engine.window_bytes
-                planned = plan_in_window(cut, self._config, window_bytes, self._packing)
+                planned = plan_in_window(cut, self.config, window_bytes, self._packing)
             else:
                 planned = self._plan(cut, budget)
             self._apply(model, planned, may_be_raw=True)
@@ -582,16 +479,3 @@ def _shown_again(view: _C.FileView | None, tensor: torch.Tensor) -> torch.Tensor
         torch.equal(part.cpu().view(torch.uint8), known.view(torch.uint8)) for part, known in parts
     )
     return shown if is_same else None
-
-
-def _never(*args: object, **kwargs: object) -> bool:
-    return False
-
-
-def _streamed(planned: Planned) -> list[tuple[int, UnitSpec]]:
-    places = planned.plan.places
-    return [(i, spec) for i, spec in enumerate(planned.specs) if places[i] is not None]
-
-
-def _parameter_ids(streamed: Sequence[tuple[int, UnitSpec]]) -> set[int]:
-    return {id(parameter) for _, spec in streamed for _, parameter in spec.parameters}

@@ -21,7 +21,7 @@ from torch_offload.host_memory import HOST_RESERVE_BYTES, added_bytes, taken_on_
 from torch_offload.installation import FilesNotLockedError, install
 from torch_offload.memory import Memory, memory_of
 from torch_offload.packing import Packing, packed_host_bytes
-from torch_offload.planning import Cut, Planned, cut_model, plan_best, plan_cut
+from torch_offload.planning import Cut, Planned, cut_model, plan_best, plan_cut, streamed_units
 from torch_offload.transport import packing_for
 from torch_offload.user_warning import warn_user
 
@@ -148,11 +148,7 @@ def offload_with(
     if files.views and not wants_leaves:  # leaves are cut from them in module order
         cut = replace(cut, specs=tuple(files.in_file_order(cut.specs)))
     planned = plan_cut(cut, config, budget, packing)
-    streamed = [
-        spec
-        for spec, place in zip(planned.specs, planned.plan.places, strict=True)
-        if place is not None
-    ]
+    streamed = [spec for _, spec in streamed_units(planned)]
     needed = _beside_masters(planned, config) + added_bytes(
         [parameter for _, parameter in spec.parameters if files.view_of(parameter) is None]
         for spec in streamed

@@ -185,6 +185,12 @@ def packed_resident_bytes(plan: _C.Plan, packed_bytes: Sequence[int]) -> int:
     return sum(_sizes_of("packed_resident", plan, packed_bytes))
 
 
+def held_bytes(plan: _C.Plan, packed_bytes: Sequence[int]) -> int:
+    """What a plan's units take on the device: window, ring, and those that stay, packed or not."""
+    kept = plan.resident_bytes + packed_resident_bytes(plan, packed_bytes)
+    return plan.window_bytes + staging_bytes(plan, packed_bytes) + kept
+
+
 def packed_host_bytes(plan: _C.Plan, packed_bytes: Sequence[int]) -> int:
     """Page-locked memory of packed units beside plain masters: those that stay share one piece."""
     travel = _sizes_of("packed", plan, packed_bytes)

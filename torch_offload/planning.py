@@ -11,7 +11,7 @@ from torch_offload import _C
 from torch_offload.choice import RAW, Packable, Times, choose, choose_transports
 from torch_offload.config import Config
 from torch_offload.measured_times import MeasuredTimes
-from torch_offload.packing import Packing, packed_resident_bytes, staging_bytes
+from torch_offload.packing import Packing, held_bytes, packed_resident_bytes, staging_bytes
 from torch_offload.sizes import format_size
 from torch_offload.storage import pieces
 from torch_offload.tables import Outsiders, Table, find_outsiders
@@ -60,8 +60,7 @@ class Planned:
     @property
     def device_bytes(self) -> int:
         """All weights on the device, window and ring included."""
-        raw = self.outside_bytes + self.plan.window_bytes + self.plan.resident_bytes
-        return raw + self.staging_bytes + self.packed_resident_bytes
+        return self.outside_bytes + held_bytes(self.plan, self.packable.packed_bytes)
 
 
 @dataclass(frozen=True)
@@ -120,6 +119,12 @@ def planned_units(specs: Sequence[UnitSpec]) -> list[_C.Unit]:
         )
         for spec in specs
     ]
+
+
+def streamed_units(planned: Planned) -> list[tuple[int, UnitSpec]]:
+    """The units that have a place, each with its position among all."""
+    places = planned.plan.places
+    return [(i, spec) for i, spec in enumerate(planned.specs) if places[i] is not None]
 
 
 def plan_cut(

@@ -11,6 +11,7 @@ from torch_offload.bounds import Bound, bound_of
 from torch_offload.choice import RAW, Packable, choose, choose_transports
 from torch_offload.packing import (
     copied_bytes,
+    held_bytes,
     packed_host_bytes,
     packed_masters_bytes,
     packed_resident_bytes,
@@ -86,7 +87,9 @@ class Prediction:
     @property
     def device_bytes(self) -> int:
         """Weights on the device: window, ring, what stays, and what no unit holds."""
-        return held_bytes(self.scenario, self.plan) + self.scenario.outside_bytes
+        return self.scenario.outside_bytes + held_bytes(
+            self.plan, self.scenario.packable.packed_bytes
+        )
 
     @property
     def staging_bytes(self) -> int:
@@ -197,14 +200,7 @@ def predicted_ms(scenario: Scenario) -> tuple[float, int]:
     """
     plan = plan_for(scenario)
     run = run_scenario(scenario, plan, log=False)
-    return run.pass_ms(_PASSES - 1), held_bytes(scenario, plan)
-
-
-def held_bytes(scenario: Scenario, plan: _C.Plan) -> int:
-    """What window, ring and units that stay take on the device, packed or not."""
-    packed = scenario.packable.packed_bytes
-    kept = plan.resident_bytes + packed_resident_bytes(plan, packed)
-    return plan.window_bytes + kept + staging_bytes(plan, packed)
+    return run.pass_ms(_PASSES - 1), held_bytes(plan, scenario.packable.packed_bytes)
 
 
 def run_scenario(

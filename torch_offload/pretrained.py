@@ -22,7 +22,7 @@ from torch_offload.checkpoint import (
 )
 from torch_offload.config import Config
 from torch_offload.debugging import LOGGER
-from torch_offload.file_masters import FileMasters, Masters, read_file_tensors
+from torch_offload.file_masters import CheckpointMasters, FileMasters, read_file_tensors
 from torch_offload.file_tensors import FileTensor
 from torch_offload.handle import Handle
 from torch_offload.offload import offload, offload_with
@@ -40,7 +40,7 @@ def from_pretrained(
     folder: str | Path,
     *model_args: Any,
     device: torch.device | str | int | None = None,
-    masters: Masters = "auto",
+    masters: CheckpointMasters = "auto",
     host_budget: int | str | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -105,7 +105,7 @@ def offload_from_checkpoint(
     folder: str | Path,
     device: torch.device | str | int | None = None,
     *,
-    masters: Masters = "auto",
+    masters: CheckpointMasters = "auto",
     host_budget: int | str | None = None,
     **options: Any,
 ) -> Handle:
@@ -154,7 +154,7 @@ def _outside_inference_mode() -> Iterator[None]:
         yield
 
 
-def _config_of(options: dict[str, Any], folder: str | Path, masters: Masters) -> Config:
+def _config_of(options: dict[str, Any], folder: str | Path, masters: CheckpointMasters) -> Config:
     """The options of `offload`; ``packed_cache=True`` is a folder in the checkpoint's."""
     if options.get("packed_cache") is True:
         if not Path(folder).is_dir():

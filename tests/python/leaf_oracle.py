@@ -18,7 +18,8 @@ from tests.python.models import CASES
 
 def leaf_cut_of(handle: torch_offload.Handle) -> Any:
     """What decides about leaves; the handle shows it to nobody."""
-    leaf_cut = handle._undo.__self__._leaf_cut
+    installation: Any = handle._installed
+    leaf_cut = installation.wrapping._leaf_cut
     assert leaf_cut is not None, "not offloaded with granularity='module'"
     return leaf_cut
 

@@ -31,11 +31,6 @@ def weights_bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def used_bytes(handle: Handle) -> int:
-    stats = handle.stats
-    return stats.bytes_resident + stats.window_bytes + stats.staging_bytes + stats.packed_bytes
-
-
 def ways_of(handle: Handle) -> list[str]:
     return ["resident" if unit.place is None else unit.transport for unit in handle.units]
 
@@ -54,7 +49,7 @@ def test_auto_is_equal_and_uses_just_the_bytes_that_were_predicted(
         for _ in range(4):
             assert_equal(run(model), expected)
         found = handle.explain()
-        assert found.device_bytes == used_bytes(handle) <= budget
+        assert found.device_bytes == handle.stats.device_bytes <= budget
         before = handle.stats
         with handle.record():
             assert_equal(run(model), expected)
@@ -97,7 +92,7 @@ def test_auto_without_a_budget_streams_packed() -> None:
     with offload(model, HOST, transport="auto", gpu_budget=None) as handle:
         assert_equal(run(model), expected)
         assert set(ways_of(handle)) == {"packed"}
-        assert handle.explain().device_bytes == used_bytes(handle)
+        assert handle.explain().device_bytes == handle.stats.device_bytes
 
 
 def test_auto_of_weights_that_do_not_pack_is_the_raw_plan() -> None:
@@ -121,7 +116,9 @@ def test_replanning_keeps_bits_and_budgets() -> None:
         for percent in (120, 80, 60, 40, 75, 90):
             handle.replan(gpu_budget=whole * percent // 100)
             assert_equal(run(model), expected)
-            assert handle.explain().device_bytes == used_bytes(handle) <= whole * percent // 100
+            assert (
+                handle.explain().device_bytes == handle.stats.device_bytes <= whole * percent // 100
+            )
             seen.update(ways_of(handle))
         assert {"packed_resident", "resident"} <= seen
 
@@ -142,7 +139,7 @@ def test_weights_that_pack_worse_once_they_are_edited_keep_the_budget() -> None:
             twin = deep_llama()
             twin.load_state_dict(model.state_dict())
             assert_equal(run(model), run(twin))
-            assert used_bytes(handle) <= int(share * weights_bytes(model))
+            assert handle.stats.device_bytes <= int(share * weights_bytes(model))
         unit = handle.units[edited]
         assert unit.transport == "raw"
         assert unit.name not in (*handle.explain().packed, *handle.explain().packed_resident)
@@ -197,7 +194,7 @@ def test_replan_by_a_profile_keeps_bits_and_the_budget(
     for given in (profile, None):
         handle.replan(profile=given)
         assert_equal(run(model), expected)
-        assert used_bytes(handle) <= budget
+        assert handle.stats.device_bytes <= budget
 
 
 def test_replan_goes_by_measured_times_until_told_otherwise(

@@ -136,7 +136,7 @@ class TestReplan:
                 raise torch.OutOfMemoryError("planted")
 
             with monkeypatch.context() as patch:
-                patch.setattr(handle._replan.__self__, "_engine", _FailingEngine(handle, fail))  # type: ignore[attr-defined]
+                patch.setattr(handle._installed, "_engine", _FailingEngine(handle, fail))
                 with pytest.raises(torch.OutOfMemoryError, match="planted"):
                     handle.replan(gpu_budget=whole)
             assert [u.place for u in handle.units] == [u.place for u in before]

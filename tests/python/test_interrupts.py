@@ -186,7 +186,7 @@ def test_out_of_memory_in_a_layer_leaves_the_model_at_rest(device: torch.device,
 def test_interrupt_while_removing_can_be_followed_by_remove(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torch_offload import installation
+    from torch_offload import wrapping
 
     model = tiny_stack(3)
     before = expect.snapshot(model)
@@ -196,7 +196,7 @@ def test_interrupt_while_removing_can_be_followed_by_remove(
         raise KeyboardInterrupt
 
     for step in ("unwrap", "unguard"):
-        monkeypatch.setattr(installation, step, interrupted)
+        monkeypatch.setattr(wrapping, step, interrupted)
         with pytest.raises(KeyboardInterrupt):
             handle.remove()
         monkeypatch.undo()

@@ -47,25 +47,30 @@ def test_failure_while_moving_weights_is_undone(
 
 
 @pytest.mark.parametrize(
-    ("step", "k"),
+    ("module", "step", "k"),
     [
-        *(("wrap_unit", k) for k in (0, 1, 5)),
-        *(("wrap_ancestor", k) for k in (0, 1)),
-        *(("guard", k) for k in (0, 1, 5)),
-        *(("_streamed", k) for k in (0, 1)),
-        ("Handle", 0),
-        ("Probes", 0),
+        *(("wrapping", "wrap_unit", k) for k in (0, 1, 5)),
+        *(("wrapping", "wrap_ancestor", k) for k in (0, 1)),
+        *(("wrapping", "guard", k) for k in (0, 1, 5)),
+        *(("installation", "streamed_units", k) for k in (0, 1)),
+        ("wrapping", "streamed_units", 0),
+        ("installation", "Handle", 0),
+        ("wrapping", "Probes", 0),
     ],
 )
 @pytest.mark.parametrize("is_before", [True, False])
 def test_failure_while_wrapping_is_undone(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, step: str, k: int, is_before: bool
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    step: str,
+    k: int,
+    is_before: bool,
 ) -> None:
-    from torch_offload import installation
-
     model = tiny_stack()
     before = expect.snapshot(model)
-    real = getattr(installation, step)
+    owner = getattr(torch_offload, module)
+    real = getattr(owner, step)
     calls = 0
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -78,7 +83,7 @@ def test_failure_while_wrapping_is_undone(
             raise KeyboardInterrupt("planted")
         return result
 
-    monkeypatch.setattr(installation, step, failing)
+    monkeypatch.setattr(owner, step, failing)
     with pytest.raises(KeyboardInterrupt, match="planted"):
         torch_offload.offload(model, device)
     assert calls == k + 1

@@ -128,7 +128,7 @@ def test_forward_that_began_before_the_cut_puts_it_off(monkeypatch: pytest.Monke
 
 def placed(handle: torch_offload.Handle) -> Any:
     """The plan as Python has it: the engine tells only the thread that runs a forward."""
-    return handle._placed().plan
+    return handle._installed.placed.plan
 
 
 def test_idle_units_are_told_after_a_later_forward() -> None:
@@ -178,7 +178,7 @@ def test_tables_come_back_whatever_the_engine_says(monkeypatch: pytest.MonkeyPat
         least = least_named(handle)
         with monkeypatch.context() as patch:
             patch.setattr(installation, "ResidentMove", Noting)
-            patch.setattr(handle._replan.__self__, "_engine", Busy(handle._engine))  # type: ignore[attr-defined]
+            patch.setattr(handle._installed, "_engine", Busy(handle._engine))
             with pytest.raises(torch_offload.StateError):
                 handle.replan(gpu_budget=least)
         weight = model.model.embed_tokens.weight

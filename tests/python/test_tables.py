@@ -179,14 +179,14 @@ class TestDevice:
     def test_class_keeps_its_name_and_comes_back(
         self, model: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from torch_offload import installation
+        from torch_offload import wrapping
         from torch_offload.execution_device import answer_device
 
         plain, inner = type(model), type(model.model)
         # On the host device the answer is right anyway: as if the model ran elsewhere.
         elsewhere = torch.device("meta")
         monkeypatch.setattr(
-            installation, "answer_device", lambda module, _: answer_device(module, elsewhere)
+            wrapping, "answer_device", lambda module, _: answer_device(module, elsewhere)
         )
         with torch_offload.offload(model, HOST, gpu_budget=least_of(model)):
             for module, was in ((model, plain), (model.model, inner)):
