@@ -95,17 +95,62 @@ def test_looking_at_a_run(number: int, folder: Path, device: torch.device) -> No
     assert made == [{"p.json"}, {"t.png"}, set()][number]
 
 
-def test_results_in_the_readme_are_what_the_script_makes_of_the_json() -> None:
+def test_tables_are_what_one_run_of_the_script_makes_of_the_json(tmp_path: Path) -> None:
+    files = {ROOT / "README.md": "chosen results", ROOT / "docs/figures.md": "results"}
+    copies = {}
+    for path, kind in files.items():
+        before, mark, rest = path.read_text().partition(f"<!-- {kind} -->\n")
+        end = f"<!-- /{kind} -->"
+        block, _, after = rest.partition(end)
+        assert block.count("\n|") > 5, f"{path.name} has no table of {kind}"
+        copies[path] = tmp_path / path.name
+        copies[path].write_text(f"{before}{mark}{end}{after}")
+    subprocess.run(
+        [sys.executable, "tools/results_table.py", "--write", *copies.values()],
+        cwd=ROOT,
+        check=True,
+    )
+    for path, copied in copies.items():
+        assert copied.read_text() == path.read_text(), "run tools/results_table.py --write"
+
+
+@pytest.mark.parametrize("text", ["", "<!-- results -->\n", "<!-- /results --><!-- results -->"])
+def test_file_without_its_two_marks_fails_and_stays(text: str, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(text)
     made = subprocess.run(
-        [sys.executable, "tools/results_table.py"],
+        [sys.executable, "tools/results_table.py", "--write", tmp_path / "page.md"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    text = (ROOT / "README.md").read_text()
-    block = text.partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
-    assert block.strip() == made.stdout.strip(), "run tools/results_table.py --write README.md"
+    assert made.returncode == 1
+    assert "expected one block" in made.stderr
+    assert (tmp_path / "page.md").read_text() == text
+
+
+def test_links_lead_somewhere() -> None:
+    """Files and headings, of all pages, by the names that GitHub gives to headings."""
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    pages += [*(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/results/README.md"]
+    dead = []
+    for page in pages:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if "://" in target:
+                continue
+            file, _, anchor = target.partition("#")
+            path = (page.parent / file).resolve() if file else page
+            if not path.exists() or (anchor and anchor not in anchors_of(path)):
+                dead.append(f"{page.name}: {target}")
+    assert not dead
+
+
+def anchors_of(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
+        for heading in headings
+    }
 
 
 def test_no_block_is_left_out() -> None:
