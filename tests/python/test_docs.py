@@ -176,3 +176,44 @@ def test_tests_that_design_names_are_where_it_says() -> None:
         if file not in files or name not in files[file].read_text()
     ]
     assert not missing
+
+
+_IN_SHORT_BESIDE_THE_CODE = {"Two lanes, or one ring"}
+
+
+def test_every_note_is_told_once() -> None:
+    """A title alone on its line, or before a colon, tells it; any other mention refers to it."""
+    homes: dict[str, list[str]] = {}
+    mentioned: dict[str, str] = {}
+    for path in sources("csrc", "torch_offload", "docs", "tests", "benchmarks", "tools"):
+        text, name = path.read_text(), path.relative_to(ROOT).as_posix()
+        for title in re.findall(r"^\W*Note \[([^\]\n]+)\](?::.*)?$", text, re.MULTILINE):
+            homes.setdefault(title, []).append(name)
+        on_one_line = re.sub(r"\s*\n\s*(?:///?|#)?\s*", " ", text)
+        mentioned.update(dict.fromkeys(re.findall(r"Note \[([^\]]+)\]", on_one_line), name))
+    assert len(homes) > 20
+    twice = {title: where for title, where in homes.items() if len(where) > 1}
+    assert set(twice) <= _IN_SHORT_BESIDE_THE_CODE, twice
+    assert {title: where for title, where in mentioned.items() if title not in homes} == {}
+
+
+def sources(*folders: str) -> list[Path]:
+    kinds = {".cpp", ".cu", ".h", ".md", ".py"}
+    return [
+        path
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in kinds and path != Path(__file__)
+    ]
+
+
+def test_picture_of_design_names_every_source() -> None:
+    text = (ROOT / "docs/design.md").read_text()
+    picture = text[text.index("## The picture") : text.index("Arrows point down only")]
+    named = set(re.findall(r"\w+", picture))
+    shown = list((ROOT / "torch_offload").glob("*.py"))
+    shown += [path.parent for path in (ROOT / "torch_offload").glob("*/__init__.py")]
+    for folder in ("bindings", "check", "core", "cuda", "host", "params", "planner", "sim"):
+        shown += (ROOT / "csrc" / folder).glob("*.c*")
+    made = {"__init__", "__main__", "_build_info", "_version"}
+    assert {path.stem for path in shown} - named == made & {path.stem for path in shown}
