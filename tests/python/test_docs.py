@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,23 @@ def test_file_without_its_two_marks_fails_and_stays(text: str, tmp_path: Path) -
     assert made.returncode == 1
     assert "expected one block" in made.stderr
     assert (tmp_path / "page.md").read_text() == text
+
+
+def test_every_result_is_in_the_list_of_results_and_what_that_names_is_there() -> None:
+    folder = ROOT / "benchmarks" / "results"
+    rows = [row for row in (folder / "README.md").read_text().splitlines() if row[:3] == "| `"]
+    first_cells = [row.split("|")[1] for row in rows]
+    named = {name for cell in first_cells for name in re.findall(r"`([^`]+)`", cell)}
+    kept = {path.name for path in folder.glob("*.json")}
+    kept |= {f"{path.parent.name}/" for path in folder.glob("*/*.json")} - {"tiny/"}
+    assert not {name for name in kept if not any(fnmatch(name, pattern) for pattern in named)}
+    absent = {pattern for pattern in named if not any(fnmatch(name, pattern) for name in kept)}
+    assert not [
+        pattern
+        for pattern in absent
+        for cell in first_cells
+        if f"`{pattern}`" in cell and "not kept yet" not in cell
+    ]
 
 
 def test_links_lead_somewhere() -> None:
