@@ -13,7 +13,7 @@ from clocks import DEVICE, ON_GPU, Run, synchronize
 from conftest import Reference
 from observe import Counting
 from records import Part
-from yardstick import YARDSTICK, Stage, Workload, bound, require_equal, shape_id
+from yardstick import YARDSTICK, Pair, Stage, Workload, shape_id
 
 # What a serving thread does in between, as a stand-in: hashing a small request. About 10 us.
 _REQUEST = bytes(range(256)) * 32
@@ -92,25 +92,18 @@ def bench_cpu_free(
     Eager launching of the model's own kernels keeps the thread as well: the plain model's is told
     apart, and so is what is spent inside our calls.
     """
-    shape = yardstick.shapes[shape_index]
-    tokens = yardstick.tokens(shape)
-    plain = stage.plain(yardstick)
-    streamed = stage.streamed(yardstick, mode=mode)
-    require_equal(plain, streamed.model, tokens)
-    plain_run, streamed_run = bound(plain, tokens), bound(streamed.model, tokens)
-    floor_ms = reference.floor_ms(streamed.streamed_bytes)
-    plain_ms = reference.plain_ms(yardstick, shape)
+    pair = Pair.of(stage, yardstick, shape_index, mode=mode)
+    floor_ms = reference.floor_ms(pair.streamed.streamed_bytes)
+    plain_ms = reference.plain_ms(yardstick, pair.shape)
     forwards = part.rounds(4, 2 * (plain_ms + floor_ms) * 1e-3)
     piece_seconds = _work_seconds(0.01 if part.tiny else 0.2)
-    plain_shares = _measure(plain_run, forwards, piece_seconds)
-    with Counting(streamed) as counting:
-        shares = _measure(streamed_run, forwards, piece_seconds)
+    plain_shares = _measure(pair.plain_run, forwards, piece_seconds)
+    with Counting(pair.streamed) as counting:
+        shares = _measure(pair.streamed_run, forwards, piece_seconds)
     ours_ms = counting.per_forward()["cpu_seconds"] * 1e3
     part.figures.update(
-        what="cpu_free",
-        shape=shape_id(shape),
+        **pair.header("cpu_free"),
         shape_index=shape_index,
-        **streamed.describe(),
         piece_us=piece_seconds * 1e6,
         plain=vars(plain_shares),
         streamed=vars(shares),
@@ -119,7 +112,6 @@ def bench_cpu_free(
         submit_ms=shares.in_forward * shares.wall_ms,
         blocked_ms=(shares.in_forward - shares.busy_in_forward) * shares.wall_ms,
         forwards=forwards,
-        bit_equal=True,
     )
 
 

@@ -10,12 +10,10 @@ from clocks import HostCost, Stamp, alternate, spread, synchronize
 from conftest import Reference
 from observe import Counting, runtime_calls
 from records import Part
-from yardstick import DEEP, Stage, Workload, bound, require_equal, shape_id
+from yardstick import DEEP, Pair, Stage, Workload, shapes_of
 
 
-@pytest.mark.parametrize(
-    "shape_index", range(len(DEEP.shapes)), ids=[shape_id(shape) for shape in DEEP.shapes]
-)
+@shapes_of(DEEP)
 @pytest.mark.benchmark(group="torch_offload.deep.device-time-of-2", timer=Stamp)
 def bench_forward_deep(
     benchmark: Any,
@@ -30,37 +28,31 @@ def bench_forward_deep(
     When the queue of launches is full the driver makes the caller wait, whoever launches: what the
     plain model's caller waits for is not ours.
     """
-    shape = deep.shapes[shape_index]
-    tokens = deep.tokens(shape)
-    plain = stage.plain(deep)
-    streamed = stage.streamed(deep)
-    require_equal(plain, streamed.model, tokens)
+    pair = Pair.of(stage, deep, shape_index)
+    streamed = pair.streamed
     expected_floor_ms = reference.floor_ms(streamed.streamed_bytes)
-    round_s = 3 * (reference.plain_ms(deep, shape) * 2 + 2 * expected_floor_ms) * 1e-3
-    plain_run, streamed_run = bound(plain, tokens), bound(streamed.model, tokens)
+    round_s = 3 * (reference.plain_ms(deep, pair.shape) * 2 + 2 * expected_floor_ms) * 1e-3
     with Counting(streamed) as counting:
         times = alternate(
             benchmark,
-            plain_run,
-            streamed_run,
+            pair.plain_run,
+            pair.streamed_run,
             forwards=2,
             rounds=part.rounds(3, round_s),
             masters=functools.partial(reference.link.copy_from, streamed.masters),
         )
     costs = {}
-    for name, run in (("plain", plain_run), ("streamed", streamed_run)):
+    for name, run in (("plain", pair.plain_run), ("streamed", pair.streamed_run)):
         synchronize()
         costs[name] = HostCost.of(run)
         synchronize()
-    calls = runtime_calls(plain_run, 1), runtime_calls(streamed_run, 1)
+    calls = runtime_calls(pair.plain_run, 1), runtime_calls(pair.streamed_run, 1)
     resident, ours = spread(times.plain_ms), spread(times.streamed_ms)
     masters = spread(times.masters_ms)
     roofline_ms = max(masters["median"], resident["median"])
     part.figures.update(
-        what="deep",
-        shape=shape_id(shape),
+        **pair.header("deep"),
         shape_index=shape_index,
-        **streamed.describe(),
         link_bytes_per_s=reference.link_bytes_per_s,
         floor_ms=masters,
         plain_ms=resident,
@@ -74,5 +66,4 @@ def bench_forward_deep(
         plain_calls=calls[0],
         streamed_calls=calls[1],
         per_forward=counting.per_forward(),
-        bit_equal=True,
     )

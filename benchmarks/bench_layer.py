@@ -10,7 +10,7 @@ from conftest import Reference
 from observe import Counting
 from recorded import record_timelines
 from records import Part
-from yardstick import Stage, Workload, bound, require_equal, shape_id
+from yardstick import Pair, Stage, Workload
 
 _MODES = ("sync", "streams", "events", "pipeline")
 
@@ -20,28 +20,21 @@ def bench_layer_heavy(
     part: Part, stage: Stage, reference: Reference, heavy: Workload, mode: str
 ) -> None:
     """Batch and length such that a layer computes about nine times as long as it is copied."""
-    shape = heavy.shapes[0]
-    tokens = heavy.tokens(shape)
-    plain = stage.plain(heavy)
-    streamed = stage.streamed(heavy, mode=mode)
-    require_equal(plain, streamed.model, tokens)
-    plain_ms = reference.plain_ms(heavy, shape)
-    floor_ms = reference.floor_ms(streamed.streamed_bytes)
-    run = bound(streamed.model, tokens)
-    with Counting(streamed):
-        times = spread(device_ms(run, forwards=1, rounds=part.rounds(3, 2.5 * plain_ms * 1e-3)))
+    pair = Pair.of(stage, heavy, 0, mode=mode)
+    plain_ms = reference.plain_ms(heavy, pair.shape)
+    floor_ms = reference.floor_ms(pair.streamed.streamed_bytes)
+    rounds = part.rounds(3, 2.5 * plain_ms * 1e-3)
+    with Counting(pair.streamed):
+        times = spread(device_ms(pair.streamed_run, forwards=1, rounds=rounds))
     part.figures.update(
-        what="layer",
+        **pair.header("layer"),
         mode_name=mode,
-        shape=shape_id(shape),
-        **streamed.describe(),
         layers=heavy.num_layers,
         floor_ms=floor_ms,
         plain_ms=plain_ms,
         streamed_ms=times,
         layer_ms=times["median"] / heavy.num_layers,
         compute_over_copy=plain_ms / floor_ms,
-        bit_equal=True,
     )
 
 

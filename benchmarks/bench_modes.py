@@ -9,7 +9,7 @@ from clocks import Stamp, alternate, spread
 from conftest import Reference
 from observe import Counting, activation_bytes
 from records import Part
-from yardstick import YARDSTICK, Stage, Workload, bound, require_equal, shape_id
+from yardstick import YARDSTICK, Pair, Stage, Workload, shape_id
 
 # `sync` knows one stream, so it has no `split`. Each pair is offloaded once, for all shapes.
 _PAIRS = [
@@ -43,21 +43,15 @@ def bench_forward_modes(
     shape_index: int,
 ) -> None:
     """One forward of a mode and a layout; the plain model was timed once, in this run."""
-    shape = yardstick.shapes[shape_index]
-    tokens = yardstick.tokens(shape)
-    plain = stage.plain(yardstick)
-    plain_ms = reference.plain_ms(yardstick, shape)
-    streamed = stage.streamed(yardstick, mode=mode, streams=streams)
-    require_equal(plain, streamed.model, tokens)
-    floor_ms = reference.floor_ms(streamed.streamed_bytes)
-    activations = None
-    if mode == "pipeline":
-        activations = activation_bytes(bound(streamed.model, tokens))
-    with Counting(streamed) as counting:
+    plain_ms = reference.plain_ms(yardstick, yardstick.shapes[shape_index])
+    pair = Pair.of(stage, yardstick, shape_index, mode=mode, streams=streams)
+    floor_ms = reference.floor_ms(pair.streamed.streamed_bytes)
+    activations = activation_bytes(pair.streamed_run) if mode == "pipeline" else None
+    with Counting(pair.streamed) as counting:
         times = alternate(
             benchmark,
             None,
-            bound(streamed.model, tokens),
+            pair.streamed_run,
             forwards=1,
             rounds=part.rounds(3, 2 * (floor_ms + plain_ms) * 1e-3, least=1),
             lead_in=mode in ("events", "pipeline"),
@@ -65,10 +59,8 @@ def bench_forward_modes(
     ours = spread(times.streamed_ms)
     roofline_ms = max(floor_ms, plain_ms)
     part.figures.update(
-        what="mode",
-        shape=shape_id(shape),
+        **pair.header("mode"),
         shape_index=shape_index,
-        **streamed.describe(),
         link_bytes_per_s=reference.link_bytes_per_s,
         floor_ms=floor_ms,
         plain_ms=plain_ms,
@@ -76,5 +68,4 @@ def bench_forward_modes(
         ratio=ours["median"] / roofline_ms,
         activation_bytes=activations,
         per_forward=counting.per_forward(),
-        bit_equal=True,
     )

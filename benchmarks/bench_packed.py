@@ -13,11 +13,9 @@ from conftest import Reference
 from observe import Counting
 from recorded import record_timelines
 from records import Part
-from yardstick import YARDSTICK, Shape, Stage, Streamed, Workload, bound, require_equal, shape_id
+from yardstick import YARDSTICK, Pair, Stage, Streamed, Workload, shapes_of
 
-_SHAPES = pytest.mark.parametrize(
-    "shape_index", range(len(YARDSTICK.shapes)), ids=[shape_id(s) for s in YARDSTICK.shapes]
-)
+_SHAPES = shapes_of(YARDSTICK)
 # What a budget leaves for the weights, of all their bytes.
 _BUDGET_SHARE = 0.6
 _FORWARDS = 2
@@ -26,18 +24,13 @@ _FORWARDS = 2
 def _against_plain(
     benchmark: Any,
     part: Part,
-    stage: Stage,
+    pair: Pair,
     reference: Reference,
-    workload: Workload,
-    shape: Shape,
-    streamed: Streamed,
     **wire: Any,
 ) -> Alternation:
-    """Both models take turns, after they were seen to be equal; nothing may allocate or wait."""
-    plain, tokens = stage.plain(workload), workload.tokens(shape)
-    require_equal(plain, streamed.model, tokens, attempts=2)
-    plain_ms = reference.plain_ms(workload, shape)
-    copied_ms = reference.floor_ms(streamed.streamed_bytes)
+    """Both models take turns; nothing may allocate or wait."""
+    plain_ms = reference.plain_ms(pair.workload, pair.shape)
+    copied_ms = reference.floor_ms(pair.streamed.streamed_bytes)
     wire_apart = plain_ms > copied_ms
     round_s = alternation_seconds(
         plain_ms,
@@ -46,17 +39,17 @@ def _against_plain(
         wire_ms=copied_ms,
         wire_turns=0 if wire_apart else len(wire),
     )
-    before = streamed.device.counters
+    before = pair.streamed.device.counters
     times = alternate(
         benchmark,
-        bound(plain, tokens),
-        bound(streamed.model, tokens),
+        pair.plain_run,
+        pair.streamed_run,
         forwards=_FORWARDS,
         rounds=part.rounds(6 if wire_apart else 4, round_s),
         wire_apart=wire_apart,
         **wire,
     )
-    after = streamed.device.counters
+    after = pair.streamed.device.counters
     assert after.allocations == before.allocations, "a forward allocated"
     assert after.host_synchronizes == before.host_synchronizes, "a forward made the host wait"
     return times
@@ -89,18 +82,15 @@ def bench_packed_forward(
     shape_index: int,
 ) -> None:
     """Everything travels: the packed model, the plain one, and the wire with the raw masters."""
-    shape = yardstick.shapes[shape_index]
-    streamed = stage.streamed(yardstick, transport="packed")
+    pair = Pair.of(stage, yardstick, shape_index, attempts=2, transport="packed")
+    streamed = pair.streamed
     before = streamed.handle.stats
     with Counting(streamed):
         times = _against_plain(
             benchmark,
             part,
-            stage,
+            pair,
             reference,
-            yardstick,
-            shape,
-            streamed,
             masters=functools.partial(reference.link.copy_from, streamed.masters),
             link=lambda: reference.link.copy(streamed.streamed_bytes),
         )
@@ -110,10 +100,8 @@ def bench_packed_forward(
     resident, packed = spread(times.plain_ms), spread(times.streamed_ms)
     raw_floor = spread(times.masters_ms)
     part.figures.update(
-        what="packed",
-        shape=shape_id(shape),
+        **pair.header("packed"),
         shape_index=shape_index,
-        **streamed.describe(),
         **_packed_on_device(streamed),
         plain_ms=resident,
         raw_floor_ms=raw_floor,
@@ -122,7 +110,6 @@ def bench_packed_forward(
         of_raw_floor=packed["median"] / raw_floor["median"],
         of_roofline=packed["median"] / max(raw_floor["median"], resident["median"]),
         copied_share=copied / onloaded if onloaded else None,
-        bit_equal=True,
     )
 
 
@@ -136,12 +123,12 @@ def bench_packed_resident(
     shape_index: int,
 ) -> None:
     """Everything stays packed on the device and nothing travels; the plain model beside."""
-    shape = yardstick.shapes[shape_index]
-    streamed = stage.streamed(yardstick, transport="packed_resident")
+    pair = Pair.of(stage, yardstick, shape_index, attempts=2, transport="packed_resident")
+    streamed = pair.streamed
     before = streamed.handle.stats
     # Of tiny units some are not worth packing, and fit into a window of their own for good.
     with contextlib.nullcontext() if part.tiny else Counting(streamed):
-        times = _against_plain(benchmark, part, stage, reference, yardstick, shape, streamed)
+        times = _against_plain(benchmark, part, pair, reference)
     # Units without a place stay as they are, such as the head.
     travelling = [
         unit.name
@@ -153,15 +140,12 @@ def bench_packed_resident(
     assert travelling or copied_bytes == 0, f"{copied_bytes} bytes have travelled"
     resident, packed = spread(times.plain_ms), spread(times.streamed_ms)
     part.figures.update(
-        what="packed_resident",
-        shape=shape_id(shape),
+        **pair.header("packed_resident"),
         shape_index=shape_index,
-        **streamed.describe(),
         **_packed_on_device(streamed),
         plain_ms=resident,
         packed_ms=packed,
         of_resident=packed["median"] / resident["median"],
-        bit_equal=True,
     )
 
 
@@ -169,21 +153,18 @@ def bench_packed_masters(
     benchmark: Any, part: Part, stage: Stage, reference: Reference, yardstick: Workload
 ) -> None:
     """No plain masters beside the packed ones: what is page-locked, and how fast it still is."""
-    shape = yardstick.shapes[0]
-    streamed = stage.streamed(yardstick, transport="packed", masters="packed")
+    pair = Pair.of(stage, yardstick, 0, attempts=2, transport="packed", masters="packed")
+    streamed = pair.streamed
     with Counting(streamed):
-        times = _against_plain(benchmark, part, stage, reference, yardstick, shape, streamed)
+        times = _against_plain(benchmark, part, pair, reference)
     locked_bytes = streamed.device.counters.registered_bytes
     part.figures.update(
-        what="packed_masters",
-        shape=shape_id(shape),
-        **streamed.describe(),
+        **pair.header("packed_masters"),
         **_packed_on_device(streamed),
         page_locked_bytes=locked_bytes,
         page_locked_share=locked_bytes / streamed.streamed_bytes,
         plain_ms=spread(times.plain_ms),
         packed_ms=spread(times.streamed_ms),
-        bit_equal=True,
     )
 
 
@@ -200,28 +181,26 @@ def bench_packed_budget(
 
     Cut as is best for each: leaves leave more room for what stays.
     """
-    shape = yardstick.shapes[0]
     weights_bytes = sum(p.nbytes for p in stage.plain(yardstick).parameters())
     budget = int(_BUDGET_SHARE * weights_bytes)
-    streamed = stage.streamed(yardstick, transport=transport, granularity="auto", gpu_budget=budget)
+    options = {"transport": transport, "granularity": "auto", "gpu_budget": budget}
+    pair = Pair.of(stage, yardstick, 0, attempts=2, **options)
+    streamed = pair.streamed
     on_device = _packed_on_device(streamed)
     assert on_device["device_bytes"] <= budget, f"more than {budget} bytes: {on_device}"
     before = streamed.handle.stats
-    times = _against_plain(benchmark, part, stage, reference, yardstick, shape, streamed)
+    times = _against_plain(benchmark, part, pair, reference)
     after = streamed.handle.stats
     part.figures.update(
-        what="packed_budget",
-        shape=shape_id(shape),
+        **pair.header("packed_budget"),
         transport=transport,
         budget_bytes=budget,
         budget_share=_BUDGET_SHARE,
-        **streamed.describe(),
         **on_device,
         plain_ms=spread(times.plain_ms),
         streamed_ms=spread(times.streamed_ms),
         copied_bytes_per_forward=(after.bytes_copied - before.bytes_copied)
         / (after.forwards - before.forwards),
-        bit_equal=True,
     )
 
 

@@ -10,7 +10,7 @@ from clocks import ON_GPU, device_ms, spread
 from conftest import Reference
 from dfloat11_peer import DFloat11Offload
 from records import Part
-from yardstick import YARDSTICK, Stage, Workload, bound, require_equal, shape_id
+from yardstick import YARDSTICK, Stage, Workload, bound, require_equal, shape_id, shapes_of
 
 _ROUNDS = 3
 
@@ -25,9 +25,7 @@ def dfloat11(stage: Stage, yardstick: Workload) -> Iterator[Any]:
 
 
 @pytest.mark.skipif(not ON_GPU, reason="DFloat11 decodes on a GPU only")
-@pytest.mark.parametrize(
-    "shape_index", range(len(YARDSTICK.shapes)), ids=[shape_id(s) for s in YARDSTICK.shapes]
-)
+@shapes_of(YARDSTICK)
 def bench_packed_peers(
     part: Part,
     stage: Stage,

@@ -10,7 +10,7 @@ import pytest
 from clocks import Stamp, device_ms, spread, synchronize
 from conftest import Reference
 from records import Part
-from yardstick import SMALL, YARDSTICK, Stage, Workload, bound, require_equal, shape_id
+from yardstick import SMALL, YARDSTICK, Pair, Stage, Workload, shape_id
 
 from torch_offload.reference import LayerTimes
 from torch_offload.simulate import run_layers
@@ -54,15 +54,11 @@ def bench_profile_cost(
 ) -> None:
     """A forward with and without a profile around it, taking turns."""
     workload = workloads[name]
-    shape = workload.shapes[shape_index]
-    tokens = workload.tokens(shape)
-    plain = stage.plain(workload)
-    streamed = stage.streamed(workload)
-    require_equal(plain, streamed.model, tokens)
-    run = bound(streamed.model, tokens)
+    pair = Pair.of(stage, workload, shape_index)
+    streamed, run = pair.streamed, pair.streamed_run
     floor_ms = reference.floor_ms(streamed.streamed_bytes)
     forwards = 2 if name == "yardstick" else 20
-    round_s = 2 * (forwards + 1) * max(floor_ms, reference.plain_ms(workload, shape)) * 1e-3
+    round_s = 2 * (forwards + 1) * max(floor_ms, reference.plain_ms(workload, pair.shape)) * 1e-3
     off, on, block_ms, attributed = [], [], [], []
     profile: Any = None
     for _ in range(part.rounds(5, round_s)):
@@ -76,11 +72,9 @@ def bench_profile_cost(
         attributed.append((units_ns + rest_ns) / result.measured.wall_ns)
     without, within = spread(off), spread(on)
     part.figures.update(
-        what="profile",
+        **pair.header("profile"),
         model=workload.name,
-        shape=shape_id(shape),
         shape_index=shape_index,
-        **streamed.describe(),
         floor_ms=floor_ms,
         off_ms=without,
         on_ms=within,
@@ -89,7 +83,6 @@ def bench_profile_cost(
         attributed=spread(attributed),
         sentence=profile.sentence,
         bound=profile.result.bound.by,
-        bit_equal=True,
     )
 
 

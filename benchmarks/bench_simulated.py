@@ -10,7 +10,7 @@ from conftest import Reference
 from observe import Counting
 from records import Part
 from unit_times import forward_times
-from yardstick import YARDSTICK, Stage, Workload, bound, require_equal, shape_id
+from yardstick import YARDSTICK, Pair, Stage, Workload, shape_id
 
 from torch_offload import _C
 from torch_offload.prediction import run_scenario
@@ -42,15 +42,12 @@ def bench_simulated_forward(
     shape_index: int,
 ) -> None:
     """Predicted against measured, in the steady state of one mode and one shape."""
-    shape = yardstick.shapes[shape_index]
-    tokens = yardstick.tokens(shape)
-    plain = stage.plain(yardstick)
-    streamed = stage.streamed(yardstick, mode=mode)
-    require_equal(plain, streamed.model, tokens)
+    pair = Pair.of(stage, yardstick, shape_index, mode=mode)
+    shape, streamed = pair.shape, pair.streamed
     handle = streamed.handle
     names = [unit.name for unit in handle.units]
     if shape not in measured_units:
-        measured_units[shape] = forward_times(plain, names, tokens)
+        measured_units[shape] = forward_times(pair.plain, names, pair.tokens)
     times = measured_units[shape]
     for size in {unit.size_bytes for unit in handle.units}:
         if size not in measured_units:
@@ -65,15 +62,13 @@ def bench_simulated_forward(
     )
     predicted_ms = run_scenario(scenario, _C.make_plan(units)).pass_ms(2)
 
-    run = bound(streamed.model, tokens)
     round_s = 3 * (reference.floor_ms(streamed.streamed_bytes) + times.all_kernels_ns * 1e-6) * 1e-3
+    rounds = part.rounds(3, round_s, least=1)
     with Counting(streamed):
-        measured = spread(device_ms(run, forwards=2, rounds=part.rounds(3, round_s, least=1)))
+        measured = spread(device_ms(pair.streamed_run, forwards=2, rounds=rounds))
     part.figures.update(
-        what="simulated",
-        shape=shape_id(shape),
+        **pair.header("simulated"),
         shape_index=shape_index,
-        **streamed.describe(),
         unit_ms={name: ns * 1e-6 for name, ns in times.kernels_ns.items()},
         others_ms=times.other_kernels_ns * 1e-6,
         launch_ms=(sum(times.launches_ns.values()) + times.other_launches_ns) * 1e-6,
@@ -81,5 +76,4 @@ def bench_simulated_forward(
         predicted_ms=predicted_ms,
         streamed_ms=measured,
         error=predicted_ms / measured["median"] - 1,
-        bit_equal=True,
     )

@@ -16,7 +16,7 @@ from conftest import Reference
 from records import Part
 from submission import beyond, measure_submission
 from torch import nn
-from yardstick import Stage, Workload, bound, offload_with_device, shape_id
+from yardstick import Pair, Stage, Workload, bound, offload_with_device, shape_id
 
 _NUM_UNITS = 32
 
@@ -29,7 +29,8 @@ def bench_submit_thin(
 
     In between the yardstick's the host does nothing for half a second.
     """
-    measure_submission(benchmark, part, stage, reference, thin, 0, "submit_thin", wanted_rounds=200)
+    pair = Pair.of(stage, thin, 0, granularity="sublayer")
+    measure_submission(benchmark, part, pair, reference, "submit_thin", wanted_rounds=200)
 
 
 class _Idle(nn.Module):

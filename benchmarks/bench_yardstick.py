@@ -11,42 +11,23 @@ from conftest import Reference
 from observe import Counting, activation_bytes, allocator_activity, runtime_calls
 from records import Part
 from submission import measure_submission
-from yardstick import (
-    TINY_YARDSTICK,
-    YARDSTICK,
-    Stage,
-    Workload,
-    bound,
-    require_equal,
-    shape_id,
-)
+from yardstick import YARDSTICK, Pair, Stage, Workload, shapes_of
 
-# By position, because tiny runs have shapes of their own.
-_SHAPES = pytest.mark.parametrize(
-    "shape_index", range(len(YARDSTICK.shapes)), ids=[shape_id(s) for s in YARDSTICK.shapes]
-)
-assert len(YARDSTICK.shapes) == len(TINY_YARDSTICK.shapes)
+_SHAPES = shapes_of(YARDSTICK)
 
 
 def _measure_forward(
     benchmark: Any,
     part: Part,
-    stage: Stage,
+    pair: Pair,
     reference: Reference,
-    workload: Workload,
-    shape_index: int,
-    granularity: str,
     *,
     wanted_rounds: int,
     weight: float = 1.0,
 ) -> None:
-    shape = workload.shapes[shape_index]
-    plain = stage.plain(workload)
-    streamed = stage.streamed(workload, granularity=granularity)
-    tokens = workload.tokens(shape)
-    require_equal(plain, streamed.model, tokens, attempts=2)
+    streamed = pair.streamed
     expected_floor_ms = reference.floor_ms(streamed.streamed_bytes)
-    plain_ms = reference.plain_ms(workload, shape)
+    plain_ms = reference.plain_ms(pair.workload, pair.shape)
     forwards = 2
     is_compute_bound = plain_ms > expected_floor_ms
     link = functools.partial(reference.link.copy, streamed.streamed_bytes)
@@ -62,8 +43,8 @@ def _measure_forward(
     with Counting(streamed) as counting:
         times = alternate(
             benchmark,
-            bound(plain, tokens),
-            bound(streamed.model, tokens),
+            pair.plain_run,
+            pair.streamed_run,
             forwards=forwards,
             rounds=rounds,
             masters=functools.partial(reference.link.copy_from, streamed.masters),
@@ -75,11 +56,9 @@ def _measure_forward(
     masters, link = spread(times.masters_ms), spread(times.link_ms)
     roofline_ms = max(masters["median"], resident["median"])
     part.figures.update(
-        what="forward",
-        shape=shape_id(shape),
-        shape_index=shape_index,
-        **streamed.describe(),
-        layer_bytes=workload.layer_bytes,
+        **pair.header("forward"),
+        shape_index=pair.shape_index,
+        layer_bytes=pair.workload.layer_bytes,
         link_bytes_per_s=reference.link_bytes_per_s,
         floor_ms=masters,
         hot_floor_ms=link,
@@ -90,7 +69,6 @@ def _measure_forward(
         ratio_min=ours["min"] / roofline_ms,
         ratio_max=ours["max"] / roofline_ms,
         hot_ratio=ours["median"] / max(link["median"], resident["median"]),
-        bit_equal=True,
         per_forward=counting.per_forward(),
     )
     if times.plain_beside_copies_ms:
@@ -122,17 +100,8 @@ def bench_forward_sublayer(
     shape_index: int,
 ) -> None:
     """Halves, the default: the two models take turns."""
-    _measure_forward(
-        benchmark,
-        part,
-        stage,
-        reference,
-        yardstick,
-        shape_index,
-        "sublayer",
-        wanted_rounds=8,
-        weight=4.0,
-    )
+    pair = Pair.of(stage, yardstick, shape_index, attempts=2, granularity="sublayer")
+    _measure_forward(benchmark, part, pair, reference, wanted_rounds=8, weight=4.0)
 
 
 @_SHAPES
@@ -146,39 +115,21 @@ def bench_submit_sublayer(
     shape_index: int,
 ) -> None:
     """How long `forward()` keeps its caller, on an idle device, and how much of that is ours."""
-    measure_submission(
-        benchmark,
-        part,
-        stage,
-        reference,
-        yardstick,
-        shape_index,
-        "submit",
-        wanted_rounds=15,
-        weight=1.5,
-    )
+    pair = Pair.of(stage, yardstick, shape_index, granularity="sublayer")
+    measure_submission(benchmark, part, pair, reference, "submit", wanted_rounds=15, weight=1.5)
 
 
 @_SHAPES
 def bench_memory_sublayer(part: Part, stage: Stage, yardstick: Workload, shape_index: int) -> None:
     """Device memory of one forward beyond what lies there at rest, of both models."""
-    shape = yardstick.shapes[shape_index]
-    plain = stage.plain(yardstick)
-    streamed = stage.streamed(yardstick, granularity="sublayer")
-    tokens = yardstick.tokens(shape)
-    require_equal(plain, streamed.model, tokens)
-    plain_bytes = activation_bytes(bound(plain, tokens))
-    streamed_bytes = activation_bytes(bound(streamed.model, tokens))
+    pair = Pair.of(stage, yardstick, shape_index, granularity="sublayer")
     part.figures.update(
-        what="memory",
-        shape=shape_id(shape),
+        **pair.header("memory"),
         shape_index=shape_index,
-        **streamed.describe(),
-        plain_activation_bytes=plain_bytes,
-        activation_bytes=streamed_bytes,
-        plain_allocator=allocator_activity(bound(plain, tokens)),
-        allocator=allocator_activity(bound(streamed.model, tokens)),
-        bit_equal=True,
+        plain_activation_bytes=activation_bytes(pair.plain_run),
+        activation_bytes=activation_bytes(pair.streamed_run),
+        plain_allocator=allocator_activity(pair.plain_run),
+        allocator=allocator_activity(pair.streamed_run),
     )
 
 
@@ -187,32 +138,25 @@ def bench_outside_sublayer(part: Part, stage: Stage, yardstick: Workload) -> Non
 
     Ours are what the streamed model has beyond the plain one.
     """
-    shape, forwards = yardstick.shapes[0], 2
-    plain = stage.plain(yardstick)
-    streamed = stage.streamed(yardstick, granularity="sublayer")
-    tokens = yardstick.tokens(shape)
-    require_equal(plain, streamed.model, tokens)
-    plain_run, streamed_run = bound(plain, tokens), bound(streamed.model, tokens)
-    runtime_calls(plain_run, 1)  # the profiler's own first use
-    plain_calls = runtime_calls(plain_run, forwards)
-    with Counting(streamed) as counting:
-        streamed_calls = runtime_calls(streamed_run, forwards)
+    forwards = 2
+    pair = Pair.of(stage, yardstick, 0, granularity="sublayer")
+    runtime_calls(pair.plain_run, 1)  # the profiler's own first use
+    plain_calls = runtime_calls(pair.plain_run, forwards)
+    with Counting(pair.streamed) as counting:
+        streamed_calls = runtime_calls(pair.streamed_run, forwards)
     ours = None
     if plain_calls is not None and streamed_calls is not None:
         ours = {name: count - plain_calls[name] for name, count in streamed_calls.items()}
-        assert ours["copies_to_device"] >= forwards * streamed.num_units, (
+        assert ours["copies_to_device"] >= forwards * pair.streamed.num_units, (
             f"the profiler saw too few copies to be believed: {streamed_calls}"
         )
     part.figures.update(
-        what="outside",
-        shape=shape_id(shape),
+        **pair.header("outside"),
         forwards=forwards,
-        **streamed.describe(),
         plain_calls=plain_calls,
         streamed_calls=streamed_calls,
         ours=ours,
         counted_by_device=counting.per_forward(),
-        bit_equal=True,
     )
 
 
@@ -227,9 +171,8 @@ def bench_forward_module(
     shape_index: int,
 ) -> None:
     """Leaves: the smallest window."""
-    _measure_forward(
-        benchmark, part, stage, reference, yardstick, shape_index, "module", wanted_rounds=3
-    )
+    pair = Pair.of(stage, yardstick, shape_index, attempts=2, granularity="module")
+    _measure_forward(benchmark, part, pair, reference, wanted_rounds=3)
 
 
 @_SHAPES
@@ -243,6 +186,5 @@ def bench_forward_layer(
     shape_index: int,
 ) -> None:
     """Whole layers: the fewest copies."""
-    _measure_forward(
-        benchmark, part, stage, reference, yardstick, shape_index, "layer", wanted_rounds=2
-    )
+    pair = Pair.of(stage, yardstick, shape_index, attempts=2, granularity="layer")
+    _measure_forward(benchmark, part, pair, reference, wanted_rounds=2)

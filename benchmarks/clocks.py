@@ -269,8 +269,8 @@ class Link:
             data = source.detach().view(-1).view(torch.uint8)
             self._target[: data.numel()].copy_(data, non_blocking=True)
 
-    def rate(self, rounds: int = 7) -> dict[str, float]:
+    def rate(self) -> dict[str, float]:
         """Bytes per second of copies as large as this memory."""
         size_bytes = self._source.numel()
-        times = device_ms(lambda: self.copy(size_bytes), forwards=2, rounds=rounds)
+        times = device_ms(lambda: self.copy(size_bytes), forwards=2, rounds=7)
         return spread([size_bytes / (ms * 1e-3) for ms in times])

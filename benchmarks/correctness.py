@@ -22,7 +22,7 @@ import torch
 _HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(_HERE.parent))
 
-from records import Part, Records  # noqa: E402  (the path comes first)
+from records import Records  # noqa: E402  (the path comes first)
 
 from torch_offload import _C  # noqa: E402
 from torch_offload.selfcheck import Effort, all_lanes  # noqa: E402
@@ -42,8 +42,9 @@ def small_log() -> _C.OpLog:
     return _C.simulate(plan, "pipeline", "shared", costs, [[0, 1, 2, 3]] * 2).log
 
 
-def checker_figures(rounds: int = 7, checks: int = 50_000) -> dict[str, Any]:
+def checker_figures() -> dict[str, Any]:
     """Logs and ops a second of the checker alone, on this thread."""
+    rounds, checks = 7, 50_000
     figures: dict[str, Any] = {"rounds": rounds}
     for name, logs in (
         ("small", [small_log()]),
@@ -103,24 +104,26 @@ def main() -> int:
     records = Records(options.results_dir, command, options.quick)
     failed = False
     for name in chosen:
-        part = Part(options.subject, name, options.quick, deadline=0.0, share_s=0.0, status="ok")
+        error = None
         begin, cpu_begin = time.perf_counter(), time.process_time()
         if name == "checker":
-            part.figures = checker_figures()
+            figures = checker_figures()
         else:
             effort = Effort(full=not options.quick, num_threads=options.threads)
             result = run_lane(lanes[name], effort)
             if result.verdict == "not run":
                 print(f"{name}: not run, {result.reason}")
                 continue
-            part.figures = {"threads": options.threads, **lane_figures(result)}
-            part.status = "ok" if result.verdict == "passed" else "error"
-            part.error = None if result.verdict == "passed" else result.reason
+            figures = {"threads": options.threads, **lane_figures(result)}
+            error = None if result.verdict == "passed" else result.reason
             failed |= result.verdict == "failed"
-        part.seconds = time.perf_counter() - begin
-        part.figures["cpu_seconds"] = round(time.process_time() - cpu_begin, 1)
-        records.keep(part)
-        print(f"{name}: {part.status}, {part.seconds:.1f} s, {part.figures}", flush=True)
+        seconds = time.perf_counter() - begin
+        figures["cpu_seconds"] = round(time.process_time() - cpu_begin, 1)
+        status = "ok" if error is None else "error"
+        records.keep_result(
+            options.subject, name, figures, status=status, error=error, seconds=seconds
+        )
+        print(f"{name}: {status}, {seconds:.1f} s, {figures}", flush=True)
     return int(failed)
 
 

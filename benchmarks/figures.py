@@ -1,6 +1,6 @@
 """The figures that were asked for, read out of the results, with what must and should be.
 
-No torch in here: the README's table is made on machines that have none.
+No torch in here: the tables of README and docs are made on machines that have none.
 """
 
 from __future__ import annotations
@@ -10,11 +10,20 @@ from dataclasses import replace
 
 from file_figures import FILE_ROWS
 from measured import Document, Figures, Results, Row, greatest, row_of, tuple_of
-from packed_figures import PACKED_ROWS
-from planner_figures import PLANNER_ROWS
+from packed_figures import PACKED_ROWS, beside_peer, packed_link_bound, within_budget
+from planner_figures import PLANNER_ROWS, accelerate, airllm
 from seen_figures import SEEN_ROWS
 
-__all__ = ["GRANULARITIES", "Document", "Figures", "Results", "Row", "rows", "tuple_of"]
+__all__ = [
+    "GRANULARITIES",
+    "Document",
+    "Figures",
+    "Results",
+    "Row",
+    "chosen_rows",
+    "rows",
+    "tuple_of",
+]
 
 GRANULARITIES = ("sublayer", "module", "layer")
 _MIB = 2**20
@@ -80,26 +89,42 @@ def _modes(results: Results) -> Row:
     )
 
 
-def _unit_cost(results: Results) -> Row:
-    parts = results.all("submit", shape_index=0)
+def _wrapper_us(results: Results) -> float | None:
+    """What the wrapper adds to what the calls themselves count."""
     idle = results.one("submit_idle")
-    # What the wrapper adds to what the calls themselves count.
-    wrapper_us = idle["us_per_unit"] - idle["inside_us_per_unit"] if idle else None
+    return idle["us_per_unit"] - idle["inside_us_per_unit"] if idle else None
+
+
+def _unit_us(results: Results) -> float | None:
+    """All of ours for a unit, between a model's launches."""
+    wrapper_us = _wrapper_us(results)
+    parts = results.all("submit", shape_index=0)
+    if wrapper_us is None:
+        return None
+    return greatest(part["inside_us_per_unit"] + wrapper_us for part in parts)
+
+
+def _unit_cost(results: Results) -> Row:
+    idle, wrapper_us = results.one("submit_idle"), _wrapper_us(results)
     measured = "".join(
-        f"{part['inside_us_per_unit']:.1f} us inside our calls" for part in parts
+        f"{part['inside_us_per_unit']:.1f} us inside our calls"
+        for part in results.all("submit", shape_index=0)
     ) + "".join(
         f"; {part['inside_us_per_unit']:.1f} us with small units and no pause between forwards"
         for part in results.all("submit_thin")
     )
-    value = None
-    if idle and wrapper_us is not None:
+    if idle:
         measured += (
             f"; {wrapper_us:.1f} us more in the wrapper, "
             f"{idle['us_per_unit']:.1f} us in all where units compute nothing"
         )
-        value = greatest(part["inside_us_per_unit"] + wrapper_us for part in parts)
     return row_of(
-        "our CPU time per unit at (1,1)", "<= 20 us", "8 us", measured, value, (20.0, 8.0)
+        "our CPU time per unit at (1,1)",
+        "<= 20 us",
+        "8 us",
+        measured,
+        _unit_us(results),
+        (20.0, 8.0),
     )
 
 
@@ -310,5 +335,57 @@ _ROWS: tuple[Callable[[Results], Row], ...] = (
 
 def rows(results: Results) -> list[Row]:
     """Every figure that was asked for, measured or not."""
+    return _made(_ROWS, results)
+
+
+def chosen_rows(results: Results) -> list[Row]:
+    """The few that the README shows, where the others say too much in fewer words."""
+    return _made(_CHOSEN_ROWS, results)
+
+
+def _made(makers: Iterable[Callable[[Results], Row]], results: Results) -> list[Row]:
     results.take_machines_read()
-    return [replace(make(results), machine=results.take_machines_read()) for make in _ROWS]
+    return [replace(make(results), machine=results.take_machines_read()) for make in makers]
+
+
+def _in_short(row: Row, figure: str, measured: str) -> Row:
+    return replace(row, figure=figure, measured=measured if row.measured != "-" else "-")
+
+
+def _short_ratios(parts: Iterable[Figures]) -> str:
+    return ", ".join(
+        f"{tuple_of(part['shape'])} {part['ratio']:.3f}"
+        f" ({part['streamed_ms']['median']:.0f} / {part['roofline_ms']:.0f} ms)"
+        for part in parts
+    )
+
+
+def _link_bound_in_short(results: Results) -> Row:
+    row = _link_bound(results)
+    parts = results.all("forward", granularity="sublayer")
+    listed = _short_ratios(part for part in parts if part["shape_index"] < 3)
+    return _in_short(row, "a forward / roofline, the link being the limit", listed)
+
+
+def _compute_bound_in_short(results: Results) -> Row:
+    row = _compute_bound(results)
+    listed = _short_ratios(results.all("forward", granularity="sublayer", shape_index=3))
+    return _in_short(row, "the same, kernels being the limit", listed)
+
+
+def _unit_cost_in_short(results: Results) -> Row:
+    row = _unit_cost(results)
+    return _in_short(row, row.figure, f"{_unit_us(results) or 0.0:.1f} us")
+
+
+_CHOSEN_ROWS: tuple[Callable[[Results], Row], ...] = (
+    _link_bound_in_short,
+    _compute_bound_in_short,
+    _unit_cost_in_short,
+    _page_locked,
+    packed_link_bound,
+    within_budget,
+    accelerate,
+    airllm,
+    beside_peer,
+)

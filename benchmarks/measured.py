@@ -1,6 +1,6 @@
 """The parts of a run by what they are of, and how a figure is held against what it must be.
 
-No torch in here: the README's table is made on machines that have none.
+No torch in here: the tables of README and docs are made on machines that have none.
 """
 
 from __future__ import annotations

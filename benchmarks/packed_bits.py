@@ -20,7 +20,7 @@ from torch import nn
 _HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(_HERE.parent))
 
-from records import Part, Records  # noqa: E402  (the path comes first)
+from records import Records  # noqa: E402  (the path comes first)
 
 from examples.real_models import (  # noqa: E402
     DataPackageMissingError,
@@ -72,16 +72,14 @@ def main() -> None:
     command = " ".join(["benchmarks/packed_bits.py", *sys.argv[1:]])
     records = Records(options.results_dir, command, False)
     for name, load in _MODELS.items():
-        part = Part("packed_bits", name, False, deadline=0.0, share_s=0.0)
         try:
             model: Any = align(load().model.bfloat16())
         except DataPackageMissingError as missing:
-            part.status, part.error = "skipped", str(missing)
+            records.keep_result("packed_bits", name, {}, status="skipped", error=str(missing))
         else:
-            part.figures = {"what": "bits", "model": name, **figures_of(model)}
-            part.status = "ok"
-            print(name, part.figures)
-        records.keep(part)
+            figures = {"what": "bits", "model": name, **figures_of(model)}
+            print(name, figures)
+            records.keep_result("packed_bits", name, figures)
 
 
 if __name__ == "__main__":

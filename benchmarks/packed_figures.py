@@ -19,7 +19,7 @@ def _bits(results: Results) -> Row:
     )
 
 
-def _link_bound(results: Results) -> Row:
+def packed_link_bound(results: Results) -> Row:
     parts = [part for index in range(3) for part in results.all("packed", shape_index=index)]
     return row_of(
         "packed forward / raw floor at (1,1), (8,512), (1,2048)",
@@ -43,7 +43,7 @@ def _compute_bound(results: Results) -> Row:
     )
 
 
-def _beside_peer(results: Results) -> Row:
+def beside_peer(results: Results) -> Row:
     parts = results.all("packed_peer")
     return row_of(
         "DFloat11 0.5 / packed forward, same run",
@@ -107,7 +107,7 @@ def _packing(results: Results) -> Row:
     )
 
 
-def _within_budget(results: Results) -> Row:
+def within_budget(results: Results) -> Row:
     by = {part["transport"]: part["streamed_ms"]["median"] for part in results.all("packed_budget")}
     ratio = by["packed"] / by["raw"] if {"packed", "raw"} <= set(by) else None
     return row_of(
@@ -148,10 +148,10 @@ def _page_locked(results: Results) -> Row:
 
 PACKED_ROWS: tuple[Callable[[Results], Row], ...] = (
     _bits,
-    _link_bound,
+    packed_link_bound,
     _compute_bound,
-    _beside_peer,
-    _within_budget,
+    beside_peer,
+    within_budget,
     _all_resident,
     _decoder,
     _beside,

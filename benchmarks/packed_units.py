@@ -43,4 +43,4 @@ class OnDevice:
             plain = tensor.reshape(-1).view(torch.uint8)
             decoded = self.place[begin : begin + plain.numel()].cpu()
             assert torch.equal(decoded, plain), "the decoder has changed bits"
-            begin += -(-plain.numel() // 256) * 256
+            begin += _C.aligned_size(plain.numel())

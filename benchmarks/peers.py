@@ -12,7 +12,7 @@ import torch
 from clocks import DEVICE, ON_GPU, synchronize
 from torch import nn
 
-_ALIGNMENT_BYTES = 256
+from torch_offload import _C
 
 
 class AccelerateOffload:
@@ -181,5 +181,5 @@ def _flat_layout(parameters: list[nn.Parameter]) -> tuple[list[int], int]:
     offsets, end = [], 0
     for parameter in parameters:
         offsets.append(end)
-        end += -(-parameter.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        end += _C.aligned_size(parameter.nbytes)
     return offsets, end

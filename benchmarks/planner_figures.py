@@ -114,7 +114,7 @@ def _used(results: Results) -> Row:
     )
 
 
-def _accelerate(results: Results) -> Row:
+def accelerate(results: Results) -> Row:
     parts = results.all("auto_peer")
     gains = [part["peer_ms"] / part["streamed_ms"] for part in parts]
     listed = ", ".join(
@@ -132,7 +132,7 @@ def _accelerate(results: Results) -> Row:
     )
 
 
-def _airllm(results: Results) -> Row:
+def airllm(results: Results) -> Row:
     part = results.one("airllm")
     gain = part["times_faster"] if part else None
     return row_of(
@@ -152,6 +152,6 @@ PLANNER_ROWS: tuple[Callable[[Results], Row], ...] = (
     _decode,
     _patterns,
     _used,
-    _accelerate,
-    _airllm,
+    accelerate,
+    airllm,
 )

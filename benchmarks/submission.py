@@ -8,51 +8,42 @@ from clocks import HostCost, Submission, alternate_submission, spread
 from conftest import Reference
 from observe import Counting
 from records import Part
-from yardstick import Stage, Workload, bound, require_equal, shape_id
+from yardstick import Pair
 
 
 def measure_submission(
     benchmark: Any,
     part: Part,
-    stage: Stage,
+    pair: Pair,
     reference: Reference,
-    workload: Workload,
-    shape_index: int,
     what: str,
     *,
     wanted_rounds: int,
     weight: float = 1.0,
 ) -> None:
     """Both models take turns; what a call costs the host, and what of it is spent inside ours."""
-    shape = workload.shapes[shape_index]
-    plain = stage.plain(workload)
-    streamed = stage.streamed(workload, granularity="sublayer")
-    tokens = workload.tokens(shape)
-    require_equal(plain, streamed.model, tokens)
-    plain_ms = reference.plain_ms(workload, shape)
+    streamed = pair.streamed
+    plain_ms = reference.plain_ms(pair.workload, pair.shape)
     floor_ms = reference.floor_ms(streamed.streamed_bytes)
     round_s = (plain_ms + 2 * max(plain_ms, floor_ms)) * 1e-3
     with Counting(streamed) as counting:
         costs = alternate_submission(
             benchmark,
-            bound(plain, tokens),
-            bound(streamed.model, tokens),
+            pair.plain_run,
+            pair.streamed_run,
             lambda: reference.link.copy(streamed.streamed_bytes),
             rounds=part.rounds(wanted_rounds, round_s, least=3, weight=weight),
         )
     host_costs = _host_costs(costs)
     per_forward = counting.per_forward()
     part.figures.update(
-        what=what,
-        shape=shape_id(shape),
-        shape_index=shape_index,
+        **pair.header(what),
+        shape_index=pair.shape_index,
         **host_costs,
-        **streamed.describe(),
         # Of two clocks: inside our C++ calls, and the whole call less the plain model's.
         inside_us_per_unit=per_forward["cpu_seconds"] * 1e6 / streamed.num_units,
         beyond_plain_us_per_unit=host_costs["beyond_plain_ms"] * 1e3 / streamed.num_units,
         per_forward=per_forward,
-        bit_equal=True,
     )
 
 

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from clocks import DEVICE, ON_GPU, Run, synchronize
 from torch import nn
@@ -28,6 +29,13 @@ Shape = tuple[int, int]
 def shape_id(shape: Shape) -> str:
     """Returns "8x2048" of 8 sequences of 2048 tokens."""
     return f"{shape[0]}x{shape[1]}"
+
+
+def shapes_of(workload: Workload) -> pytest.MarkDecorator:
+    """Runs a bench once for each shape, by position: tiny runs have shapes of their own."""
+    return pytest.mark.parametrize(
+        "shape_index", range(len(workload.shapes)), ids=[shape_id(s) for s in workload.shapes]
+    )
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Workload:
 
 _SHAPES = ((1, 1), (8, 512), (1, 2048), (8, 2048))
 _TINY_SHAPES = ((1, 1), (2, 8), (1, 16), (2, 16))
+assert len(_SHAPES) == len(_TINY_SHAPES)  # benches name them by position
 YARDSTICK = Workload("16 layers of Llama-70B", 8192, 28672, 16, 64, 8, 32000, _SHAPES)
 DEEP = Workload("80 layers of Llama-8B", 4096, 14336, 80, 32, 8, 32000, ((1, 1), (8, 2048)))
 # About 5 ms a forward over PCIe 5, to launch as to copy.
@@ -275,3 +284,48 @@ class Stage:
 def bound(model: nn.Module, tokens: torch.Tensor) -> Run:
     """A forward of `model` without arguments."""
     return functools.partial(forward, model, tokens)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The plain model and the offloaded one at one shape, which were seen to give equal bits."""
+
+    plain: nn.Module
+    streamed: Streamed
+    workload: Workload
+    shape_index: int
+    tokens: torch.Tensor
+
+    @staticmethod
+    def of(
+        stage: Stage, workload: Workload, shape_index: int, *, attempts: int = 1, **options: Any
+    ) -> Pair:
+        """Of what stands on the stage; fails unless so many forwards are equal."""
+        plain, streamed = stage.plain(workload), stage.streamed(workload, **options)
+        tokens = workload.tokens(workload.shapes[shape_index])
+        require_equal(plain, streamed.model, tokens, attempts)
+        return Pair(plain, streamed, workload, shape_index, tokens)
+
+    @property
+    def shape(self) -> Shape:
+        """(batch, tokens)."""
+        return self.workload.shapes[self.shape_index]
+
+    @property
+    def plain_run(self) -> Run:
+        """A forward of the plain model."""
+        return bound(self.plain, self.tokens)
+
+    @property
+    def streamed_run(self) -> Run:
+        """A forward of the offloaded one."""
+        return bound(self.streamed.model, self.tokens)
+
+    def header(self, what: str) -> dict[str, Any]:
+        """What every part that is measured with this pair holds."""
+        return {
+            "what": what,
+            "shape": shape_id(self.shape),
+            **self.streamed.describe(),
+            "bit_equal": True,
+        }

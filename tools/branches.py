@@ -122,19 +122,18 @@ def _write(
     path: Path, schedules: int, sides: list[Side], explained: list[Side], unexplained: list[Side]
 ) -> None:
     sys.path[:0] = [str(_ROOT / "benchmarks"), str(_ROOT)]
-    from records import Part, Records
+    from records import Records
 
-    records = Records(path.parent, f"tools/coverage.sh --json {path.name}", tiny=False)
-    part = Part(path.stem, "random_lane", tiny=False, deadline=0.0, share_s=0.0)
-    part.status = "error" if unexplained else "ok"
-    part.figures = {
+    figures = {
         "schedules": schedules,
         "branches": len(sides),
         "reached": sum(side.count > 0 for side in sides),
         "explained": {str(side): EXPLAINED[side.key] for side in explained},
         "not_reached": [str(side) for side in unexplained],
     }
-    records.keep(part)
+    Records(path.parent, f"tools/coverage.sh --json {path.name}", tiny=False).keep_result(
+        path.stem, "random_lane", figures, status="error" if unexplained else "ok"
+    )
 
 
 if __name__ == "__main__":

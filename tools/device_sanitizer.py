@@ -107,16 +107,17 @@ def main() -> int:
 
 def _write(path: Path, runs: list[dict[str, Any]]) -> None:
     sys.path[:0] = [str(_ROOT / "benchmarks"), str(_ROOT)]
-    from records import Part, Records
+    from records import Records
 
     records = Records(path.parent, "tools/device_sanitizer.py", tiny=False)
     for run in runs:
-        name = f"{run['tool']}[{run['program']}]"
-        part = Part(path.stem, name, tiny=False, deadline=0.0, share_s=0.0)
-        part.status = "ok" if run["clean"] else "error"
-        part.seconds = run["seconds"]
-        part.figures = {**run, "planted_faults_found": sorted(_PLANTED.values())}
-        records.keep(part)
+        records.keep_result(
+            path.stem,
+            f"{run['tool']}[{run['program']}]",
+            {**run, "planted_faults_found": sorted(_PLANTED.values())},
+            status="ok" if run["clean"] else "error",
+            seconds=run["seconds"],
+        )
 
 
 if __name__ == "__main__":

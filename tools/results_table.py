@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Makes the README's table from the JSON of a benchmark run.
+"""Makes the tables of docs/figures.md and README.md from the JSON of a benchmark run.
 
-    tools/results_table.py                              prints Markdown of benchmarks/results
-    tools/results_table.py FOLDER                       ... of another folder
-    tools/results_table.py FOLDER --write README.md     ... into its block between
-                                                        <!-- results --> and <!-- /results -->
+    tools/results_table.py                  prints all figures of benchmarks/results, as Markdown
+    tools/results_table.py FOLDER           ... of another folder
+    tools/results_table.py FOLDER --write   writes them into both files, between their marks
+    tools/results_table.py FOLDER --write FILE ...      ... into these files
 
+A file has one block, between <!-- results --> and <!-- /results --> all figures, between
+<!-- chosen results --> and <!-- /chosen results --> the few that say whether it is worth a try.
 Needs no package beyond Python. Results of tiny models are refused with --write: they say nothing.
 """
 
@@ -14,18 +16,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT / "benchmarks"))
 
-from figures import Results, rows  # noqa: E402  (the path comes first)
+from figures import Results, chosen_rows, rows  # noqa: E402  (the path comes first)
 from tables import forward_table  # noqa: E402
 
-# No table of the README is made of these: docs/correctness.md speaks of them.
+# No table is made of these: docs/correctness.md speaks of them.
 _NO_SPEEDS = ("compute_sanitizer", "correctness", "coverage", "lane_", "sanitizers", "selfcheck")
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+_WRITTEN = (_ROOT / "README.md", _ROOT / "docs" / "figures.md")
 _GIB = 2**30
 
 
@@ -98,23 +101,58 @@ def markdown(documents: dict[str, dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def replace_block(text: str, block: str, name: str) -> str:
-    """Returns `text` with `block` between the marks.
+def chosen(documents: dict[str, dict[str, Any]]) -> str:
+    """The table of the README."""
+    return "\n".join(
+        _markdown_table(
+            ["figure", "measured", "must", "met", "GPU"],
+            [
+                [
+                    row.figure,
+                    row.measured,
+                    row.must,
+                    "yes" if row.verdict in ("aim", "must") else row.verdict,
+                    row.machine,
+                ]
+                for row in chosen_rows(Results(documents))
+            ],
+            right_from=5,
+        )
+    )
+
+
+_BLOCKS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
+    "results": markdown,
+    "chosen results": chosen,
+}
+
+
+def with_results(text: str, documents: dict[str, dict[str, Any]], name: str) -> str:
+    """Returns `text` with its block made anew.
 
     Raises:
-        SystemExit: If the marks are not there once each, in their order.
+        SystemExit: If there is not one block, its marks once each and in their order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        sys.exit(f"expected one {BEGIN} and one {END} behind it in {name}")
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+    found = [kind for kind in _BLOCKS if f"<!-- {kind} -->" in text]
+    if len(found) == 1:
+        begin, end = f"<!-- {found[0]} -->", f"<!-- /{found[0]} -->"
+        before, _, rest = text.partition(begin)
+        _, is_closed, after = rest.partition(end)
+        if is_closed and begin not in rest and end not in after:
+            return f"{before}{begin}\n{_BLOCKS[found[0]](documents)}\n{end}{after}"
+    sys.exit(f"expected one block of {' or of '.join(_BLOCKS)} in {name}, between its two marks")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes the README's table.")
+    parser = argparse.ArgumentParser(description="Makes the tables of README and docs/figures.md.")
     parser.add_argument("folder", nargs="?", type=Path, default=_ROOT / "benchmarks" / "results")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="file whose block is replaced")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        nargs="*",
+        metavar="FILE",
+        help="write the blocks of these files (README.md and docs/figures.md)",
+    )
     arguments = parser.parse_args()
     documents = load(arguments.folder)
     if arguments.write is None:
@@ -122,8 +160,12 @@ def main() -> None:
         return
     if tiny := [name for name, document in documents.items() if document["tiny"]]:
         sys.exit(f"expected real results, got those of tiny models: {', '.join(tiny)}")
-    text = arguments.write.read_text()
-    arguments.write.write_text(replace_block(text, markdown(documents), arguments.write.name))
+    texts = {
+        path: with_results(path.read_text(), documents, path.name)
+        for path in arguments.write or _WRITTEN
+    }
+    for path, text in texts.items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

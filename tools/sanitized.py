@@ -59,15 +59,17 @@ def main() -> int:
 
 def _write(path: Path, reports: dict[str, dict[str, Any]]) -> None:
     sys.path[:0] = [str(_ROOT / "benchmarks"), str(_ROOT)]
-    from records import Part, Records
+    from records import Records
 
     records = Records(path.parent, "make sanitize; tools/sanitized.py", tiny=False)
     for name, report in reports.items():
-        part = Part(path.stem, name.removeprefix("build-"), tiny=False, deadline=0.0, share_s=0.0)
-        part.status = "error" if report["failed"] else "ok"
-        part.seconds = report["seconds_of_tests"]
-        part.figures = report
-        records.keep(part)
+        records.keep_result(
+            path.stem,
+            name.removeprefix("build-"),
+            report,
+            status="error" if report["failed"] else "ok",
+            seconds=report["seconds_of_tests"],
+        )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch_offload.selfcheck.runner import run_lane
 _ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(_ROOT / "benchmarks"))
 
-from records import Part, Records  # noqa: E402
+from records import Records  # noqa: E402
 
 
 def main() -> int:
@@ -45,11 +45,8 @@ def main() -> int:
         failed |= result.verdict == "failed"
         if result.verdict == "not run":
             continue
-        part = Part(f"lane_{name}", name, options.quick, deadline=0.0, share_s=0.0)
-        part.status = "ok" if result.verdict == "passed" else "error"
-        part.error = None if result.verdict == "passed" else result.reason
-        part.seconds = result.seconds
-        part.figures = {
+        is_passed = result.verdict == "passed"
+        figures = {
             "tried": result.tried,
             "count": result.count,
             "counts": result.counts,
@@ -58,7 +55,14 @@ def main() -> int:
             "note": result.reason,
             **result.figures,
         }
-        Records(options.results_dir, command, options.quick).keep(part)
+        Records(options.results_dir, command, options.quick).keep_result(
+            f"lane_{name}",
+            name,
+            figures,
+            status="ok" if is_passed else "error",
+            error=None if is_passed else result.reason,
+            seconds=result.seconds,
+        )
     return int(failed)
 
 

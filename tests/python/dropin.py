@@ -13,8 +13,10 @@ from torch import nn
 
 import torch_offload
 from tests.python import expect
+from torch_offload import _C
 from torch_offload.selfcheck.subjects import Stack
 
+HOST = torch.device("cpu")
 VOCAB = 64
 # The beginning of what is said of units that the first forward leaves out.
 IDLE_WARNING = "torch_offload. the first forward called"
@@ -42,6 +44,11 @@ def tiny_llama(**changes: Any) -> Any:
     return torch_offload.align(model.eval())
 
 
+def packable_llama(**changes: Any) -> Any:
+    """`tiny_llama` in bf16, of units that are worth packing."""
+    return tiny_llama(**({"hidden_size": 256, "intermediate_size": 512} | changes)).bfloat16()
+
+
 def tiny_stack(num_blocks: int = 4, width: int = 16) -> Stack:
     """A `Stack` with the same weights at every call."""
     with torch.random.fork_rng(devices=[]):
@@ -55,6 +62,19 @@ def tokens(device: torch.device, *, batch: int = 2, length: int = 6, seed: int =
     """Token ids, int64, [batch, length], none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (batch, length), generator=generator).to(device)
+
+
+def logits(model: nn.Module, device: torch.device = HOST) -> torch.Tensor:
+    """Of a Llama of these, for `tokens`, by one forward without gradients."""
+    with torch.inference_mode():
+        found = model(tokens(device)).logits
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def planned_bytes(model: nn.Module) -> int:
+    """Of its weights, as they are planned: each aligned."""
+    return sum(_C.aligned_size(parameter.nbytes) for parameter in model.parameters())
 
 
 def rows(device: torch.device, *, batch: int = 3, width: int = 16, seed: int = 4) -> torch.Tensor:

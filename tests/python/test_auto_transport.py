@@ -10,21 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from tests.python.dropin import assert_equal, tiny_llama
-from tests.python.test_packed_transport import (
-    HOST,
-    SIZES,
-    _many_exponents,
-    expected_of,
-    run,
-)
+from tests.python.dropin import HOST, assert_equal, packable_llama
+from tests.python.dropin import logits as run
+from tests.python.test_packed_transport import _many_exponents, expected_of
 from torch_offload import Handle, offload
 from torch_offload.measured_times import measured_times
 from torch_offload.profile_file import read_profile
 
 
 def deep_llama() -> Any:
-    return tiny_llama(**SIZES, num_hidden_layers=12).bfloat16()
+    return packable_llama(num_hidden_layers=12)
 
 
 def weights_bytes(model: nn.Module) -> int:
@@ -96,7 +91,7 @@ def test_auto_without_a_budget_streams_packed() -> None:
 
 
 def test_auto_of_weights_that_do_not_pack_is_the_raw_plan() -> None:
-    model = tiny_llama(**SIZES, num_hidden_layers=6)  # float32
+    model = packable_llama(num_hidden_layers=6).float()
     expected = expected_of(model)
     budget = weights_bytes(model) // 2
     with offload(model, HOST, gpu_budget=budget) as handle:

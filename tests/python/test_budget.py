@@ -15,7 +15,7 @@ from torch import nn
 
 import torch_offload
 from tests.python import expect
-from tests.python.dropin import Stack, tiny_llama
+from tests.python.dropin import Stack, planned_bytes, tiny_llama
 from tests.python.fake_memory import FakeMemory
 from torch_offload import _C
 from torch_offload.choice import choose
@@ -45,11 +45,6 @@ def auto(model: nn.Module, memory: FakeMemory, **options: Any) -> torch_offload.
     return handle
 
 
-def weights_of(model: nn.Module) -> int:
-    """As they are planned: each aligned."""
-    return sum(_C.aligned_size(parameter.nbytes) for parameter in model.parameters())
-
-
 def on_device(handle: torch_offload.Handle) -> int:
     return handle.stats.bytes_resident + handle.stats.window_bytes
 
@@ -63,7 +58,7 @@ class TestReplan:
         x = rows()
         before = expect.snapshot(model)
         must = model(x)
-        whole = weights_of(model)
+        whole = planned_bytes(model)
         with torch_offload.offload(model, HOST, gpu_budget=None) as handle:
             parameters = list(model.parameters())
             for share in (0.9, 0.4, 0.6, 0.3, 1.1, 0.5):
@@ -87,7 +82,7 @@ class TestReplan:
     @torch.no_grad()
     def test_replan_that_changes_little_moves_only_what_changes(self) -> None:
         model = blocks_of()
-        whole = weights_of(model)
+        whole = planned_bytes(model)
         with torch_offload.offload(model, HOST, gpu_budget=int(0.5 * whole)) as handle:
             model(rows())
             homes = {u.name: u.place is None for u in handle.units}
@@ -104,7 +99,7 @@ class TestReplan:
     def test_edits_at_rest_survive_a_replan(self) -> None:
         model = blocks_of()
         x = rows()
-        whole = weights_of(model)
+        whole = planned_bytes(model)
         with torch_offload.offload(model, HOST, gpu_budget=None) as handle:
             model(x)
             model.blocks[1].mlp.up.weight.data += 1.0
@@ -127,7 +122,7 @@ class TestReplan:
         model = blocks_of()
         x = rows()
         must = model(x)
-        whole = weights_of(model)
+        whole = planned_bytes(model)
         with torch_offload.offload(model, HOST, gpu_budget=int(0.5 * whole)) as handle:
             model(x)
             before = handle.units
@@ -181,7 +176,7 @@ class TestReplan:
     def test_model_and_handle_are_freed_without_a_collection_after_a_replan(self) -> None:
         model = blocks_of()
         handle = torch_offload.offload(model, HOST, gpu_budget=None)
-        handle.replan(gpu_budget=weights_of(model) // 2)
+        handle.replan(gpu_budget=planned_bytes(model) // 2)
         model(rows())
         gone = weakref.ref(model)
         gc.collect()
@@ -212,7 +207,7 @@ class TestAuto:
         model = blocks_of()
         x = rows()
         must = model(x)
-        whole = weights_of(model)
+        whole = planned_bytes(model)
         memory = FakeMemory(2 * whole)
         memory.activations = whole
         with auto(model, memory) as handle:
@@ -226,7 +221,7 @@ class TestAuto:
     @torch.no_grad()
     def test_memory_of_others_and_headroom_are_left_alone(self) -> None:
         model = blocks_of()
-        whole = weights_of(model)
+        whole = planned_bytes(model)
         memory = FakeMemory(2 * whole)
         memory.held_by_others = whole
         memory.activations = whole // 4
@@ -238,7 +233,7 @@ class TestAuto:
     @torch.no_grad()
     def test_larger_shape_class_gets_room_before_it_runs(self) -> None:
         model = blocks_of()
-        whole = weights_of(model)
+        whole = planned_bytes(model)
         memory = FakeMemory(2 * whole)
         memory.activations = whole // 8
         with auto(model, memory) as handle:
@@ -259,7 +254,7 @@ class TestAuto:
     @torch.no_grad()
     def test_pressure_from_others_gives_units_back(self) -> None:
         model = blocks_of()
-        whole = weights_of(model)
+        whole = planned_bytes(model)
         memory = FakeMemory(2 * whole)
         with auto(model, memory) as handle:
             model(rows())
@@ -281,7 +276,7 @@ class TestAuto:
 
     def test_fraction_is_of_the_whole_device(self) -> None:
         model = blocks_of()
-        whole = weights_of(model)
+        whole = planned_bytes(model)
         with auto(model, FakeMemory(2 * whole), gpu_budget=0.25) as handle:
             assert 0.3 * whole < on_device(handle) <= 0.5 * whole
             handle.replan(gpu_budget=1.0)
@@ -320,7 +315,7 @@ class TestOutOfMemory:
         model = blocks_of()
         x = rows()
         must = model(x)
-        whole = weights_of(model)
+        whole = planned_bytes(model)
         with torch_offload.offload(model, HOST, gpu_budget=int(0.8 * whole)) as handle:
             assert torch.equal(model(x), must)
             before = on_device(handle)
@@ -339,7 +334,7 @@ class TestOutOfMemory:
     def test_auto_learns_anew_after_it_ran_out(self) -> None:
         model = blocks_of()
         x = rows()
-        whole = weights_of(model)
+        whole = planned_bytes(model)
         memory = FakeMemory(2 * whole)
         with auto(model, memory) as handle:
             model(x)
@@ -355,7 +350,7 @@ class TestOutOfMemory:
     @torch.no_grad()
     def test_raise_says_what_to_set_and_changes_nothing(self) -> None:
         model = blocks_of()
-        whole = weights_of(model)
+        whole = planned_bytes(model)
         with torch_offload.offload(
             model, HOST, gpu_budget=int(0.8 * whole), on_oom="raise"
         ) as handle:
@@ -381,7 +376,7 @@ class TestOutOfMemory:
     @torch.no_grad()
     def test_other_errors_change_nothing(self) -> None:
         model = blocks_of()
-        with torch_offload.offload(model, HOST, gpu_budget=weights_of(model)) as handle:
+        with torch_offload.offload(model, HOST, gpu_budget=planned_bytes(model)) as handle:
             before = [unit.place for unit in handle.units]
             with pytest.raises(RuntimeError):
                 model(torch.zeros(1, 1, 3))
@@ -397,7 +392,7 @@ def test_generate_is_the_same_under_every_budget() -> None:
     model = tiny_llama()
     ids = torch.tensor([[3, 5, 7]])
     must = model.generate(ids, max_new_tokens=6, do_sample=False)
-    whole = weights_of(model)
+    whole = planned_bytes(model)
     with torch_offload.offload(model, HOST, gpu_budget=whole) as handle:
         for share in (1.0, 0.7, 0.4):
             handle.replan(gpu_budget=int(share * whole) + 1)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +96,79 @@ def test_looking_at_a_run(number: int, folder: Path, device: torch.device) -> No
     assert made == [{"p.json"}, {"t.png"}, set()][number]
 
 
-def test_results_in_the_readme_are_what_the_script_makes_of_the_json() -> None:
+def test_tables_are_what_one_run_of_the_script_makes_of_the_json(tmp_path: Path) -> None:
+    files = {ROOT / "README.md": "chosen results", ROOT / "docs/figures.md": "results"}
+    copies = {}
+    for path, kind in files.items():
+        before, mark, rest = path.read_text().partition(f"<!-- {kind} -->\n")
+        end = f"<!-- /{kind} -->"
+        block, _, after = rest.partition(end)
+        assert block.count("\n|") > 5, f"{path.name} has no table of {kind}"
+        copies[path] = tmp_path / path.name
+        copies[path].write_text(f"{before}{mark}{end}{after}")
+    subprocess.run(
+        [sys.executable, "tools/results_table.py", "--write", *copies.values()],
+        cwd=ROOT,
+        check=True,
+    )
+    for path, copied in copies.items():
+        assert copied.read_text() == path.read_text(), "run tools/results_table.py --write"
+
+
+@pytest.mark.parametrize("text", ["", "<!-- results -->\n", "<!-- /results --><!-- results -->"])
+def test_file_without_its_two_marks_fails_and_stays(text: str, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(text)
     made = subprocess.run(
-        [sys.executable, "tools/results_table.py"],
+        [sys.executable, "tools/results_table.py", "--write", tmp_path / "page.md"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    text = (ROOT / "README.md").read_text()
-    block = text.partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
-    assert block.strip() == made.stdout.strip(), "run tools/results_table.py --write README.md"
+    assert made.returncode == 1
+    assert "expected one block" in made.stderr
+    assert (tmp_path / "page.md").read_text() == text
+
+
+def test_every_result_is_in_the_list_of_results_and_what_that_names_is_there() -> None:
+    folder = ROOT / "benchmarks" / "results"
+    rows = [row for row in (folder / "README.md").read_text().splitlines() if row[:3] == "| `"]
+    first_cells = [row.split("|")[1] for row in rows]
+    named = {name for cell in first_cells for name in re.findall(r"`([^`]+)`", cell)}
+    kept = {path.name for path in folder.glob("*.json")}
+    kept |= {f"{path.parent.name}/" for path in folder.glob("*/*.json")} - {"tiny/"}
+    assert not {name for name in kept if not any(fnmatch(name, pattern) for pattern in named)}
+    absent = {pattern for pattern in named if not any(fnmatch(name, pattern) for name in kept)}
+    assert not [
+        pattern
+        for pattern in absent
+        for cell in first_cells
+        if f"`{pattern}`" in cell and "not kept yet" not in cell
+    ]
+
+
+def test_links_lead_somewhere() -> None:
+    """Files and headings, of all pages, by the names that GitHub gives to headings."""
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    pages += [*(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/results/README.md"]
+    dead = []
+    for page in pages:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if "://" in target:
+                continue
+            file, _, anchor = target.partition("#")
+            path = (page.parent / file).resolve() if file else page
+            if not path.exists() or (anchor and anchor not in anchors_of(path)):
+                dead.append(f"{page.name}: {target}")
+    assert not dead
+
+
+def anchors_of(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
+        for heading in headings
+    }
 
 
 def test_no_block_is_left_out() -> None:
@@ -131,3 +194,44 @@ def test_tests_that_design_names_are_where_it_says() -> None:
         if file not in files or name not in files[file].read_text()
     ]
     assert not missing
+
+
+_IN_SHORT_BESIDE_THE_CODE = {"Two lanes, or one ring"}
+
+
+def test_every_note_is_told_once() -> None:
+    """A title alone on its line, or before a colon, tells it; any other mention refers to it."""
+    homes: dict[str, list[str]] = {}
+    mentioned: dict[str, str] = {}
+    for path in sources("csrc", "torch_offload", "docs", "tests", "benchmarks", "tools"):
+        text, name = path.read_text(), path.relative_to(ROOT).as_posix()
+        for title in re.findall(r"^\W*Note \[([^\]\n]+)\](?::.*)?$", text, re.MULTILINE):
+            homes.setdefault(title, []).append(name)
+        on_one_line = re.sub(r"\s*\n\s*(?:///?|#)?\s*", " ", text)
+        mentioned.update(dict.fromkeys(re.findall(r"Note \[([^\]]+)\]", on_one_line), name))
+    assert len(homes) > 20
+    twice = {title: where for title, where in homes.items() if len(where) > 1}
+    assert set(twice) <= _IN_SHORT_BESIDE_THE_CODE, twice
+    assert {title: where for title, where in mentioned.items() if title not in homes} == {}
+
+
+def sources(*folders: str) -> list[Path]:
+    kinds = {".cpp", ".cu", ".h", ".md", ".py"}
+    return [
+        path
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in kinds and path != Path(__file__)
+    ]
+
+
+def test_picture_of_design_names_every_source() -> None:
+    text = (ROOT / "docs/design.md").read_text()
+    picture = text[text.index("## The picture") : text.index("Arrows point down only")]
+    named = set(re.findall(r"\w+", picture))
+    shown = list((ROOT / "torch_offload").glob("*.py"))
+    shown += [path.parent for path in (ROOT / "torch_offload").glob("*/__init__.py")]
+    for folder in ("bindings", "check", "core", "cuda", "host", "params", "planner", "sim"):
+        shown += (ROOT / "csrc" / folder).glob("*.c*")
+    made = {"__init__", "__main__", "_build_info", "_version"}
+    assert {path.stem for path in shown} - named == made & {path.stem for path in shown}

@@ -18,6 +18,7 @@ from torch import nn
 from tests.python import expect
 from tests.python.dropin import (
     assert_streams_like_plain,
+    packable_llama,
     plain_on,
     rows,
     streamed,
@@ -224,7 +225,7 @@ def test_forked_child_forward_raises_and_exit_is_clean(device: torch.device) -> 
 def test_model_that_dies_in_a_forked_child_waits_for_nothing(
     device: torch.device, options: dict[str, Any]
 ) -> None:
-    model = tiny_llama(hidden_size=256, intermediate_size=512).bfloat16()
+    model = packable_llama()
     handle = offload(model, device, **options)
     with torch.inference_mode():
         model(tokens(device))

@@ -6,11 +6,9 @@ import json
 
 import pytest
 import torch
-from torch import nn
 
 import torch_offload
-from tests.python.dropin import Stack
-from torch_offload import _C
+from tests.python.dropin import Stack, planned_bytes
 
 HOST = torch.device("cpu")
 
@@ -21,12 +19,8 @@ def model() -> Stack:
     return torch_offload.align(Stack(8, 64).eval())  # type: ignore[return-value]
 
 
-def weights_of(model: nn.Module) -> int:
-    return sum(_C.aligned_size(parameter.nbytes) for parameter in model.parameters())
-
-
 def test_every_unit_is_resident_or_streamed_and_the_bytes_add_up(model: Stack) -> None:
-    with torch_offload.offload(model, HOST, gpu_budget=weights_of(model) // 2) as handle:
+    with torch_offload.offload(model, HOST, gpu_budget=planned_bytes(model) // 2) as handle:
         found = handle.explain()
         names = {unit.name: unit.place for unit in handle.units}
         assert set(found.resident) == {name for name, place in names.items() if place is None}
@@ -35,14 +29,14 @@ def test_every_unit_is_resident_or_streamed_and_the_bytes_add_up(model: Stack) -
         assert found.granularity == "sublayer"
         plan = found.prediction.plan
         assert plan.window_bytes == handle.stats.window_bytes
-        assert found.device_bytes <= weights_of(model) // 2
+        assert found.device_bytes <= planned_bytes(model) // 2
         streamed = sum(unit.size_bytes for unit in handle.units if unit.place is not None)
         assert found.prediction.streamed_bytes == streamed
         assert 0 < found.roofline_share <= 1
 
 
 def test_more_memory_is_never_slower_and_less_never_faster(model: Stack) -> None:
-    with torch_offload.offload(model, HOST, gpu_budget=weights_of(model) // 2) as handle:
+    with torch_offload.offload(model, HOST, gpu_budget=planned_bytes(model) // 2) as handle:
         found = handle.explain()
         now = found.prediction.forward_ms
         times = [change.forward_ms for change in found.changes]
@@ -60,7 +54,7 @@ def test_more_memory_is_never_slower_and_less_never_faster(model: Stack) -> None
 
 
 def test_other_rules_are_named_and_none_is_faster(model: Stack) -> None:
-    with torch_offload.offload(model, HOST, gpu_budget=weights_of(model) // 2) as handle:
+    with torch_offload.offload(model, HOST, gpu_budget=planned_bytes(model) // 2) as handle:
         found = handle.explain()
         assert found.alternatives
         assert all(share >= 0 for _, share in found.alternatives)

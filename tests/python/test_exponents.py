@@ -9,13 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.python.dropin import tiny_llama
+from tests.python.dropin import packable_llama
 from torch_offload import _C, exponents, offload, packing
 from torch_offload.exponents import count_exponents, count_exponents_by_torch
 from torch_offload.packing import packed_bytes_of
 
 PIECE = _C.counted_weights
-SIZES = {"hidden_size": 256, "intermediate_size": 512}
 
 
 def weights(num_weights: int, kind: str) -> torch.Tensor:
@@ -99,10 +98,6 @@ def test_counts_of_something_else_are_refused() -> None:
 # --- offload -------------------------------------------------------------------------------------
 
 
-def llama() -> Any:
-    return tiny_llama(**SIZES).bfloat16()
-
-
 @pytest.mark.parametrize("masters", ["plain", "packed"])
 @pytest.mark.parametrize("granularity", ["sublayer", "auto"])
 @pytest.mark.parametrize("share", [None, 0.8])
@@ -116,7 +111,7 @@ def test_offload_counts_every_weight_once(
         return count_exponents(parameter)
 
     monkeypatch.setattr(packing, "count_exponents", counting)
-    model = llama()
+    model = packable_llama()
     whole = sum(parameter.nbytes for parameter in model.parameters())
     budget = None if share is None else int(share * whole)
     options: Any = {"granularity": granularity, "masters": masters, "gpu_budget": budget}
@@ -131,7 +126,7 @@ def test_planned_sizes_are_those_of_the_packed_units(
 ) -> None:
     if by_torch:
         monkeypatch.setattr(exponents._C, "count_exponents", count_exponents_by_torch)
-    model = llama()
+    model = packable_llama()
     plain = {
         name: parameter.detach().clone().view(-1) for name, parameter in model.named_parameters()
     }
@@ -149,7 +144,7 @@ def test_weights_that_change_behind_their_count_fail_and_are_as_they_were(
     monkeypatch: pytest.MonkeyPatch, masters: Any
 ) -> None:
     """Somebody writes from another thread while the model is offloaded."""
-    model = llama()
+    model = packable_llama()
     weight = model.model.layers[0].mlp.down_proj.weight
 
     def disturbed(parameter: torch.Tensor) -> torch.Tensor | None:

@@ -28,23 +28,15 @@ from tests.lanes.failures import Operator
 from tests.lanes.fault_trials import Case, Trial
 from tests.python import packed_reference
 from tests.python.checkpoints import load, load_plain
-from tests.python.dropin import assert_equal, plain_on, tiny_llama, tokens
+from tests.python.dropin import assert_equal, plain_on, tiny_llama
+from tests.python.dropin import logits as run
+from tests.python.dropin import packable_llama as llama
 from torch_offload import _C, Config, offload, packed_cache
 from torch_offload.pretrained import CACHE_FOLDER
 
 HOST = torch.device("cpu")
-SIZES = {"hidden_size": 256, "intermediate_size": 512}
 _ROOT = Path(torch_offload.__file__).parents[1]
 _ANEW = "packed anew"
-
-
-def llama() -> Any:
-    return tiny_llama(**SIZES).bfloat16()
-
-
-def run(model: nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(tokens(HOST)).logits
 
 
 class Runs:
@@ -641,7 +633,7 @@ def test_cache_beside_no_checkpoint_fails() -> None:
 
 
 def test_nothing_to_pack_writes_no_file(tmp_path: Path) -> None:
-    model = tiny_llama(**SIZES)  # float32
+    model = llama().float()
     with offload(model, HOST, transport="packed", packed_cache=tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -26,6 +26,8 @@ from tests.lanes.fault_trials import Case, Trial
 from tests.python import expect
 from tests.python.checkpoints import load, load_plain
 from tests.python.dropin import assert_equal, plain_on, raising, tiny_llama, tokens
+from tests.python.dropin import logits as run
+from tests.python.dropin import packable_llama as llama
 from torch_offload import _C, Config, Handle, StateError, offload
 from torch_offload.devices import devices_made_by
 from torch_offload.packed_parameter import PackedParameter
@@ -33,7 +35,6 @@ from torch_offload.selfcheck.failing_operator import FailingOperator
 from torch_offload.transport import packing_for
 
 HOST = torch.device("cpu")
-SIZES = {"hidden_size": 256, "intermediate_size": 512}
 LAYOUTS = [
     ("sync", "shared"),
     ("streams", "split"),
@@ -43,15 +44,6 @@ LAYOUTS = [
     ("pipeline", "split"),
 ]
 _ROOT = Path(torch_offload.__file__).parents[1]
-
-
-def llama() -> Any:
-    return tiny_llama(**SIZES).bfloat16()
-
-
-def run(model: nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(tokens(HOST)).logits
 
 
 @contextmanager
@@ -768,7 +760,7 @@ def test_units_that_packing_would_not_shrink_stay_plain() -> None:
 
 
 def test_nothing_to_pack_streams_as_plain() -> None:
-    model = tiny_llama(**SIZES)
+    model = llama().float()
     expected = run(model)
     with packed(model) as handle:
         for _ in range(2):
@@ -839,7 +831,7 @@ def test_edit_of_a_unit_that_stays_packed_is_seen(edit: Callable[[nn.Parameter],
 
 
 def test_units_travel_and_stay_within_every_budget_to_the_byte() -> None:
-    model = tiny_llama(**SIZES, num_hidden_layers=6).bfloat16()
+    model = llama(num_hidden_layers=6)
     expected = run(model)
     total = sum(parameter.nbytes for parameter in model.parameters())
     seen = set()

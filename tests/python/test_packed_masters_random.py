@@ -10,11 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.python.dropin import assert_equal, tiny_llama, tokens
+from tests.python.dropin import HOST, assert_equal, logits, tiny_llama
 from torch_offload import Handle, offload
 from torch_offload.packed_parameter import PackedParameter
 
-HOST = torch.device("cpu")
 NAMES = [
     f"model.layers.{layer}.{part}.weight"
     for layer in (0, 1)
@@ -24,11 +23,6 @@ NAMES = [
 
 def make() -> Any:
     return tiny_llama(hidden_size=128, intermediate_size=128, num_hidden_layers=2).bfloat16()
-
-
-def run(model: nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(tokens(HOST)).logits
 
 
 class _Twins:
@@ -86,7 +80,7 @@ class _Twins:
             one.load_state_dict(state, assign=name == NAMES[0])
 
     def compare(self, name: str) -> None:
-        assert_equal(*(run(one) for one in self.models))
+        assert_equal(*(logits(one) for one in self.models))
 
     def interrupt(self, name: str) -> None:
         def fail(*args: Any) -> None:
@@ -95,7 +89,7 @@ class _Twins:
         module = self.models[0].get_submodule(name.rpartition(".")[0])
         hook = module.register_forward_pre_hook(fail)
         try:
-            run(self.models[0])
+            logits(self.models[0])
         except KeyboardInterrupt:
             hook.remove()
         else:
@@ -198,7 +192,7 @@ def test_any_row_of_edits_gives_the_plain_bits(
         for name in unit.parameters:
             assert isinstance(model.get_parameter(name), PackedParameter), name
     handle.remove()
-    assert_equal(run(model), run(plain))
+    assert_equal(logits(model), logits(plain))
     for weight, must in (twins.weights(one) for one in NAMES):
         assert type(weight) is nn.Parameter
         assert torch.equal(weight, must)

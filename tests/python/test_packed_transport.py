@@ -11,7 +11,9 @@ from torch import nn
 
 import torch_offload
 from tests.python import expect
-from tests.python.dropin import assert_equal, plain_on, tiny_llama, tokens
+from tests.python.dropin import assert_equal, plain_on
+from tests.python.dropin import logits as run
+from tests.python.dropin import packable_llama as llama
 from torch_offload import _C, Config, offload
 from torch_offload.offload import offload_with
 from torch_offload.packing import MAX_SHARE
@@ -19,7 +21,6 @@ from torch_offload.transport import packing_for
 
 HOST = torch.device("cpu")
 # Large enough that packing pays for every unit, small enough for a second.
-SIZES = {"hidden_size": 256, "intermediate_size": 512}
 LAYOUTS = [
     ("sync", "shared"),
     ("streams", "shared"),
@@ -29,15 +30,6 @@ LAYOUTS = [
     ("pipeline", "shared"),
     ("pipeline", "split"),
 ]
-
-
-def llama() -> Any:
-    return tiny_llama(**SIZES).bfloat16()
-
-
-def run(model: nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(tokens(HOST)).logits
 
 
 def expected_of(model: nn.Module) -> torch.Tensor:
@@ -99,7 +91,7 @@ def test_packed_debug_run_is_equal() -> None:
 
 
 def test_weights_that_packing_would_not_shrink_travel_raw() -> None:
-    model = tiny_llama(**SIZES)  # float32
+    model = llama().float()
     expected = expected_of(model)
     with offload(model, HOST, transport="packed") as handle:
         assert_equal(run(model), expected)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.python.dropin import tiny_llama
+from tests.python.dropin import packable_llama
 from torch_offload import _C, Config, packing
 from torch_offload.choice import Packable, Times, choose, choose_transports
 from torch_offload.measured_times import MeasuredTimes
@@ -150,7 +150,7 @@ def test_more_budget_is_never_slower(
 
 
 def _llama_cut(transport: str = "auto", **sizes: int) -> Cut:
-    model = tiny_llama(hidden_size=256, intermediate_size=512, **sizes).bfloat16()
+    model = packable_llama(**sizes)
     config = Config(gpu_budget="1GiB", transport=transport)  # type: ignore[arg-type]
     return cut_model(model, config)[0]
 

@@ -34,9 +34,9 @@ def scale_of(span_ns: int) -> Scale:
     return Scale("s", 1_000_000_000)
 
 
-def duration(ns: float, digits: int = 4) -> str:
+def duration(ns: float) -> str:
     """A duration in the unit that suits it."""
-    return scale_of(round(abs(ns))).text(ns, digits)
+    return scale_of(round(abs(ns))).text(ns)
 
 
 def ticks(span_ns: int, most: int) -> list[int]:
