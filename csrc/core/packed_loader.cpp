@@ -26,10 +26,16 @@ PackedLoader::PackedLoader(Device& device, std::size_t num_units, const Options&
       slots_(slot_bytes_ == 0 ? 0 : options.num_slots),
       units_(num_units),
       streams_(options.streams) {
+  // They may have been recorded for an earlier loader; nobody waits for that: `staged` is recorded
+  // anew before each wait, and `decoded` is waited for once it has been.
+  std::vector<EventId>& events = streams_.slot_events;
+  while (events.size() < 2 * slots_.size()) {
+    events.push_back(device_.create_event());
+  }
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     slots_[i].memory = ring_.memory() + i * slot_bytes_;
-    slots_[i].staged = device_.create_event();
-    slots_[i].decoded = device_.create_event();
+    slots_[i].staged = events[2 * i];
+    slots_[i].decoded = events[2 * i + 1];
   }
   std::byte* room = resident_.memory();
   for (std::size_t unit = 0; unit < options.resident_bytes.size(); ++unit) {

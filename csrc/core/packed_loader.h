@@ -26,10 +26,12 @@ constexpr std::size_t packed_room_bytes(std::size_t packed_bytes) {
   return aligned_size(packed_bytes + packed_bytes / 256 + 1024);
 }
 
-/// Streams that decoders run on; made when they are first needed.
+/// Streams that decoders run on, and the events between them and the copies; made when they are
+/// first needed. They live as long as the device, so a loader goes on with those of an earlier one.
 struct PackedStreams {
-  StreamId copied = kNoStream;    ///< Behind copies.
-  StreamId resident = kNoStream;  ///< Of units that stay packed.
+  StreamId copied = kNoStream;            ///< Behind copies.
+  StreamId resident = kNoStream;          ///< Of units that stay packed.
+  std::vector<EventId> slot_events = {};  ///< Staged and decoded of one slot after the other.
 };
 
 #ifdef TORCH_OFFLOAD_MUTANTS
@@ -60,7 +62,7 @@ class PackedLoader : public Loader {
     std::vector<std::size_t> resident_bytes = {};
     /// Without, the decoder follows the copy on the copy stream: for the mode that knows one.
     bool has_decode_stream = true;
-    /// Of an earlier loader on this device, to go on with.
+    /// Of an earlier loader on this device, which is no more, to go on with.
     PackedStreams streams = {};
   };
 

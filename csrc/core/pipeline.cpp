@@ -60,38 +60,28 @@ Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOpti
   handover_ = device_.create_event();
   // The allocator may have handed out memory that kernels of the current stream still use.
   synchronize(device_.current_stream(), Step::kNewWindowDrain);
-  std::vector<EventId> events = events_for(plan_);  // before the plan is moved
-  adopt(std::move(plan_), std::move(events));
+  make_events(plan_);
+  adopt(std::move(plan_));
 }
 
-/// Events for every unit that streams: those that are there, and as many more as it takes.
-std::vector<EventId> Pipeline::events_for(const Plan& plan) {
-  std::vector<EventId> events;
-  for (const UnitState& state : states_) {
-    if (state.ready != kNoEvent) {
-      events.insert(events.end(), {state.ready, state.free});
-    }
-  }
+/// Makes what events the units of this plan need beyond those that are there.
+void Pipeline::make_events(const Plan& plan) {
   const std::size_t num_needed = 2 * streamed_units(plan).size();
-  while (events.size() < num_needed) {
-    events.push_back(device_.create_event());
+  while (unit_events_.size() < num_needed) {
+    unit_events_.push_back(device_.create_event());
   }
-  return events;
 }
 
-std::vector<Pipeline::UnitState> Pipeline::states_of(const Plan& plan,
-                                                     std::vector<EventId> events) const {
-  const auto next_event = [&] {
-    const EventId event = events.back();
-    events.pop_back();
-    return event;
-  };
+/// What is known of units whose places are empty. Their events may have been recorded for units of
+/// an earlier plan; nobody waits for that, as nothing is whole or pending here.
+std::vector<Pipeline::UnitState> Pipeline::states_of(const Plan& plan) const {
   std::vector<UnitState> states(plan.units.size());
+  auto next_event = unit_events_.begin();
   for (UnitIndex unit = 0; unit < states.size(); ++unit) {
     if (const std::optional<ByteRange>& place = plan.places[unit]; place && window_) {
       states[unit].memory = window_->memory() + place->begin;
-      states[unit].ready = next_event();
-      states[unit].free = next_event();
+      states[unit].ready = *next_event++;
+      states[unit].free = *next_event++;
     }
   }
   return states;
@@ -102,13 +92,13 @@ void Pipeline::replan(Plan plan) {
     throw StateError("expected replan between forwards, got it while one is running");
   }
   check_internal(plan.places.size() == plan.units.size(), "a plan without places");
-  std::vector<EventId> events = events_for(plan);  // first, while a failure changes nothing
+  make_events(plan);  // first, while a failure changes nothing
   if (!is_left_out(Step::kReplanDrain)) {
     synchronize();  // who copies next will not ask for the uses of this plan
   }
   own_places_.clear();
   if (window_ && plan.window_bytes == window_bytes()) {
-    adopt(std::move(plan), std::move(events));
+    adopt(std::move(plan));
     return;
   }
   const std::size_t former_bytes = window_bytes();
@@ -127,15 +117,15 @@ void Pipeline::replan(Plan plan) {
     }
     // Units that had places of their own are back in those that overlap others.
     plan_.overlaps = overlaps_of(plan_.places);
-    adopt(std::move(plan_), std::move(events));
+    adopt(std::move(plan_));
     throw;
   }
-  adopt(std::move(plan), std::move(events));
+  adopt(std::move(plan));
 }
 
 /// Goes on with this plan and empty places in the window that is there.
-void Pipeline::adopt(Plan plan, std::vector<EventId> events) {
-  std::vector<UnitState> states = states_of(plan, std::move(events));
+void Pipeline::adopt(Plan plan) {
+  std::vector<UnitState> states = states_of(plan);
   order_ = std::make_unique<Order>(streamed_units(plan));
   plan_ = std::move(plan);
   states_ = std::move(states);

@@ -174,9 +174,9 @@ class Pipeline {
     bool is_over = false;  // nothing more of it comes ahead now
   };
 
-  std::vector<EventId> events_for(const Plan& plan);
-  std::vector<UnitState> states_of(const Plan& plan, std::vector<EventId> events) const;
-  void adopt(Plan plan, std::vector<EventId> events);
+  void make_events(const Plan& plan);
+  std::vector<UnitState> states_of(const Plan& plan) const;
+  void adopt(Plan plan);
   std::size_t copy_stream_index(UnitIndex unit) const;
   StreamId copy_stream(UnitIndex unit);
   StreamId enter_compute_stream(UnitIndex unit);
@@ -223,7 +223,10 @@ class Pipeline {
   Stats stats_;
   std::array<StreamId, kNumKinds> copy_streams_{kNoStream, kNoStream};     // equal in `shared`
   std::array<StreamId, kNumKinds> compute_streams_{kNoStream, kNoStream};  // `split` only
-  EventId handover_ = kNoEvent;    // recorded on the stream left, waited for by the one entered
+  EventId handover_ = kNoEvent;  // recorded on the stream left, waited for by the one entered
+  // Ready and free of one streamed unit after the other. Those of the plan with the most units stay
+  // for the next one: an event lives as long as the device.
+  std::vector<EventId> unit_events_;
   bool has_copied_units_ = false;  // units of the plan that come by copies, or share their ring,
   bool has_packed_units_ = false;  // and units that stay packed and have a ring of their own
   UnitIndex current_ = kNoUnit;    // the unit acquired last; copies run ahead of it

@@ -24,12 +24,12 @@ std::uint32_t PipelineState::waiting_writers(const Pipeline& pipeline, UnitIndex
 void PipelineState::append(const Pipeline& pipeline, const std::vector<std::uint64_t>& generations,
                            StateWords& words) {
   // Every field is named: one that is new does not compile until it was thought of here.
-  // As they were made are device, loader, options, policy, streams and handover; so are plan, lanes
+  // As they were made are device, loader, options, policy, streams and events; so are plan, lanes
   // and window while no unit has been given another place. Nothing is decided by stats and
   // unit_stats. The owner is the thread that asks. The order has states of its own.
   const auto& [device, loader, plan, options, policy, order, window, own_places, states, unit_stats,
-               stats, copy_streams, compute_streams, handover, has_copied_units, has_packed_units,
-               current, pass, nesting, owner] = pipeline;
+               stats, copy_streams, compute_streams, handover, unit_events, has_copied_units,
+               has_packed_units, current, pass, nesting, owner] = pipeline;
   check_internal(own_places.empty(), "a state with places that are not the plan's");
   words.insert(words.end(), {current, nesting});
   for (UnitIndex unit = 0; unit < states.size(); ++unit) {
