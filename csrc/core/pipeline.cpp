@@ -1,8 +1,5 @@
 #include "core/pipeline.h"
 
-#include <algorithm>
-#include <cstdio>
-#include <exception>
 #include <utility>
 
 #include "core/error.h"
@@ -20,16 +17,6 @@ namespace torch_offload {
 
 namespace {
 
-std::vector<UnitIndex> streamed_units(const Plan& plan) {
-  std::vector<UnitIndex> order;
-  for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
-    if (!plan.is_resident(unit)) {
-      order.push_back(unit);
-    }
-  }
-  return order;
-}
-
 constexpr std::uint8_t kPoison = 0xFF;  // NaN in every floating-point type
 
 }  // namespace
@@ -40,9 +27,7 @@ Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOpti
       plan_(std::move(plan)),
       options_(options),
       policy_(policy_of(options.mode)),
-      order_(std::make_unique<Order>(streamed_units(plan_))),
-      window_(std::in_place, device, plan_.window_bytes),
-      unit_stats_(plan_.units.size()) {
+      window_(std::in_place, device, plan_.window_bytes) {
   const bool split = options_.layout == StreamLayout::kSplit;
   if (split && !policy_.has_copy_stream) {
     throw ValueError(
@@ -62,92 +47,6 @@ Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOpti
   synchronize(device_.current_stream(), Step::kNewWindowDrain);
   make_events(plan_);
   adopt(std::move(plan_));
-}
-
-/// Makes what events the units of this plan need beyond those that are there.
-void Pipeline::make_events(const Plan& plan) {
-  const std::size_t num_needed = 2 * streamed_units(plan).size();
-  while (unit_events_.size() < num_needed) {
-    unit_events_.push_back(device_.create_event());
-  }
-}
-
-/// What is known of units whose places are empty. Their events may have been recorded for units of
-/// an earlier plan; nobody waits for that, as nothing is whole or pending here.
-std::vector<Pipeline::UnitState> Pipeline::states_of(const Plan& plan) const {
-  std::vector<UnitState> states(plan.units.size());
-  auto next_event = unit_events_.begin();
-  for (UnitIndex unit = 0; unit < states.size(); ++unit) {
-    if (const std::optional<ByteRange>& place = plan.places[unit]; place && window_) {
-      states[unit].memory = window_->memory() + place->begin;
-      states[unit].ready = *next_event++;
-      states[unit].free = *next_event++;
-    }
-  }
-  return states;
-}
-
-void Pipeline::replan(Plan plan) {
-  if (in_pass()) {
-    throw StateError("expected replan between forwards, got it while one is running");
-  }
-  check_internal(plan.places.size() == plan.units.size(), "a plan without places");
-  make_events(plan);  // first, while a failure changes nothing
-  if (!is_left_out(Step::kReplanDrain)) {
-    synchronize();  // who copies next will not ask for the uses of this plan
-  }
-  own_places_.clear();
-  if (window_ && plan.window_bytes == window_bytes()) {
-    adopt(std::move(plan));
-    return;
-  }
-  const std::size_t former_bytes = window_bytes();
-  window_.reset();  // first: there need not be room for both
-  try {
-    window_.emplace(device_, plan.window_bytes);
-    // As in the constructor.
-    synchronize(device_.current_stream(), Step::kNewWindowDrain);
-  } catch (...) {
-    window_.reset();
-    try {
-      window_.emplace(device_, former_bytes);
-      quiesce(device_.current_stream(), Step::kNewWindowDrain);
-    } catch (const std::exception&) {
-      window_.reset();
-    }
-    // Units that had places of their own are back in those that overlap others.
-    plan_.overlaps = overlaps_of(plan_.places);
-    adopt(std::move(plan_));
-    throw;
-  }
-  adopt(std::move(plan));
-}
-
-/// Goes on with this plan and empty places in the window that is there.
-void Pipeline::adopt(Plan plan) {
-  std::vector<UnitState> states = states_of(plan);
-  order_ = std::make_unique<Order>(streamed_units(plan));
-  plan_ = std::move(plan);
-  states_ = std::move(states);
-  unit_stats_.assign(plan_.units.size(), UnitStats{});
-  current_ = kNoUnit;
-  note_lanes();
-}
-
-/// Which of the two ways to run ahead there are units for.
-void Pipeline::note_lanes() {
-  has_copied_units_ = has_packed_units_ = false;
-  for (const UnitIndex unit : streamed_units(plan_)) {
-    (is_in_packed_lane(unit) ? has_packed_units_ : has_copied_units_) = true;
-  }
-}
-
-void Pipeline::set_transport(UnitIndex unit, Transport transport) {
-  if (plan_.transports.empty()) {
-    plan_.transports.assign(plan_.units.size(), Transport::kRaw);
-  }
-  plan_.transports.at(unit) = transport;
-  note_lanes();
 }
 
 Pipeline::~Pipeline() {
@@ -322,16 +221,6 @@ void Pipeline::release(UnitIndex unit) {
   }
   state.also_used_on.clear();
   prefetch_ahead();
-}
-
-bool Pipeline::owns(const void* address) const {
-  const auto lies_in = [address](const DeviceMemory& memory) {
-    const AddressRange range = AddressRange::of(memory.memory(), memory.size_bytes());
-    const auto point = reinterpret_cast<std::uintptr_t>(address);
-    return range.begin <= point && point < range.end;
-  };
-  return (window_ && lies_in(*window_)) ||
-         std::any_of(own_places_.begin(), own_places_.end(), lies_in);
 }
 
 /// Remembers that the unit is used on `stream`. Returns whether that is news.

@@ -184,28 +184,4 @@ void Pipeline::forget_expectations() {
   }
 }
 
-/// A unit called inside another one that its place overlaps: from now on it has a place of its own.
-void Pipeline::give_own_place(UnitIndex unit) {
-  UnitState& state = states_[unit];
-  // Whoever writes into the old place next will no longer ask this unit for its last use.
-  for (const StreamId writer : writers()) {
-    await_users(state, writer, Step::kOldPlaceWait);
-  }
-  state.set_pending(kNoEvent);
-  own_places_.emplace_back(device_, plan_.units[unit].size_bytes);
-  // The allocator may hand out memory that kernels of the current stream still use.
-  const StreamId current = device_.current_stream();
-  const StreamId writer = loader_.first_writer(unit, copy_stream(unit));
-  if (writer != current) {
-    order_after(writer, current, Step::kNewPlaceOrder);
-  }
-  for (const UnitIndex other : plan_.overlaps[unit]) {
-    auto& back = plan_.overlaps[other];
-    back.erase(std::remove(back.begin(), back.end(), unit), back.end());
-  }
-  plan_.overlaps[unit].clear();
-  state.memory = own_places_.back().memory();
-  ++stats_.extra_places;
-}
-
 }  // namespace torch_offload
