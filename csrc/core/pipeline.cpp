@@ -8,10 +8,24 @@
 // Every unit has two events. `ready` is recorded behind the copy into its place; whoever uses the
 // unit waits for it on the stream that reads. `free` is recorded behind the last kernel of a use,
 // on the stream that really ran it; whoever copies into bytes of that place waits for it. A place
-// whose unit is acquired, or copied and not yet used, has no free event to wait for: no prefetch
-// is issued into it. These two waits are the whole of the correctness argument; everything else
-// here decides only *when* a copy is issued: pipeline_copies.cpp. How streams are ordered is in
-// pipeline_streams.cpp; what each step closes is in steps.h.
+// whose unit is acquired, or copied and still expected to be used, has no free event to wait for:
+// no prefetch is issued into it.
+//
+// Note [Pending]
+// What a stream must wait for before it writes into a place is remembered as one event, `pending`,
+// and as the streams that are behind it already. After an onload that is `ready`, for all streams
+// but the one that the unit is whole on: write after write. After a release it is `free`, for all:
+// write after read, which covers `ready` as the use has waited for that. Nothing is pending where
+// the host has waited itself. An onload waits for what is pending on its own place and on every
+// place that shares bytes with it.
+//
+// Note [All that is order]
+// Copies and readers are ordered by the two notes above. There is more: the unit behind its
+// caller's kernels and these behind the unit, in `split`; all streams of a use, and of the last one
+// elsewhere, before its `free`; memory that is new, or goes; what a failed call leaves under way.
+// steps.h lists every such step and what it closes, and each is named where it is taken; nothing
+// else here keeps order. The rest decides only *when* a copy is issued (pipeline_copies.cpp) and
+// *where to* (pipeline_places.cpp). How one stream is ordered behind another: pipeline_streams.cpp.
 
 namespace torch_offload {
 
@@ -146,7 +160,7 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
     state.awaited = false;
     state.fresh = false;
     current_ = unit;
-    ask_for_readiness(unit);
+    check_while_debugging(unit);
     if (policy_.host_synchronizes) {
       synchronize(state.loaded_on, Step::kHostReadyWait);
     } else {
@@ -204,7 +218,7 @@ void Pipeline::release(UnitIndex unit) {
     }
     leave_compute_stream(state);
   } catch (...) {
-    if (is_last && state.left != kNoStream) {
+    if (is_last && state.caller != kNoStream) {
       device_.leave_stream(state.used_on);
     }
     // Nobody can wait for this use any more, so it must have ended.
@@ -214,7 +228,7 @@ void Pipeline::release(UnitIndex unit) {
     }
     if (is_last) {
       state.also_used_on.clear();
-      state.whole = state.awaited = false;
+      forget(state);
       return_to_caller(state, Step::kFailedReleaseReturn);
     }
     throw;
@@ -251,8 +265,14 @@ Pipeline::UnitState& Pipeline::held_state(UnitIndex unit) {
 }
 
 /// While every onload is waited for, none can be under way: one that is was waited for in vain.
-void Pipeline::ask_for_readiness(UnitIndex unit) {
-  if (options_.wait_for_each && !device_.is_done(states_[unit].ready) && options_.warn != nullptr) {
+void Pipeline::check_while_debugging(UnitIndex unit) const {
+  if (!options_.wait_for_each) {
+    return;
+  }
+  for (const UnitState& state : states_) {
+    check_internal(state.is_consistent(), "a unit that is in two states at once");
+  }
+  if (!device_.is_done(states_[unit].ready) && options_.warn != nullptr) {
     options_.warn("possible race: the copy of unit '" + plan_.units[unit].name +
                   "' was waited for, and its event says that it is not done; read now, the weights "
                   "would be others");

@@ -54,7 +54,8 @@ inline namespace mutants {  // see steps.h
 /// `acquire` and `release` bracket the use of one unit, within a pass.
 ///
 /// Ordering:  see Note [Ready and free]: a kernel reads a place only behind its ready event, a
-///            copy writes a range only behind the free events of all that used it.
+///            copy writes a range only behind the free events of all that used it; and for the rest
+///            Note [All that is order].
 /// Blocking:  never blocks the host, except in the modes that say so (Policy), in `synchronize`,
 ///            `synchronize_onload`, `replan`, constructor and destructor, and when a submission
 ///            fails halfway: what it has left under way is waited for.
@@ -141,28 +142,41 @@ class Pipeline {
 
   static constexpr std::size_t kNumKinds = 2;
 
+  /// One unit and its place. Note [Pending] says what is behind the last group.
   struct UnitState {
-    std::byte* memory = nullptr;   // the place; nullptr for a resident unit
-    EventId ready = kNoEvent;      // recorded behind each onload
-    EventId free = kNoEvent;       // recorded behind each use
-    bool whole = false;            // the place holds the master's bytes, or will behind `ready`
-    bool awaited = false;          // whole and expected to be used: no prefetch may overwrite it
-    bool fresh = false;            // whole and not used since
-    std::uint32_t acquired = 0;    // uses under way (a module may call itself)
-    StreamId used_on = kNoStream;  // stream of the use under way, or of the last one
-    std::vector<StreamId> also_used_on;  // streams that the use under way has come to since
-    StreamId left = kNoStream;           // `split`: the stream to go back to
-    StreamId loaded_on = kNoStream;      // stream that `ready` was recorded on
+    // What the place holds.
+    std::byte* memory = nullptr;  // the place; nullptr for a resident unit
+    bool whole = false;           // its master's bytes, or will behind `ready`
+    bool awaited = false;         // whole and expected to be used: no prefetch may overwrite it
+    bool fresh = false;           // whole and not used since: decides only what counts as a hit
     std::uint64_t generation = 0;
     std::uint64_t copied_in_pass = 0;
-    // What a stream must wait for before it writes into this range again: the last use (`free`,
-    // closes write-after-read) or the last onload (`ready`, closes write-after-write) ...
-    EventId pending = kNoEvent;
-    std::vector<StreamId> behind_pending;  // ... unless it is one of these
+
+    // Who uses it.
+    std::uint32_t acquired = 0;          // uses under way (a module may call itself)
+    StreamId used_on = kNoStream;        // stream of the use under way, or of the last one
+    std::vector<StreamId> also_used_on;  // streams that the use under way has come to since
+    StreamId caller = kNoStream;         // `split`: the caller's stream, to go back to
+
+    // Who must wait, and for what.
+    EventId ready = kNoEvent;        // recorded behind each onload: for who reads
+    EventId free = kNoEvent;         // recorded behind each use: for who writes
+    StreamId loaded_on = kNoStream;  // stream that `ready` was recorded on
+    EventId pending = kNoEvent;      // `ready` or `free`: for who writes into this range next,
+    std::vector<StreamId> behind_pending;  // unless it is one of these
 
     void set_pending(EventId event) {
       pending = event;
       behind_pending.clear();
+    }
+    /// Whether the fields go together, as they do whenever nothing of this unit is being submitted.
+    /// Only what is whole is awaited, fresh or in use, and what is in use is not fresh. (It may be
+    /// awaited: it is expected once more.) Between two uses there is nothing to go back to.
+    bool is_consistent() const {
+      const bool is_in_use = acquired > 0;
+      return (whole || !(awaited || fresh || is_in_use)) && !(fresh && is_in_use) &&
+             (is_in_use || (also_used_on.empty() && caller == kNoStream)) &&
+             (pending == kNoEvent || pending == ready || pending == free);
     }
   };
 
@@ -208,7 +222,7 @@ class Pipeline {
   void give_own_place(UnitIndex unit);
   void quiesce(StreamId stream, Step step) noexcept;
   UnitState& held_state(UnitIndex unit);
-  void ask_for_readiness(UnitIndex unit);
+  void check_while_debugging(UnitIndex unit) const;
 
   Device& device_;
   Loader& loader_;

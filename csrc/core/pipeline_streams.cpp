@@ -46,25 +46,25 @@ StreamId Pipeline::enter_compute_stream(UnitIndex unit) {
   // The unit reads activations that the caller's kernels write.
   order_after(compute, caller, Step::kEnterOrder);
   device_.enter_stream(compute);
-  states_[unit].left = caller;
+  states_[unit].caller = caller;
   return compute;
 }
 
 void Pipeline::leave_compute_stream(UnitState& state) {
-  if (state.left != kNoStream) {
+  if (state.caller != kNoStream) {
     device_.leave_stream(state.used_on);
     // The caller's kernels read what the unit wrote.
-    order_after(state.left, state.used_on, Step::kReturnOrder);
+    order_after(state.caller, state.used_on, Step::kReturnOrder);
     return_to_caller(state, Step::kCallerReturn);
   }
 }
 
 void Pipeline::return_to_caller(UnitState& state, Step step) {
-  if (state.left != kNoStream) {
+  if (state.caller != kNoStream) {
     if (!is_left_out(step)) {
-      device_.return_to_stream(state.left);
+      device_.return_to_stream(state.caller);
     }
-    state.left = kNoStream;
+    state.caller = kNoStream;
   }
 }
 
@@ -79,7 +79,7 @@ void Pipeline::quiesce(StreamId stream, Step step) noexcept {
 
 void Pipeline::synchronize_onload(UnitIndex unit) {
   if (states_.at(unit).loaded_on != kNoStream) {
-    ask_for_readiness(unit);
+    check_while_debugging(unit);
     synchronize(states_[unit].loaded_on, Step::kOnloadDrain);
   }
 }

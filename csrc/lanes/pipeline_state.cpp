@@ -35,10 +35,12 @@ void PipelineState::append(const Pipeline& pipeline, const std::vector<std::uint
   for (UnitIndex unit = 0; unit < states.size(); ++unit) {
     // As they were made are memory, ready and free. Nothing is decided by copied_in_pass: it is for
     // those who ask.
-    const auto& [memory, ready, free, whole, awaited, fresh, acquired, used_on, also_used_on, left,
-                 loaded_on, generation, copied_in_pass, pending, behind_pending] = states[unit];
-    check_internal(acquired == 0 && also_used_on.empty() && left == kNoStream,
+    const auto& [memory, whole, awaited, fresh, generation, copied_in_pass, acquired, used_on,
+                 also_used_on, caller, ready, free, loaded_on, pending, behind_pending] =
+        states[unit];
+    check_internal(acquired == 0 && also_used_on.empty() && caller == kNoStream,
                    "a state in the midst of a unit");
+    check_internal(states[unit].is_consistent(), "a unit that is in two states at once");
     const std::uint32_t waiting = waiting_writers(pipeline, unit);
     words.insert(words.end(), {(whole ? 1U : 0U) | (awaited ? 2U : 0U) | (fresh ? 4U : 0U),
                                std::uint64_t{used_on} << 32U | loaded_on,
