@@ -1,5 +1,6 @@
 #include "core/pipeline.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "core/error.h"
@@ -115,7 +116,32 @@ void Pipeline::leave(bool completed) {
 // --- one unit ----------------------------------------------------------------------------------
 
 std::byte* Pipeline::acquire(UnitIndex unit) {
-  UnitState& state = states_.at(unit);
+  check_may_acquire(unit);
+  UnitState& state = states_[unit];
+  if (!order_->advance(unit)) {
+    forget_expectations();
+  }
+  if (state.acquired > 0) {  // called again inside its own call
+    acquire_again(unit);
+    return state.memory;
+  }
+  announce_ahead();  // before this unit's own copy, which may have to wait for its bytes
+  make_whole(unit);
+  try {
+    const StreamId stream = enter_compute_stream(unit);
+    begin_use(unit, stream);
+    prefetch_ahead();
+    begin_read(unit, stream);  // last: a unit that could not be acquired was not read
+  } catch (...) {
+    give_up_acquire(state);
+    throw;
+  }
+  ++unit_stats_[unit].acquired;
+  return state.memory;
+}
+
+void Pipeline::check_may_acquire(UnitIndex unit) const {
+  const UnitState& state = states_.at(unit);
   // The owner first: only its thread may look at anything else.
   if (owner_.load() == std::this_thread::get_id() && !window_) {
     throw StateError(
@@ -127,20 +153,20 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
         "expected acquire of a streamed unit inside a pass of this thread, got unit '" +
         plan_.units[unit].name + "'");
   }
-  if (!order_->advance(unit)) {
-    forget_expectations();
-  }
-  if (state.acquired > 0) {  // called again inside its own call
-    const StreamId stream = device_.current_stream();
-    wait(stream, state.ready, Step::kNestedReadyWait);
-    if (note_stream(state, stream)) {
-      begin_read(unit, stream);
-    }
-    ++state.acquired;
-    return state.memory;
-  }
+}
 
-  announce_ahead();  // before this unit's own copy, which may have to wait for its bytes
+void Pipeline::acquire_again(UnitIndex unit) {
+  UnitState& state = states_[unit];
+  const StreamId stream = device_.current_stream();
+  wait(stream, state.ready, Step::kNestedReadyWait);
+  if (note_stream(state, stream)) {
+    begin_read(unit, stream);
+  }
+  ++state.acquired;
+}
+
+void Pipeline::make_whole(UnitIndex unit) {
+  const UnitState& state = states_[unit];
   if (!state.whole) {
     onload_on_demand(unit);
     ++stats_.misses;
@@ -148,38 +174,36 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
   } else if (!state.fresh) {
     ++stats_.hits;
   }
-  try {
-    const StreamId stream = enter_compute_stream(unit);
-    if (stream != state.used_on && state.pending == state.free) {
-      // Used before on another stream and not copied since: `free` will be recorded anew behind
-      // this use, so it must cover the earlier one as well.
-      wait(stream, state.free, Step::kEarlierStreamWait);
-    }
-    state.acquired = 1;
-    state.used_on = stream;
-    state.awaited = false;
-    state.fresh = false;
-    current_ = unit;
-    check_while_debugging(unit);
-    if (policy_.host_synchronizes) {
-      synchronize(state.loaded_on, Step::kHostReadyWait);
-    } else {
-      wait(stream, state.ready, Step::kReadyWait);  // the copy may still be under way
-    }
-    prefetch_ahead();
-    begin_read(unit, stream);  // last: a unit that could not be acquired was not read
-  } catch (...) {
-    // No kernel was submitted, so there is no use to wait for: only the hold is given back.
-    state.acquired = 0;
-    if (policy_.host_synchronizes) {
-      // In these modes no event tells the next copy of this one.
-      quiesce(state.loaded_on, Step::kFailedAcquireDrain);
-    }
-    return_to_caller(state, Step::kFailedAcquireReturn);
-    throw;
+}
+
+void Pipeline::begin_use(UnitIndex unit, StreamId stream) {
+  UnitState& state = states_[unit];
+  if (stream != state.used_on && state.pending == state.free) {
+    // Used before on another stream and not copied since: `free` will be recorded anew behind
+    // this use, so it must cover the earlier one as well.
+    wait(stream, state.free, Step::kEarlierStreamWait);
   }
-  ++unit_stats_[unit].acquired;
-  return state.memory;
+  state.acquired = 1;
+  state.used_on = stream;
+  state.awaited = false;
+  state.fresh = false;
+  current_ = unit;
+  check_while_debugging(unit);
+  if (policy_.host_synchronizes) {
+    synchronize(state.loaded_on, Step::kHostReadyWait);
+  } else {
+    wait(stream, state.ready, Step::kReadyWait);  // the copy may still be under way
+  }
+}
+
+void Pipeline::give_up_acquire(UnitState& state) {
+  // No kernel was submitted, so there is no use to wait for: only the hold is given back.
+  state.acquired = 0;
+  if (policy_.host_synchronizes) {
+    // In these modes no event tells the next copy of this one.
+    quiesce(state.loaded_on, Step::kFailedAcquireDrain);
+  }
+  return_to_caller(state, Step::kFailedAcquireReturn);
 }
 
 void Pipeline::release(UnitIndex unit) {
@@ -192,52 +216,69 @@ void Pipeline::release(UnitIndex unit) {
     if (!is_last) {
       return;
     }
-    for (const StreamId other : state.also_used_on) {
-      end_read(unit, other);
-    }
-    end_read(unit, state.used_on);
-    for (const StreamId other : state.also_used_on) {
-      order_after(state.used_on, other, Step::kLaterStreamsJoin);
-    }
+    end_reads(unit);
     if (options_.poison_on_release) {
-      if (!is_left_out(Step::kPoisonForget)) {
-        forget(state);
-      }
-      device_.fill(state.used_on, state.memory, plan_.units[unit].size_bytes, kPoison, unit);
+      poison(unit);
     }
-    if (policy_.host_synchronizes) {
-      synchronize(state.used_on, Step::kHostFreeWait);
-      state.set_pending(kNoEvent);
-    } else {
-      record(state.free, state.used_on, Step::kFreeRecord);
-      // `ready` was waited for by this use: `free` covers it.
-      state.set_pending(is_left_out(Step::kPendingFree) ? kNoEvent : state.free);
-      if (options_.wait_for_each) {
-        device_.synchronize(state.used_on);
-      }
-    }
+    mark_free(state);
     leave_compute_stream(state);
   } catch (...) {
-    if (is_last && state.caller != kNoStream) {
-      device_.leave_stream(state.used_on);
-    }
-    // Nobody can wait for this use any more, so it must have ended.
-    quiesce(state.used_on, Step::kFailedReleaseDrain);
-    for (const StreamId other : state.also_used_on) {
-      quiesce(other, Step::kFailedReleaseDrain);
-    }
-    if (is_last) {
-      state.also_used_on.clear();
-      forget(state);
-      return_to_caller(state, Step::kFailedReleaseReturn);
-    }
+    give_up_release(state, is_last);
     throw;
   }
   state.also_used_on.clear();
   prefetch_ahead();
 }
 
-/// Remembers that the unit is used on `stream`. Returns whether that is news.
+void Pipeline::end_reads(UnitIndex unit) {
+  const UnitState& state = states_[unit];
+  for (const StreamId other : state.also_used_on) {
+    end_read(unit, other);
+  }
+  end_read(unit, state.used_on);
+  for (const StreamId other : state.also_used_on) {
+    order_after(state.used_on, other, Step::kLaterStreamsJoin);
+  }
+}
+
+void Pipeline::poison(UnitIndex unit) {
+  UnitState& state = states_[unit];
+  if (!is_left_out(Step::kPoisonForget)) {
+    forget(state);
+  }
+  device_.fill(state.used_on, state.memory, plan_.units[unit].size_bytes, kPoison, unit);
+}
+
+void Pipeline::mark_free(UnitState& state) {
+  if (policy_.host_synchronizes) {
+    synchronize(state.used_on, Step::kHostFreeWait);
+    state.set_pending(kNoEvent);
+    return;
+  }
+  record(state.free, state.used_on, Step::kFreeRecord);
+  // `ready` was waited for by this use: `free` covers it.
+  state.set_pending(is_left_out(Step::kPendingFree) ? kNoEvent : state.free);
+  if (options_.wait_for_each) {
+    device_.synchronize(state.used_on);
+  }
+}
+
+void Pipeline::give_up_release(UnitState& state, bool is_last) {
+  if (is_last && state.caller != kNoStream) {
+    device_.leave_stream(state.used_on);
+  }
+  // Nobody can wait for this use any more, so it must have ended.
+  quiesce(state.used_on, Step::kFailedReleaseDrain);
+  for (const StreamId other : state.also_used_on) {
+    quiesce(other, Step::kFailedReleaseDrain);
+  }
+  if (is_last) {
+    state.also_used_on.clear();
+    forget(state);
+    return_to_caller(state, Step::kFailedReleaseReturn);
+  }
+}
+
 bool Pipeline::note_stream(UnitState& state, StreamId stream) {
   std::vector<StreamId>& also = state.also_used_on;
   if (is_left_out(Step::kLaterStreamsNote) || stream == state.used_on ||
@@ -264,7 +305,6 @@ Pipeline::UnitState& Pipeline::held_state(UnitIndex unit) {
   return state;
 }
 
-/// While every onload is waited for, none can be under way: one that is was waited for in vain.
 void Pipeline::check_while_debugging(UnitIndex unit) const {
   if (!options_.wait_for_each) {
     return;
@@ -272,6 +312,7 @@ void Pipeline::check_while_debugging(UnitIndex unit) const {
   for (const UnitState& state : states_) {
     check_internal(state.is_consistent(), "a unit that is in two states at once");
   }
+  // While every onload is waited for, none can be under way: one that is was waited for in vain.
   if (!device_.is_done(states_[unit].ready) && options_.warn != nullptr) {
     options_.warn("possible race: the copy of unit '" + plan_.units[unit].name +
                   "' was waited for, and its event says that it is not done; read now, the weights "

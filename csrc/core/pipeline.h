@@ -188,41 +188,103 @@ class Pipeline {
     bool is_over = false;  // nothing more of it comes ahead now
   };
 
-  void make_events(const Plan& plan);
-  std::vector<UnitState> states_of(const Plan& plan) const;
-  void adopt(Plan plan);
-  std::size_t copy_stream_index(UnitIndex unit) const;
-  StreamId copy_stream(UnitIndex unit);
-  StreamId enter_compute_stream(UnitIndex unit);
-  void leave_compute_stream(UnitState& state);
-  void return_to_caller(UnitState& state, Step step);
+  // --- one use of a unit: pipeline.cpp ---
+
+  /// Throws: StateError unless this thread's pass may acquire the unit.
+  void check_may_acquire(UnitIndex unit) const;
+  /// Counts one more use of a unit in use, on the stream that is current now.
+  void acquire_again(UnitIndex unit);
+  /// Onloads the unit unless it is whole; counts a miss or a hit.
+  void make_whole(UnitIndex unit);
+  /// Holds the unit for a use on `stream`, which waits for its bytes.
+  void begin_use(UnitIndex unit, StreamId stream);
+  /// Undoes a begin_use whose unit could not be acquired.
+  void give_up_acquire(UnitState& state);
+  /// The state of a unit in use.
+  UnitState& held_state(UnitIndex unit);
+  /// Ends the use on all its streams; the first one waits for the others.
+  void end_reads(UnitIndex unit);
+  /// Overwrites the unit's bytes behind its use.
+  void poison(UnitIndex unit);
+  /// Remembers the end of the use for who writes into the place next; or has the host wait for it.
+  void mark_free(UnitState& state);
+  /// Waits for a use that could not be marked; if it was the last one, the unit is at rest then.
+  void give_up_release(UnitState& state, bool is_last);
+  /// Remembers that the use has come to `stream`. Returns whether that is news.
   static bool note_stream(UnitState& state, StreamId stream);
+  /// Tells the log that `stream` reads the unit's place from now on.
   void begin_read(UnitIndex unit, StreamId stream);
+  /// Tells the log that it no longer does.
   void end_read(UnitIndex unit, StreamId stream);
+  /// Its place does not hold the master's bytes any more.
   static void forget(UnitState& state);
+  /// With wait_for_each: warns if the unit's copy is not done; checks what is known of all units.
+  void check_while_debugging(UnitIndex unit) const;
+
+  // --- one stream behind another, and the host behind both: pipeline_streams.cpp ---
+
+  /// Lets later work on `later` start only when all submitted to `earlier` so far is done.
   void order_after(StreamId later, StreamId earlier, Step step);
+  /// Device::record, unless the step is left out.
   void record(EventId event, StreamId stream, Step step);
+  /// Device::wait, likewise.
   void wait(StreamId stream, EventId event, Step step);
+  /// Device::synchronize, likewise.
   void synchronize(StreamId stream, Step step);
+  /// Likewise after a failure, whatever fails now.
+  void quiesce(StreamId stream, Step step) noexcept;
+  /// The stream that the unit is to be used on, now current: in `split` behind the caller's.
+  StreamId enter_compute_stream(UnitIndex unit);
+  /// Goes back to the caller's stream, now behind the use, if another one was entered.
+  void leave_compute_stream(UnitState& state);
+  /// Makes the caller's stream current again, without any order.
+  void return_to_caller(UnitState& state, Step step);
+  /// Waits for the stream, whatever fails. Returns whether nothing is in flight there any more.
   bool drain(StreamId stream, Step step) noexcept;
+  /// All streams that may have something of ours in flight.
   std::vector<std::pair<StreamId, Step>> streams_to_drain() const;
-  bool may_overwrite(UnitIndex unit, bool awaited_too) const;
-  void await_users(UnitState& state, StreamId writer, Step step);
-  void onload(UnitIndex unit);
-  void onload_on_demand(UnitIndex unit);
-  void prefetch_ahead();
-  void announce_ahead();
-  bool prefetch(UnitIndex unit, Lane& lane);
+
+  // --- when units are copied, and behind what: pipeline_copies.cpp ---
+
+  /// Which of copy_streams_ the unit is copied on.
+  std::size_t copy_stream_index(UnitIndex unit) const;
+  /// That stream, or the caller's in the mode that knows one.
+  StreamId copy_stream(UnitIndex unit);
+  /// The streams on which bytes may first reach a place.
   std::vector<StreamId> writers() const;
+  /// Whether nothing in use would be overwritten, nor, unless `awaited_too`, what is awaited.
+  bool may_overwrite(UnitIndex unit, bool awaited_too) const;
+  /// Makes `writer` wait for what is pending on the unit's place, unless it is behind that already.
+  void await_users(UnitState& state, StreamId writer, Step step);
+  /// Submits what brings the unit into its place. The caller has made sure that it may_overwrite.
+  void onload(UnitIndex unit);
+  /// A miss: overwrites what was expected in vain, or gives the unit a place of its own.
+  void onload_on_demand(UnitIndex unit);
+  /// Brings units ahead along the expected order, as far as policy, depth and places allow.
+  void prefetch_ahead();
+  /// Brings the unit ahead. Returns whether others of its lane may follow.
+  bool prefetch(UnitIndex unit, Lane& lane);
+  /// Whether the unit runs ahead among those that a decoder alone brings.
   bool is_in_packed_lane(UnitIndex unit) const {
     return plan_.stays_packed(unit) && !plan_.one_ring;
   }
-  void note_lanes();
+  /// Tells the loader which units it will be asked for, by prefetches that come now as well.
+  void announce_ahead();
+  /// The pass went another way than expected: what was copied ahead may be overwritten again.
   void forget_expectations();
+
+  // --- where units have their places: pipeline_places.cpp ---
+
+  /// Goes on with this plan and empty places in the window that is there.
+  void adopt(Plan plan);
+  /// Makes what events the units of this plan need beyond those that are there.
+  void make_events(const Plan& plan);
+  /// What is known of units whose places are empty.
+  std::vector<UnitState> states_of(const Plan& plan) const;
+  /// Finds out which of the two ways to run ahead there are units for.
+  void note_lanes();
+  /// For a unit called inside another one that its place overlaps: it keeps the new place for good.
   void give_own_place(UnitIndex unit);
-  void quiesce(StreamId stream, Step step) noexcept;
-  UnitState& held_state(UnitIndex unit);
-  void check_while_debugging(UnitIndex unit) const;
 
   Device& device_;
   Loader& loader_;

@@ -28,7 +28,6 @@ bool Pipeline::may_overwrite(UnitIndex unit, bool awaited_too) const {
          std::none_of(plan_.overlaps[unit].begin(), plan_.overlaps[unit].end(), blocks);
 }
 
-/// The streams on which bytes may first reach a place.
 std::vector<StreamId> Pipeline::writers() const {
   std::vector<StreamId> writers = loader_.own_streams();
   for (const StreamId stream : copy_streams_) {
@@ -39,7 +38,6 @@ std::vector<StreamId> Pipeline::writers() const {
   return writers;
 }
 
-/// Makes `writer` wait until nobody uses the unit's bytes any more, unless it does so already.
 void Pipeline::await_users(UnitState& state, StreamId writer, Step step) {
   std::vector<StreamId>& behind = state.behind_pending;
   if (state.pending != kNoEvent &&
@@ -51,7 +49,6 @@ void Pipeline::await_users(UnitState& state, StreamId writer, Step step) {
   }
 }
 
-/// Submits what brings `unit` into its place. The caller has made sure that it may_overwrite.
 void Pipeline::onload(UnitIndex unit) {
   UnitState& state = states_[unit];
   const StreamId stream = copy_stream(unit);
@@ -91,7 +88,6 @@ void Pipeline::onload(UnitIndex unit) {
   stats_.bytes_onloaded += plan_.units[unit].size_bytes;
 }
 
-/// A miss: overwrites what was expected in vain. An overlapping unit in use cannot be overwritten.
 void Pipeline::onload_on_demand(UnitIndex unit) {
   if (policy_.lookahead == Lookahead::kLayer) {
     // A layer's first unit is missed, and the copies of a layer start with that layer: when the
@@ -115,7 +111,6 @@ void Pipeline::onload_on_demand(UnitIndex unit) {
 // others would hold bytes that these need first. Packed copies run ahead all the same, in the
 // staging ring.
 
-/// Brings units ahead along the expected order, as far as policy, depth and places allow.
 void Pipeline::prefetch_ahead() {
   if (policy_.lookahead == Lookahead::kNone) {
     return;
@@ -138,7 +133,6 @@ void Pipeline::prefetch_ahead() {
   }
 }
 
-/// Brings the unit ahead. Returns whether others of its lane may follow.
 bool Pipeline::prefetch(UnitIndex unit, Lane& lane) {
   UnitState& state = states_[unit];
   lane.ahead_bytes += plan_.units[unit].size_bytes;
@@ -156,8 +150,6 @@ bool Pipeline::prefetch(UnitIndex unit, Lane& lane) {
   return true;
 }
 
-/// Tells the loader which units it will be asked for, those that prefetches are about to ask for
-/// included.
 void Pipeline::announce_ahead() {
   const std::size_t limit_bytes = loader_.announced_bytes();
   if (limit_bytes == 0) {
@@ -177,7 +169,6 @@ void Pipeline::announce_ahead() {
   }
 }
 
-/// The pass went another way than expected: what was copied ahead may be overwritten again.
 void Pipeline::forget_expectations() {
   for (UnitState& state : states_) {
     state.awaited = false;

@@ -65,7 +65,6 @@ void Pipeline::replan(Plan plan) {
   adopt(std::move(plan));
 }
 
-/// Goes on with this plan and empty places in the window that is there.
 void Pipeline::adopt(Plan plan) {
   std::vector<UnitState> states = states_of(plan);
   order_ = std::make_unique<Order>(streamed_units(plan));
@@ -76,7 +75,6 @@ void Pipeline::adopt(Plan plan) {
   note_lanes();
 }
 
-/// Makes what events the units of this plan need beyond those that are there.
 void Pipeline::make_events(const Plan& plan) {
   const std::size_t num_needed = 2 * streamed_units(plan).size();
   while (unit_events_.size() < num_needed) {
@@ -84,9 +82,9 @@ void Pipeline::make_events(const Plan& plan) {
   }
 }
 
-/// What is known of units whose places are empty. Their events may have been recorded for units of
-/// an earlier plan; nobody waits for that, as nothing is whole or pending here.
 std::vector<Pipeline::UnitState> Pipeline::states_of(const Plan& plan) const {
+  // Events may have been recorded for units of an earlier plan. Nobody waits for that, as nothing
+  // is whole or pending here.
   std::vector<UnitState> states(plan.units.size());
   auto next_event = unit_events_.begin();
   for (UnitIndex unit = 0; unit < states.size(); ++unit) {
@@ -107,7 +105,6 @@ void Pipeline::set_transport(UnitIndex unit, Transport transport) {
   note_lanes();
 }
 
-/// Which of the two ways to run ahead there are units for.
 void Pipeline::note_lanes() {
   has_copied_units_ = has_packed_units_ = false;
   for (const UnitIndex unit : streamed_units(plan_)) {
@@ -115,7 +112,6 @@ void Pipeline::note_lanes() {
   }
 }
 
-/// A unit called inside another one that its place overlaps: from now on it has a place of its own.
 void Pipeline::give_own_place(UnitIndex unit) {
   UnitState& state = states_[unit];
   // Whoever writes into the old place next will no longer ask this unit for its last use.

@@ -10,7 +10,6 @@
 
 namespace torch_offload {
 
-/// Lets later work on `later` start only when all submitted to `earlier` so far is done.
 void Pipeline::order_after(StreamId later, StreamId earlier, Step step) {
   if (!is_left_out(step)) {
     record(handover_, earlier, Step::kHandoverRecord);
