@@ -181,7 +181,7 @@ class Pipeline {
   };
 
   /// Units that are brought ahead in one way, whatever becomes of those that come in the other.
-  struct Lane {
+  struct PrefetchQueue {
     std::size_t depth_bytes = 0;
     std::size_t ahead_bytes = 0;
     bool is_first = true;  // no unit of it was met yet
@@ -262,10 +262,10 @@ class Pipeline {
   void onload_on_demand(UnitIndex unit);
   /// Brings units ahead along the expected order, as far as policy, depth and places allow.
   void prefetch_ahead();
-  /// Brings the unit ahead. Returns whether others of its lane may follow.
-  bool prefetch(UnitIndex unit, Lane& lane);
+  /// Brings the unit ahead. Returns whether others of its queue may follow.
+  bool prefetch(UnitIndex unit, PrefetchQueue& queue);
   /// Whether the unit runs ahead among those that a decoder alone brings.
-  bool is_in_packed_lane(UnitIndex unit) const {
+  bool is_in_decode_queue(UnitIndex unit) const {
     return plan_.stays_packed(unit) && !plan_.one_ring;
   }
   /// Tells the loader which units it will be asked for, by prefetches that come now as well.
@@ -282,7 +282,7 @@ class Pipeline {
   /// What is known of units whose places are empty.
   std::vector<UnitState> states_of(const Plan& plan) const;
   /// Finds out which of the two ways to run ahead there are units for.
-  void note_lanes();
+  void note_queues();
   /// For a unit called inside another one that its place overlaps: it keeps the new place for good.
   void give_own_place(UnitIndex unit);
 

@@ -103,7 +103,7 @@ void Pipeline::onload_on_demand(UnitIndex unit) {
   onload(unit);
 }
 
-// Note [Two lanes, or one ring]
+// Note [Two rings, or one]
 // A unit that stays packed on the device needs no link, one that is copied does. Each kind has its
 // own places and its own depth, and runs ahead for itself: else the places of units that the
 // decoder fills in no time would stand between the link and the next unit that it could bring.
@@ -115,28 +115,29 @@ void Pipeline::prefetch_ahead() {
   if (policy_.lookahead == Lookahead::kNone) {
     return;
   }
-  Lane copied;
+  PrefetchQueue copied;
   copied.depth_bytes = plan_.depth_bytes;
   copied.is_over = !has_copied_units_;
-  Lane packed;
-  packed.depth_bytes = plan_.decode_depth_bytes;
-  packed.is_over = !has_packed_units_;
+  PrefetchQueue decoded;
+  decoded.depth_bytes = plan_.decode_depth_bytes;
+  decoded.is_over = !has_packed_units_;
   Order::Walk walk = order_->walk();
-  for (std::size_t step = 0; step < states_.size() && !(copied.is_over && packed.is_over); ++step) {
+  for (std::size_t step = 0; step < states_.size() && !(copied.is_over && decoded.is_over);
+       ++step) {
     const UnitIndex unit = walk.next();
     if (unit == kNoUnit || (policy_.lookahead == Lookahead::kLayer &&
                             plan_.units[unit].layer_index != plan_.units[current_].layer_index)) {
       return;
     }
-    Lane& lane = is_in_packed_lane(unit) ? packed : copied;
-    lane.is_over = lane.is_over || !prefetch(unit, lane);
+    PrefetchQueue& queue = is_in_decode_queue(unit) ? decoded : copied;
+    queue.is_over = queue.is_over || !prefetch(unit, queue);
   }
 }
 
-bool Pipeline::prefetch(UnitIndex unit, Lane& lane) {
+bool Pipeline::prefetch(UnitIndex unit, PrefetchQueue& queue) {
   UnitState& state = states_[unit];
-  lane.ahead_bytes += plan_.units[unit].size_bytes;
-  if (!std::exchange(lane.is_first, false) && lane.ahead_bytes > lane.depth_bytes) {
+  queue.ahead_bytes += plan_.units[unit].size_bytes;
+  if (!std::exchange(queue.is_first, false) && queue.ahead_bytes > queue.depth_bytes) {
     return false;
   }
   if (!state.whole) {

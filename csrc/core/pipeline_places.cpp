@@ -72,7 +72,7 @@ void Pipeline::adopt(Plan plan) {
   states_ = std::move(states);
   unit_stats_.assign(plan_.units.size(), UnitStats{});
   current_ = kNoUnit;
-  note_lanes();
+  note_queues();
 }
 
 void Pipeline::make_events(const Plan& plan) {
@@ -102,13 +102,13 @@ void Pipeline::set_transport(UnitIndex unit, Transport transport) {
     plan_.transports.assign(plan_.units.size(), Transport::kRaw);
   }
   plan_.transports.at(unit) = transport;
-  note_lanes();
+  note_queues();
 }
 
-void Pipeline::note_lanes() {
+void Pipeline::note_queues() {
   has_copied_units_ = has_packed_units_ = false;
   for (const UnitIndex unit : streamed_units(plan_)) {
-    (is_in_packed_lane(unit) ? has_packed_units_ : has_copied_units_) = true;
+    (is_in_decode_queue(unit) ? has_packed_units_ : has_copied_units_) = true;
   }
 }
 

@@ -24,7 +24,7 @@ std::uint32_t PipelineState::waiting_writers(const Pipeline& pipeline, UnitIndex
 void PipelineState::append(const Pipeline& pipeline, const std::vector<std::uint64_t>& generations,
                            StateWords& words) {
   // Every field is named: one that is new does not compile until it was thought of here.
-  // As they were made are device, loader, options, policy, streams and events; so are plan, lanes
+  // As they were made are device, loader, options, policy, streams and events; so are plan, queues
   // and window while no unit has been given another place. Nothing is decided by stats and
   // unit_stats. The owner is the thread that asks. The order has states of its own.
   const auto& [device, loader, plan, options, policy, order, window, own_places, states, unit_stats,
