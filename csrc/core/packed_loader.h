@@ -8,7 +8,7 @@
 #include "core/device_memory.h"
 #include "core/loader.h"
 #include "core/plan.h"
-#include "core/steps.h"
+#include "core/stepped_device.h"
 
 namespace torch_offload {
 
@@ -116,10 +116,9 @@ class PackedLoader : public Loader {
 
   void submit(const PackedUnit& unit, Slot& slot, const Decode& decode, StreamId copy_stream);
   void check_fits(const PackedSource& source, std::size_t room_bytes, const char* where) const;
-  void record(EventId event, StreamId stream, Step step);
-  void wait(StreamId stream, EventId event, Step step);
 
   Device& device_;
+  SteppedDevice steps_;  // the same one, for all that keeps order
   std::size_t slot_bytes_;
   DeviceMemory ring_;
   DeviceMemory resident_;  // packed units that stay, one after the other

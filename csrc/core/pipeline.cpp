@@ -38,6 +38,7 @@ constexpr std::uint8_t kPoison = 0xFF;  // NaN in every floating-point type
 
 Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOptions& options)
     : device_(device),
+      steps_(device),
       loader_(loader),
       plan_(std::move(plan)),
       options_(options),
@@ -59,7 +60,7 @@ Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOpti
   }
   handover_ = device_.create_event();
   // The allocator may have handed out memory that kernels of the current stream still use.
-  synchronize(device_.current_stream(), Step::kNewWindowDrain);
+  steps_.synchronize(device_.current_stream(), Step::kNewWindowDrain);
   make_events(plan_);
   adopt(std::move(plan_));
 }
@@ -158,7 +159,7 @@ void Pipeline::check_may_acquire(UnitIndex unit) const {
 void Pipeline::acquire_again(UnitIndex unit) {
   UnitState& state = states_[unit];
   const StreamId stream = device_.current_stream();
-  wait(stream, state.ready, Step::kNestedReadyWait);
+  steps_.wait(stream, state.ready, Step::kNestedReadyWait);
   if (note_stream(state, stream)) {
     begin_read(unit, stream);
   }
@@ -181,7 +182,7 @@ void Pipeline::begin_use(UnitIndex unit, StreamId stream) {
   if (stream != state.used_on && state.pending == state.free) {
     // Used before on another stream and not copied since: `free` will be recorded anew behind
     // this use, so it must cover the earlier one as well.
-    wait(stream, state.free, Step::kEarlierStreamWait);
+    steps_.wait(stream, state.free, Step::kEarlierStreamWait);
   }
   state.acquired = 1;
   state.used_on = stream;
@@ -190,9 +191,9 @@ void Pipeline::begin_use(UnitIndex unit, StreamId stream) {
   current_ = unit;
   check_while_debugging(unit);
   if (policy_.host_synchronizes) {
-    synchronize(state.loaded_on, Step::kHostReadyWait);
+    steps_.synchronize(state.loaded_on, Step::kHostReadyWait);
   } else {
-    wait(stream, state.ready, Step::kReadyWait);  // the copy may still be under way
+    steps_.wait(stream, state.ready, Step::kReadyWait);  // the copy may still be under way
   }
 }
 
@@ -201,7 +202,7 @@ void Pipeline::give_up_acquire(UnitState& state) {
   state.acquired = 0;
   if (policy_.host_synchronizes) {
     // In these modes no event tells the next copy of this one.
-    quiesce(state.loaded_on, Step::kFailedAcquireDrain);
+    steps_.quiesce(state.loaded_on, Step::kFailedAcquireDrain);
   }
   return_to_caller(state, Step::kFailedAcquireReturn);
 }
@@ -251,11 +252,11 @@ void Pipeline::poison(UnitIndex unit) {
 
 void Pipeline::mark_free(UnitState& state) {
   if (policy_.host_synchronizes) {
-    synchronize(state.used_on, Step::kHostFreeWait);
+    steps_.synchronize(state.used_on, Step::kHostFreeWait);
     state.set_pending(kNoEvent);
     return;
   }
-  record(state.free, state.used_on, Step::kFreeRecord);
+  steps_.record(state.free, state.used_on, Step::kFreeRecord);
   // `ready` was waited for by this use: `free` covers it.
   state.set_pending(is_left_out(Step::kPendingFree) ? kNoEvent : state.free);
   if (options_.wait_for_each) {
@@ -268,9 +269,9 @@ void Pipeline::give_up_release(UnitState& state, bool is_last) {
     device_.leave_stream(state.used_on);
   }
   // Nobody can wait for this use any more, so it must have ended.
-  quiesce(state.used_on, Step::kFailedReleaseDrain);
+  steps_.quiesce(state.used_on, Step::kFailedReleaseDrain);
   for (const StreamId other : state.also_used_on) {
-    quiesce(other, Step::kFailedReleaseDrain);
+    steps_.quiesce(other, Step::kFailedReleaseDrain);
   }
   if (is_last) {
     state.also_used_on.clear();

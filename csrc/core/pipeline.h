@@ -18,6 +18,7 @@
 #include "core/order.h"
 #include "core/plan.h"
 #include "core/stats.h"
+#include "core/stepped_device.h"
 #include "core/steps.h"
 
 namespace torch_offload {
@@ -225,14 +226,6 @@ class Pipeline {
 
   /// Lets later work on `later` start only when all submitted to `earlier` so far is done.
   void order_after(StreamId later, StreamId earlier, Step step);
-  /// Device::record, unless the step is left out.
-  void record(EventId event, StreamId stream, Step step);
-  /// Device::wait, likewise.
-  void wait(StreamId stream, EventId event, Step step);
-  /// Device::synchronize, likewise.
-  void synchronize(StreamId stream, Step step);
-  /// Likewise after a failure, whatever fails now.
-  void quiesce(StreamId stream, Step step) noexcept;
   /// The stream that the unit is to be used on, now current: in `split` behind the caller's.
   StreamId enter_compute_stream(UnitIndex unit);
   /// Goes back to the caller's stream, now behind the use, if another one was entered.
@@ -287,6 +280,7 @@ class Pipeline {
   void give_own_place(UnitIndex unit);
 
   Device& device_;
+  SteppedDevice steps_;  // the same one, for all that keeps order
   Loader& loader_;
   Plan plan_;  // without the overlaps of units that were given places of their own
   PipelineOptions options_;

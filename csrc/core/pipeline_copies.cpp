@@ -44,7 +44,7 @@ void Pipeline::await_users(UnitState& state, StreamId writer, Step step) {
       std::find(behind.begin(), behind.end(), writer) == behind.end()) {
     // Write-after-read: its last kernels may still read these bytes. Or write-after-write: another
     // stream may still fill them.
-    wait(writer, state.pending, step);
+    steps_.wait(writer, state.pending, step);
     behind.push_back(writer);  // only now: a wait that failed is still to be taken
   }
 }
@@ -66,14 +66,14 @@ void Pipeline::onload(UnitIndex unit) {
   StreamId loaded_on = writer;
   try {
     loaded_on = loader_.load(unit, state.memory, stream, state.generation);
-    record(state.ready, loaded_on, Step::kReadyRecord);
+    steps_.record(state.ready, loaded_on, Step::kReadyRecord);
     if (options_.wait_for_each) {
       device_.synchronize(loaded_on);
     }
   } catch (...) {
     // Part of the copy may be under way, and no event tells when it ends.
     for (const StreamId used : std::set<StreamId>{stream, writer, loaded_on}) {
-      quiesce(used, Step::kFailedOnloadDrain);
+      steps_.quiesce(used, Step::kFailedOnloadDrain);
     }
     throw;
   }

@@ -48,12 +48,12 @@ void Pipeline::replan(Plan plan) {
   try {
     window_.emplace(device_, plan.window_bytes);
     // As in the constructor.
-    synchronize(device_.current_stream(), Step::kNewWindowDrain);
+    steps_.synchronize(device_.current_stream(), Step::kNewWindowDrain);
   } catch (...) {
     window_.reset();
     try {
       window_.emplace(device_, former_bytes);
-      quiesce(device_.current_stream(), Step::kNewWindowDrain);
+      steps_.quiesce(device_.current_stream(), Step::kNewWindowDrain);
     } catch (const std::exception&) {
       window_.reset();
     }

@@ -12,26 +12,8 @@ namespace torch_offload {
 
 void Pipeline::order_after(StreamId later, StreamId earlier, Step step) {
   if (!is_left_out(step)) {
-    record(handover_, earlier, Step::kHandoverRecord);
-    wait(later, handover_, Step::kHandoverWait);
-  }
-}
-
-void Pipeline::record(EventId event, StreamId stream, Step step) {
-  if (!is_left_out(step)) {
-    device_.record(event, stream);
-  }
-}
-
-void Pipeline::wait(StreamId stream, EventId event, Step step) {
-  if (!is_left_out(step)) {
-    device_.wait(stream, event);
-  }
-}
-
-void Pipeline::synchronize(StreamId stream, Step step) {
-  if (!is_left_out(step)) {
-    device_.synchronize(stream);
+    steps_.record(handover_, earlier, Step::kHandoverRecord);
+    steps_.wait(later, handover_, Step::kHandoverWait);
   }
 }
 
@@ -67,25 +49,16 @@ void Pipeline::return_to_caller(UnitState& state, Step step) {
   }
 }
 
-void Pipeline::quiesce(StreamId stream, Step step) noexcept {
-  try {
-    synchronize(stream, step);
-  } catch (...) {
-    // The device itself is failing, and the error that brought us here is about to say so.
-    std::fprintf(stderr, "torch_offload: a stream could not be synchronized after a failure\n");
-  }
-}
-
 void Pipeline::synchronize_onload(UnitIndex unit) {
   if (states_.at(unit).loaded_on != kNoStream) {
     check_while_debugging(unit);
-    synchronize(states_[unit].loaded_on, Step::kOnloadDrain);
+    steps_.synchronize(states_[unit].loaded_on, Step::kOnloadDrain);
   }
 }
 
 void Pipeline::synchronize() {
   for (const auto& [stream, step] : streams_to_drain()) {
-    synchronize(stream, step);
+    steps_.synchronize(stream, step);
   }
 }
 
@@ -110,7 +83,7 @@ bool Pipeline::drain(StreamId stream, Step step) noexcept {
   constexpr int kAttempts = 2;
   for (int attempt = 1; attempt <= kAttempts; ++attempt) {
     try {
-      synchronize(stream, step);
+      steps_.synchronize(stream, step);
       return true;
     } catch (const std::exception& error) {
       std::fprintf(stderr, "torch_offload: could not drain stream %u: %s\n",

@@ -27,9 +27,9 @@ void PipelineState::append(const Pipeline& pipeline, const std::vector<std::uint
   // As they were made are device, loader, options, policy, streams and events; so are plan, queues
   // and window while no unit has been given another place. Nothing is decided by stats and
   // unit_stats. The owner is the thread that asks. The order has states of its own.
-  const auto& [device, loader, plan, options, policy, order, window, own_places, states, unit_stats,
-               stats, copy_streams, compute_streams, handover, unit_events, has_copied_units,
-               has_packed_units, current, pass, nesting, owner] = pipeline;
+  const auto& [device, steps, loader, plan, options, policy, order, window, own_places, states,
+               unit_stats, stats, copy_streams, compute_streams, handover, unit_events,
+               has_copied_units, has_packed_units, current, pass, nesting, owner] = pipeline;
   check_internal(own_places.empty(), "a state with places that are not the plan's");
   words.insert(words.end(), {current, nesting});
   for (UnitIndex unit = 0; unit < states.size(); ++unit) {
