@@ -43,7 +43,13 @@ EXPLAINED = {
     ("pipeline.cpp", "options_.warn != nullptr", True): "asked behind such a lie only",
     ("pipeline.cpp", "options_.warn != nullptr", False): "asked behind such a lie only",
 }
-_SOURCES = ("order.cpp", "pipeline.cpp", "pipeline_copies.cpp", "pipeline_streams.cpp")
+_SOURCES = (
+    "order.cpp",
+    "pipeline.cpp",
+    "pipeline_copies.cpp",
+    "pipeline_places.cpp",
+    "pipeline_streams.cpp",
+)
 # A constant in the product: see core/steps.h.
 _CONSTANT = "is_left_out"
 

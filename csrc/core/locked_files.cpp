@@ -35,6 +35,7 @@ LockedFiles::LockedFiles(std::shared_ptr<Device> device,
                          std::vector<std::shared_ptr<const FileMapping>> files,
                          std::size_t limit_bytes, std::size_t chunk_bytes, const HostLimits& host)
     : device_(std::move(device)),
+      steps_(*device_),
       files_(std::move(files)),
       batch_bytes_(chunk_bytes * kBatchChunks),
       limit_bytes_(limit_bytes) {
@@ -111,9 +112,8 @@ std::vector<CopySegment> LockedFiles::cut(const std::vector<CopySegment>& segmen
 
 void LockedFiles::unlock(Chunk& chunk) {
   // The device may still be reading it; mostly that is long done, as the oldest goes first.
-  if (chunk.copied != kNoEvent && !device_->is_done(chunk.copied) &&
-      !is_left_out(Step::kChunkDrain)) {
-    device_->synchronize(chunk.stream);
+  if (chunk.copied != kNoEvent && !device_->is_done(chunk.copied)) {
+    steps_.synchronize(chunk.stream, Step::kChunkDrain);
   }
   device_->unregister_host(chunk.begin);
   chunk.is_locked = chunk.is_for_once = false;
@@ -218,9 +218,7 @@ void LockedFiles::take_turns_from_now_on() {
 /// Waits for all copies that were submitted while nothing took turns.
 void LockedFiles::synchronize_streams(Step step) {
   for (const StreamId stream : streams_) {
-    if (!is_left_out(step)) {
-      device_->synchronize(stream);
-    }
+    steps_.synchronize(stream, step);
   }
 }
 
@@ -289,9 +287,7 @@ void LockedFiles::note_copied(const std::vector<CopySegment>& segments, StreamId
     if (chunk->copied == kNoEvent) {
       chunk->copied = device_->create_event();
     }
-    if (!is_left_out(Step::kChunkRecord)) {
-      device_->record(chunk->copied, stream);
-    }
+    steps_.record(chunk->copied, stream, Step::kChunkRecord);
     chunk->stream = stream;
     last = chunk;
   }

@@ -12,7 +12,7 @@
 #include "core/file_mapping.h"
 #include "core/host_limits.h"
 #include "core/read_ahead.h"
-#include "core/steps.h"
+#include "core/stepped_device.h"
 
 namespace torch_offload {
 
@@ -25,9 +25,9 @@ inline namespace mutants {  // see steps.h
 /// Note [A checkpoint larger than host memory]
 /// Locked pages cannot be taken back by the system, so not more than a limit are. Three quarters of
 /// it are locked once and for good, or less where the largest unit needs more than the rest; the
-/// chunks beyond go through that rest, oldest first. Passes
-/// visit the chunks in a circle, where dropping the least recently used would lock every chunk
-/// anew in every pass. A limit that nobody told is found when the device refuses to lock more.
+/// chunks beyond go through that rest, oldest first. Passes visit the chunks in a circle, where
+/// dropping the least recently used would lock every chunk anew in every pass. A limit that nobody
+/// told is found when the device refuses to lock more.
 ///
 /// What comes next is read ahead, so that locking finds the pages there. And where the files are
 /// larger than the host's memory, the pages of a chunk are given back as it is unlocked: left to
@@ -130,6 +130,7 @@ class LockedFiles {
   void synchronize_streams(Step step);
 
   std::shared_ptr<Device> device_;
+  SteppedDevice steps_;  // the same one, for all that keeps order
   std::vector<std::shared_ptr<const FileMapping>> files_;
   std::vector<Chunk> chunks_;  // by address
   const std::size_t batch_bytes_;

@@ -1,6 +1,5 @@
 #include "core/packed_loader.h"
 
-#include <cstdio>
 #include <numeric>
 #include <string>
 
@@ -20,16 +19,23 @@ std::size_t sum_of(const std::vector<std::size_t>& sizes) {
 
 PackedLoader::PackedLoader(Device& device, std::size_t num_units, const Options& options)
     : device_(device),
+      steps_(device),
       slot_bytes_(aligned_size(options.slot_bytes)),
       ring_(device, slot_bytes_ * options.num_slots),
       resident_(device, sum_of(options.resident_bytes)),
       slots_(slot_bytes_ == 0 ? 0 : options.num_slots),
       units_(num_units),
       streams_(options.streams) {
+  // They may have been recorded for an earlier loader; nobody waits for that: `staged` is recorded
+  // anew before each wait, and `decoded` is waited for once it has been.
+  std::vector<EventId>& events = streams_.slot_events;
+  while (events.size() < 2 * slots_.size()) {
+    events.push_back(device_.create_event());
+  }
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     slots_[i].memory = ring_.memory() + i * slot_bytes_;
-    slots_[i].staged = device_.create_event();
-    slots_[i].decoded = device_.create_event();
+    slots_[i].staged = events[2 * i];
+    slots_[i].decoded = events[2 * i + 1];
   }
   std::byte* room = resident_.memory();
   for (std::size_t unit = 0; unit < options.resident_bytes.size(); ++unit) {
@@ -51,9 +57,7 @@ PackedLoader::PackedLoader(Device& device, std::size_t num_units, const Options&
     make_stream(streams_.resident, "weight_decode_resident");
   }
   // The allocator may have handed out memory that kernels of the current stream still use.
-  if (!is_left_out(Step::kNewStagingDrain)) {
-    device_.synchronize(device_.current_stream());
-  }
+  steps_.synchronize(device_.current_stream(), Step::kNewStagingDrain);
 }
 
 void PackedLoader::check_fits(const PackedSource& source, std::size_t room_bytes,
@@ -83,17 +87,9 @@ void PackedLoader::upload(UnitIndex unit, const PackedSource& source) {
   try {
     // No generation: it is good for every load to come.
     device_.copy(stream, {entry.room, source.bytes, source.packed_bytes, unit, 0});
-    if (!is_left_out(Step::kUploadDrain)) {
-      device_.synchronize(stream);  // whoever owns the source may write to it again
-    }
+    steps_.synchronize(stream, Step::kUploadDrain);  // its owner may write to the source again
   } catch (...) {
-    try {
-      if (!is_left_out(Step::kFailedUploadDrain)) {
-        device_.synchronize(stream);  // whoever frees this memory or the source's does not ask
-      }
-    } catch (...) {
-      std::fprintf(stderr, "torch_offload: a stream could not be synchronized after a failure\n");
-    }
+    steps_.quiesce(stream, Step::kFailedUploadDrain);  // who frees this memory does not ask
     throw;
   }
   entry.source = source;
@@ -138,7 +134,7 @@ StreamId PackedLoader::load(UnitIndex unit, std::byte* place, StreamId copy_stre
 void PackedLoader::submit(const PackedUnit& unit, Slot& slot, const Decode& decode,
                           StreamId copy_stream) {
   if (slot.is_read) {
-    wait(copy_stream, slot.decoded, Step::kDecodedWait);
+    steps_.wait(copy_stream, slot.decoded, Step::kDecodedWait);
   }
   device_.copy(copy_stream, {slot.memory, unit.source.bytes, unit.source.packed_bytes, decode.unit,
                              decode.generation});
@@ -146,11 +142,11 @@ void PackedLoader::submit(const PackedUnit& unit, Slot& slot, const Decode& deco
     device_.decode(copy_stream, decode);
     return;
   }
-  record(slot.staged, copy_stream, Step::kStagedRecord);
-  wait(streams_.copied, slot.staged, Step::kStagedWait);
+  steps_.record(slot.staged, copy_stream, Step::kStagedRecord);
+  steps_.wait(streams_.copied, slot.staged, Step::kStagedWait);
   device_.decode(streams_.copied, decode);
   slot.is_read = true;
-  record(slot.decoded, streams_.copied, Step::kDecodedRecord);
+  steps_.record(slot.decoded, streams_.copied, Step::kDecodedRecord);
 }
 
 StreamId PackedLoader::first_writer(UnitIndex unit, StreamId copy_stream) const {
@@ -169,18 +165,6 @@ std::vector<StreamId> PackedLoader::own_streams() const {
     }
   }
   return streams;
-}
-
-void PackedLoader::record(EventId event, StreamId stream, Step step) {
-  if (!is_left_out(step)) {
-    device_.record(event, stream);
-  }
-}
-
-void PackedLoader::wait(StreamId stream, EventId event, Step step) {
-  if (!is_left_out(step)) {
-    device_.wait(stream, event);
-  }
 }
 
 }  // namespace torch_offload

@@ -8,7 +8,7 @@
 #include "core/device_memory.h"
 #include "core/loader.h"
 #include "core/plan.h"
-#include "core/steps.h"
+#include "core/stepped_device.h"
 
 namespace torch_offload {
 
@@ -26,10 +26,12 @@ constexpr std::size_t packed_room_bytes(std::size_t packed_bytes) {
   return aligned_size(packed_bytes + packed_bytes / 256 + 1024);
 }
 
-/// Streams that decoders run on; made when they are first needed.
+/// Streams that decoders run on, and the events between them and the copies; made when they are
+/// first needed. They live as long as the device, so a loader goes on with those of an earlier one.
 struct PackedStreams {
-  StreamId copied = kNoStream;    ///< Behind copies.
-  StreamId resident = kNoStream;  ///< Of units that stay packed.
+  StreamId copied = kNoStream;            ///< Behind copies.
+  StreamId resident = kNoStream;          ///< Of units that stay packed.
+  std::vector<EventId> slot_events = {};  ///< Staged and decoded of one slot after the other.
 };
 
 #ifdef TORCH_OFFLOAD_MUTANTS
@@ -60,7 +62,7 @@ class PackedLoader : public Loader {
     std::vector<std::size_t> resident_bytes = {};
     /// Without, the decoder follows the copy on the copy stream: for the mode that knows one.
     bool has_decode_stream = true;
-    /// Of an earlier loader on this device, to go on with.
+    /// Of an earlier loader on this device, which is no more, to go on with.
     PackedStreams streams = {};
   };
 
@@ -114,10 +116,9 @@ class PackedLoader : public Loader {
 
   void submit(const PackedUnit& unit, Slot& slot, const Decode& decode, StreamId copy_stream);
   void check_fits(const PackedSource& source, std::size_t room_bytes, const char* where) const;
-  void record(EventId event, StreamId stream, Step step);
-  void wait(StreamId stream, EventId event, Step step);
 
   Device& device_;
+  SteppedDevice steps_;  // the same one, for all that keeps order
   std::size_t slot_bytes_;
   DeviceMemory ring_;
   DeviceMemory resident_;  // packed units that stay, one after the other

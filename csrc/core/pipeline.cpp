@@ -1,8 +1,6 @@
 #include "core/pipeline.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <exception>
 #include <utility>
 
 #include "core/error.h"
@@ -11,24 +9,28 @@
 // Every unit has two events. `ready` is recorded behind the copy into its place; whoever uses the
 // unit waits for it on the stream that reads. `free` is recorded behind the last kernel of a use,
 // on the stream that really ran it; whoever copies into bytes of that place waits for it. A place
-// whose unit is acquired, or copied and not yet used, has no free event to wait for: no prefetch
-// is issued into it. These two waits are the whole of the correctness argument; everything else
-// here decides only *when* a copy is issued: pipeline_copies.cpp. How streams are ordered is in
-// pipeline_streams.cpp; what each step closes is in steps.h.
+// whose unit is acquired, or copied and still expected to be used, has no free event to wait for:
+// no prefetch is issued into it.
+//
+// Note [Pending]
+// What a stream must wait for before it writes into a place is remembered as one event, `pending`,
+// and as the streams that are behind it already. After an onload that is `ready`, for all streams
+// but the one that the unit is whole on: write after write. After a release it is `free`, for all:
+// write after read, which covers `ready` as the use has waited for that. Nothing is pending where
+// the host has waited itself. An onload waits for what is pending on its own place and on every
+// place that shares bytes with it.
+//
+// Note [All that is order]
+// Copies and readers are ordered by the two notes above. There is more: the unit behind its
+// caller's kernels and these behind the unit, in `split`; all streams of a use, and of the last one
+// elsewhere, before its `free`; memory that is new, or goes; what a failed call leaves under way.
+// steps.h lists every such step and what it closes, and each is named where it is taken; nothing
+// else here keeps order. The rest decides only *when* a copy is issued (pipeline_copies.cpp) and
+// *where to* (pipeline_places.cpp). How one stream is ordered behind another: pipeline_streams.cpp.
 
 namespace torch_offload {
 
 namespace {
-
-std::vector<UnitIndex> streamed_units(const Plan& plan) {
-  std::vector<UnitIndex> order;
-  for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
-    if (!plan.is_resident(unit)) {
-      order.push_back(unit);
-    }
-  }
-  return order;
-}
 
 constexpr std::uint8_t kPoison = 0xFF;  // NaN in every floating-point type
 
@@ -36,13 +38,12 @@ constexpr std::uint8_t kPoison = 0xFF;  // NaN in every floating-point type
 
 Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOptions& options)
     : device_(device),
+      steps_(device),
       loader_(loader),
       plan_(std::move(plan)),
       options_(options),
       policy_(policy_of(options.mode)),
-      order_(std::make_unique<Order>(streamed_units(plan_))),
-      window_(std::in_place, device, plan_.window_bytes),
-      unit_stats_(plan_.units.size()) {
+      window_(std::in_place, device, plan_.window_bytes) {
   const bool split = options_.layout == StreamLayout::kSplit;
   if (split && !policy_.has_copy_stream) {
     throw ValueError(
@@ -59,105 +60,9 @@ Pipeline::Pipeline(Device& device, Loader& loader, Plan plan, const PipelineOpti
   }
   handover_ = device_.create_event();
   // The allocator may have handed out memory that kernels of the current stream still use.
-  synchronize(device_.current_stream(), Step::kNewWindowDrain);
-  std::vector<EventId> events = events_for(plan_);  // before the plan is moved
-  adopt(std::move(plan_), std::move(events));
-}
-
-/// Events for every unit that streams: those that are there, and as many more as it takes.
-std::vector<EventId> Pipeline::events_for(const Plan& plan) {
-  std::vector<EventId> events;
-  for (const UnitState& state : states_) {
-    if (state.ready != kNoEvent) {
-      events.insert(events.end(), {state.ready, state.free});
-    }
-  }
-  const std::size_t num_needed = 2 * streamed_units(plan).size();
-  while (events.size() < num_needed) {
-    events.push_back(device_.create_event());
-  }
-  return events;
-}
-
-std::vector<Pipeline::UnitState> Pipeline::states_of(const Plan& plan,
-                                                     std::vector<EventId> events) const {
-  const auto next_event = [&] {
-    const EventId event = events.back();
-    events.pop_back();
-    return event;
-  };
-  std::vector<UnitState> states(plan.units.size());
-  for (UnitIndex unit = 0; unit < states.size(); ++unit) {
-    if (const std::optional<ByteRange>& place = plan.places[unit]; place && window_) {
-      states[unit].memory = window_->memory() + place->begin;
-      states[unit].ready = next_event();
-      states[unit].free = next_event();
-    }
-  }
-  return states;
-}
-
-void Pipeline::replan(Plan plan) {
-  if (in_pass()) {
-    throw StateError("expected replan between forwards, got it while one is running");
-  }
-  check_internal(plan.places.size() == plan.units.size(), "a plan without places");
-  std::vector<EventId> events = events_for(plan);  // first, while a failure changes nothing
-  if (!is_left_out(Step::kReplanDrain)) {
-    synchronize();  // who copies next will not ask for the uses of this plan
-  }
-  own_places_.clear();
-  if (window_ && plan.window_bytes == window_bytes()) {
-    adopt(std::move(plan), std::move(events));
-    return;
-  }
-  const std::size_t former_bytes = window_bytes();
-  window_.reset();  // first: there need not be room for both
-  try {
-    window_.emplace(device_, plan.window_bytes);
-    // As in the constructor.
-    synchronize(device_.current_stream(), Step::kNewWindowDrain);
-  } catch (...) {
-    window_.reset();
-    try {
-      window_.emplace(device_, former_bytes);
-      quiesce(device_.current_stream(), Step::kNewWindowDrain);
-    } catch (const std::exception&) {
-      window_.reset();
-    }
-    // Units that had places of their own are back in those that overlap others.
-    plan_.overlaps = overlaps_of(plan_.places);
-    adopt(std::move(plan_), std::move(events));
-    throw;
-  }
-  adopt(std::move(plan), std::move(events));
-}
-
-/// Goes on with this plan and empty places in the window that is there.
-void Pipeline::adopt(Plan plan, std::vector<EventId> events) {
-  std::vector<UnitState> states = states_of(plan, std::move(events));
-  order_ = std::make_unique<Order>(streamed_units(plan));
-  plan_ = std::move(plan);
-  states_ = std::move(states);
-  unit_stats_.assign(plan_.units.size(), UnitStats{});
-  current_ = kNoUnit;
-  note_lanes();
-}
-
-/// Which of the two ways to run ahead there are units for.
-void Pipeline::note_lanes() {
-  has_copied_units_ = has_packed_units_ = false;
-  for (const UnitIndex unit : streamed_units(plan_)) {
-    (is_in_packed_lane(unit) ? has_packed_units_ : has_copied_units_) = true;
-  }
-}
-
-void Pipeline::set_transport(UnitIndex unit, Transport transport) {
-  if (plan_.transports.empty()) {
-    plan_.transports.assign(plan_.units.size(), Transport::kRaw);
-  }
-  plan_.transports.at(unit) = transport;
-  note_lanes();
+  steps_.synchronize(device_.current_stream(), Step::kNewWindowDrain);
+  make_events(plan_);
+  adopt(std::move(plan_));
 }
 
 Pipeline::~Pipeline() {
@@ -212,7 +117,32 @@ void Pipeline::leave(bool completed) {
 // --- one unit ----------------------------------------------------------------------------------
 
 std::byte* Pipeline::acquire(UnitIndex unit) {
-  UnitState& state = states_.at(unit);
+  check_may_acquire(unit);
+  UnitState& state = states_[unit];
+  if (!order_->advance(unit)) {
+    forget_expectations();
+  }
+  if (state.acquired > 0) {  // called again inside its own call
+    acquire_again(unit);
+    return state.memory;
+  }
+  announce_ahead();  // before this unit's own copy, which may have to wait for its bytes
+  make_whole(unit);
+  try {
+    const StreamId stream = enter_compute_stream(unit);
+    begin_use(unit, stream);
+    prefetch_ahead();
+    begin_read(unit, stream);  // last: a unit that could not be acquired was not read
+  } catch (...) {
+    give_up_acquire(state);
+    throw;
+  }
+  ++unit_stats_[unit].acquired;
+  return state.memory;
+}
+
+void Pipeline::check_may_acquire(UnitIndex unit) const {
+  const UnitState& state = states_.at(unit);
   // The owner first: only its thread may look at anything else.
   if (owner_.load() == std::this_thread::get_id() && !window_) {
     throw StateError(
@@ -224,20 +154,20 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
         "expected acquire of a streamed unit inside a pass of this thread, got unit '" +
         plan_.units[unit].name + "'");
   }
-  if (!order_->advance(unit)) {
-    forget_expectations();
-  }
-  if (state.acquired > 0) {  // called again inside its own call
-    const StreamId stream = device_.current_stream();
-    wait(stream, state.ready, Step::kNestedReadyWait);
-    if (note_stream(state, stream)) {
-      begin_read(unit, stream);
-    }
-    ++state.acquired;
-    return state.memory;
-  }
+}
 
-  announce_ahead();  // before this unit's own copy, which may have to wait for its bytes
+void Pipeline::acquire_again(UnitIndex unit) {
+  UnitState& state = states_[unit];
+  const StreamId stream = device_.current_stream();
+  steps_.wait(stream, state.ready, Step::kNestedReadyWait);
+  if (note_stream(state, stream)) {
+    begin_read(unit, stream);
+  }
+  ++state.acquired;
+}
+
+void Pipeline::make_whole(UnitIndex unit) {
+  const UnitState& state = states_[unit];
   if (!state.whole) {
     onload_on_demand(unit);
     ++stats_.misses;
@@ -245,38 +175,36 @@ std::byte* Pipeline::acquire(UnitIndex unit) {
   } else if (!state.fresh) {
     ++stats_.hits;
   }
-  try {
-    const StreamId stream = enter_compute_stream(unit);
-    if (stream != state.used_on && state.pending == state.free) {
-      // Used before on another stream and not copied since: `free` will be recorded anew behind
-      // this use, so it must cover the earlier one as well.
-      wait(stream, state.free, Step::kEarlierStreamWait);
-    }
-    state.acquired = 1;
-    state.used_on = stream;
-    state.awaited = false;
-    state.fresh = false;
-    current_ = unit;
-    ask_for_readiness(unit);
-    if (policy_.host_synchronizes) {
-      synchronize(state.loaded_on, Step::kHostReadyWait);
-    } else {
-      wait(stream, state.ready, Step::kReadyWait);  // the copy may still be under way
-    }
-    prefetch_ahead();
-    begin_read(unit, stream);  // last: a unit that could not be acquired was not read
-  } catch (...) {
-    // No kernel was submitted, so there is no use to wait for: only the hold is given back.
-    state.acquired = 0;
-    if (policy_.host_synchronizes) {
-      // In these modes no event tells the next copy of this one.
-      quiesce(state.loaded_on, Step::kFailedAcquireDrain);
-    }
-    return_to_caller(state, Step::kFailedAcquireReturn);
-    throw;
+}
+
+void Pipeline::begin_use(UnitIndex unit, StreamId stream) {
+  UnitState& state = states_[unit];
+  if (stream != state.used_on && state.pending == state.free) {
+    // Used before on another stream and not copied since: `free` will be recorded anew behind
+    // this use, so it must cover the earlier one as well.
+    steps_.wait(stream, state.free, Step::kEarlierStreamWait);
   }
-  ++unit_stats_[unit].acquired;
-  return state.memory;
+  state.acquired = 1;
+  state.used_on = stream;
+  state.awaited = false;
+  state.fresh = false;
+  current_ = unit;
+  check_while_debugging(unit);
+  if (policy_.host_synchronizes) {
+    steps_.synchronize(state.loaded_on, Step::kHostReadyWait);
+  } else {
+    steps_.wait(stream, state.ready, Step::kReadyWait);  // the copy may still be under way
+  }
+}
+
+void Pipeline::give_up_acquire(UnitState& state) {
+  // No kernel was submitted, so there is no use to wait for: only the hold is given back.
+  state.acquired = 0;
+  if (policy_.host_synchronizes) {
+    // In these modes no event tells the next copy of this one.
+    steps_.quiesce(state.loaded_on, Step::kFailedAcquireDrain);
+  }
+  return_to_caller(state, Step::kFailedAcquireReturn);
 }
 
 void Pipeline::release(UnitIndex unit) {
@@ -289,62 +217,69 @@ void Pipeline::release(UnitIndex unit) {
     if (!is_last) {
       return;
     }
-    for (const StreamId other : state.also_used_on) {
-      end_read(unit, other);
-    }
-    end_read(unit, state.used_on);
-    for (const StreamId other : state.also_used_on) {
-      order_after(state.used_on, other, Step::kLaterStreamsJoin);
-    }
+    end_reads(unit);
     if (options_.poison_on_release) {
-      if (!is_left_out(Step::kPoisonForget)) {
-        forget(state);
-      }
-      device_.fill(state.used_on, state.memory, plan_.units[unit].size_bytes, kPoison, unit);
+      poison(unit);
     }
-    if (policy_.host_synchronizes) {
-      synchronize(state.used_on, Step::kHostFreeWait);
-      state.set_pending(kNoEvent);
-    } else {
-      record(state.free, state.used_on, Step::kFreeRecord);
-      // `ready` was waited for by this use: `free` covers it.
-      state.set_pending(is_left_out(Step::kPendingFree) ? kNoEvent : state.free);
-      if (options_.wait_for_each) {
-        device_.synchronize(state.used_on);
-      }
-    }
+    mark_free(state);
     leave_compute_stream(state);
   } catch (...) {
-    if (is_last && state.left != kNoStream) {
-      device_.leave_stream(state.used_on);
-    }
-    // Nobody can wait for this use any more, so it must have ended.
-    quiesce(state.used_on, Step::kFailedReleaseDrain);
-    for (const StreamId other : state.also_used_on) {
-      quiesce(other, Step::kFailedReleaseDrain);
-    }
-    if (is_last) {
-      state.also_used_on.clear();
-      state.whole = state.awaited = false;
-      return_to_caller(state, Step::kFailedReleaseReturn);
-    }
+    give_up_release(state, is_last);
     throw;
   }
   state.also_used_on.clear();
   prefetch_ahead();
 }
 
-bool Pipeline::owns(const void* address) const {
-  const auto lies_in = [address](const DeviceMemory& memory) {
-    const AddressRange range = AddressRange::of(memory.memory(), memory.size_bytes());
-    const auto point = reinterpret_cast<std::uintptr_t>(address);
-    return range.begin <= point && point < range.end;
-  };
-  return (window_ && lies_in(*window_)) ||
-         std::any_of(own_places_.begin(), own_places_.end(), lies_in);
+void Pipeline::end_reads(UnitIndex unit) {
+  const UnitState& state = states_[unit];
+  for (const StreamId other : state.also_used_on) {
+    end_read(unit, other);
+  }
+  end_read(unit, state.used_on);
+  for (const StreamId other : state.also_used_on) {
+    order_after(state.used_on, other, Step::kLaterStreamsJoin);
+  }
 }
 
-/// Remembers that the unit is used on `stream`. Returns whether that is news.
+void Pipeline::poison(UnitIndex unit) {
+  UnitState& state = states_[unit];
+  if (!is_left_out(Step::kPoisonForget)) {
+    forget(state);
+  }
+  device_.fill(state.used_on, state.memory, plan_.units[unit].size_bytes, kPoison, unit);
+}
+
+void Pipeline::mark_free(UnitState& state) {
+  if (policy_.host_synchronizes) {
+    steps_.synchronize(state.used_on, Step::kHostFreeWait);
+    state.set_pending(kNoEvent);
+    return;
+  }
+  steps_.record(state.free, state.used_on, Step::kFreeRecord);
+  // `ready` was waited for by this use: `free` covers it.
+  state.set_pending(is_left_out(Step::kPendingFree) ? kNoEvent : state.free);
+  if (options_.wait_for_each) {
+    device_.synchronize(state.used_on);
+  }
+}
+
+void Pipeline::give_up_release(UnitState& state, bool is_last) {
+  if (is_last && state.caller != kNoStream) {
+    device_.leave_stream(state.used_on);
+  }
+  // Nobody can wait for this use any more, so it must have ended.
+  steps_.quiesce(state.used_on, Step::kFailedReleaseDrain);
+  for (const StreamId other : state.also_used_on) {
+    steps_.quiesce(other, Step::kFailedReleaseDrain);
+  }
+  if (is_last) {
+    state.also_used_on.clear();
+    forget(state);
+    return_to_caller(state, Step::kFailedReleaseReturn);
+  }
+}
+
 bool Pipeline::note_stream(UnitState& state, StreamId stream) {
   std::vector<StreamId>& also = state.also_used_on;
   if (is_left_out(Step::kLaterStreamsNote) || stream == state.used_on ||
@@ -371,9 +306,15 @@ Pipeline::UnitState& Pipeline::held_state(UnitIndex unit) {
   return state;
 }
 
-/// While every onload is waited for, none can be under way: one that is was waited for in vain.
-void Pipeline::ask_for_readiness(UnitIndex unit) {
-  if (options_.wait_for_each && !device_.is_done(states_[unit].ready) && options_.warn != nullptr) {
+void Pipeline::check_while_debugging(UnitIndex unit) const {
+  if (!options_.wait_for_each) {
+    return;
+  }
+  for (const UnitState& state : states_) {
+    check_internal(state.is_consistent(), "a unit that is in two states at once");
+  }
+  // While every onload is waited for, none can be under way: one that is was waited for in vain.
+  if (!device_.is_done(states_[unit].ready) && options_.warn != nullptr) {
     options_.warn("possible race: the copy of unit '" + plan_.units[unit].name +
                   "' was waited for, and its event says that it is not done; read now, the weights "
                   "would be others");

@@ -18,6 +18,7 @@
 #include "core/order.h"
 #include "core/plan.h"
 #include "core/stats.h"
+#include "core/stepped_device.h"
 #include "core/steps.h"
 
 namespace torch_offload {
@@ -54,7 +55,8 @@ inline namespace mutants {  // see steps.h
 /// `acquire` and `release` bracket the use of one unit, within a pass.
 ///
 /// Ordering:  see Note [Ready and free]: a kernel reads a place only behind its ready event, a
-///            copy writes a range only behind the free events of all that used it.
+///            copy writes a range only behind the free events of all that used it; and for the rest
+///            Note [All that is order].
 /// Blocking:  never blocks the host, except in the modes that say so (Policy), in `synchronize`,
 ///            `synchronize_onload`, `replan`, constructor and destructor, and when a submission
 ///            fails halfway: what it has left under way is waited for.
@@ -141,76 +143,144 @@ class Pipeline {
 
   static constexpr std::size_t kNumKinds = 2;
 
+  /// One unit and its place. Note [Pending] says what is behind the last group.
   struct UnitState {
-    std::byte* memory = nullptr;   // the place; nullptr for a resident unit
-    EventId ready = kNoEvent;      // recorded behind each onload
-    EventId free = kNoEvent;       // recorded behind each use
-    bool whole = false;            // the place holds the master's bytes, or will behind `ready`
-    bool awaited = false;          // whole and expected to be used: no prefetch may overwrite it
-    bool fresh = false;            // whole and not used since
-    std::uint32_t acquired = 0;    // uses under way (a module may call itself)
-    StreamId used_on = kNoStream;  // stream of the use under way, or of the last one
-    std::vector<StreamId> also_used_on;  // streams that the use under way has come to since
-    StreamId left = kNoStream;           // `split`: the stream to go back to
-    StreamId loaded_on = kNoStream;      // stream that `ready` was recorded on
+    // What the place holds.
+    std::byte* memory = nullptr;  // the place; nullptr for a resident unit
+    bool whole = false;           // its master's bytes, or will behind `ready`
+    bool awaited = false;         // whole and expected to be used: no prefetch may overwrite it
+    bool fresh = false;           // whole and not used since: decides only what counts as a hit
     std::uint64_t generation = 0;
     std::uint64_t copied_in_pass = 0;
-    // What a stream must wait for before it writes into this range again: the last use (`free`,
-    // closes write-after-read) or the last onload (`ready`, closes write-after-write) ...
-    EventId pending = kNoEvent;
-    std::vector<StreamId> behind_pending;  // ... unless it is one of these
+
+    // Who uses it.
+    std::uint32_t acquired = 0;          // uses under way (a module may call itself)
+    StreamId used_on = kNoStream;        // stream of the use under way, or of the last one
+    std::vector<StreamId> also_used_on;  // streams that the use under way has come to since
+    StreamId caller = kNoStream;         // `split`: the caller's stream, to go back to
+
+    // Who must wait, and for what.
+    EventId ready = kNoEvent;        // recorded behind each onload: for who reads
+    EventId free = kNoEvent;         // recorded behind each use: for who writes
+    StreamId loaded_on = kNoStream;  // stream that `ready` was recorded on
+    EventId pending = kNoEvent;      // `ready` or `free`: for who writes into this range next,
+    std::vector<StreamId> behind_pending;  // unless it is one of these
 
     void set_pending(EventId event) {
       pending = event;
       behind_pending.clear();
     }
+    /// Whether the fields go together, as they do whenever nothing of this unit is being submitted.
+    /// Only what is whole is awaited, fresh or in use, and what is in use is not fresh. (It may be
+    /// awaited: it is expected once more.) Between two uses there is nothing to go back to.
+    bool is_consistent() const {
+      const bool is_in_use = acquired > 0;
+      return (whole || !(awaited || fresh || is_in_use)) && !(fresh && is_in_use) &&
+             (is_in_use || (also_used_on.empty() && caller == kNoStream)) &&
+             (pending == kNoEvent || pending == ready || pending == free);
+    }
   };
 
   /// Units that are brought ahead in one way, whatever becomes of those that come in the other.
-  struct Lane {
+  struct PrefetchQueue {
     std::size_t depth_bytes = 0;
     std::size_t ahead_bytes = 0;
     bool is_first = true;  // no unit of it was met yet
     bool is_over = false;  // nothing more of it comes ahead now
   };
 
-  std::vector<EventId> events_for(const Plan& plan);
-  std::vector<UnitState> states_of(const Plan& plan, std::vector<EventId> events) const;
-  void adopt(Plan plan, std::vector<EventId> events);
-  std::size_t copy_stream_index(UnitIndex unit) const;
-  StreamId copy_stream(UnitIndex unit);
-  StreamId enter_compute_stream(UnitIndex unit);
-  void leave_compute_stream(UnitState& state);
-  void return_to_caller(UnitState& state, Step step);
+  // --- one use of a unit: pipeline.cpp ---
+
+  /// Throws: StateError unless this thread's pass may acquire the unit.
+  void check_may_acquire(UnitIndex unit) const;
+  /// Counts one more use of a unit in use, on the stream that is current now.
+  void acquire_again(UnitIndex unit);
+  /// Onloads the unit unless it is whole; counts a miss or a hit.
+  void make_whole(UnitIndex unit);
+  /// Holds the unit for a use on `stream`, which waits for its bytes.
+  void begin_use(UnitIndex unit, StreamId stream);
+  /// Undoes a begin_use whose unit could not be acquired.
+  void give_up_acquire(UnitState& state);
+  /// The state of a unit in use.
+  UnitState& held_state(UnitIndex unit);
+  /// Ends the use on all its streams; the first one waits for the others.
+  void end_reads(UnitIndex unit);
+  /// Overwrites the unit's bytes behind its use.
+  void poison(UnitIndex unit);
+  /// Remembers the end of the use for who writes into the place next; or has the host wait for it.
+  void mark_free(UnitState& state);
+  /// Waits for a use that could not be marked; if it was the last one, the unit is at rest then.
+  void give_up_release(UnitState& state, bool is_last);
+  /// Remembers that the use has come to `stream`. Returns whether that is news.
   static bool note_stream(UnitState& state, StreamId stream);
+  /// Tells the log that `stream` reads the unit's place from now on.
   void begin_read(UnitIndex unit, StreamId stream);
+  /// Tells the log that it no longer does.
   void end_read(UnitIndex unit, StreamId stream);
+  /// Its place does not hold the master's bytes any more.
   static void forget(UnitState& state);
+  /// With wait_for_each: warns if the unit's copy is not done; checks what is known of all units.
+  void check_while_debugging(UnitIndex unit) const;
+
+  // --- one stream behind another, and the host behind both: pipeline_streams.cpp ---
+
+  /// Lets later work on `later` start only when all submitted to `earlier` so far is done.
   void order_after(StreamId later, StreamId earlier, Step step);
-  void record(EventId event, StreamId stream, Step step);
-  void wait(StreamId stream, EventId event, Step step);
-  void synchronize(StreamId stream, Step step);
+  /// The stream that the unit is to be used on, now current: in `split` behind the caller's.
+  StreamId enter_compute_stream(UnitIndex unit);
+  /// Goes back to the caller's stream, now behind the use, if another one was entered.
+  void leave_compute_stream(UnitState& state);
+  /// Makes the caller's stream current again, without any order.
+  void return_to_caller(UnitState& state, Step step);
+  /// Waits for the stream, whatever fails. Returns whether nothing is in flight there any more.
   bool drain(StreamId stream, Step step) noexcept;
+  /// All streams that may have something of ours in flight.
   std::vector<std::pair<StreamId, Step>> streams_to_drain() const;
-  bool may_overwrite(UnitIndex unit, bool awaited_too) const;
-  void await_users(UnitState& state, StreamId writer, Step step);
-  void onload(UnitIndex unit);
-  void onload_on_demand(UnitIndex unit);
-  void prefetch_ahead();
-  void announce_ahead();
-  bool prefetch(UnitIndex unit, Lane& lane);
+
+  // --- when units are copied, and behind what: pipeline_copies.cpp ---
+
+  /// Which of copy_streams_ the unit is copied on.
+  std::size_t copy_stream_index(UnitIndex unit) const;
+  /// That stream, or the caller's in the mode that knows one.
+  StreamId copy_stream(UnitIndex unit);
+  /// The streams on which bytes may first reach a place.
   std::vector<StreamId> writers() const;
-  bool is_in_packed_lane(UnitIndex unit) const {
+  /// Whether nothing in use would be overwritten, nor, unless `awaited_too`, what is awaited.
+  bool may_overwrite(UnitIndex unit, bool awaited_too) const;
+  /// Makes `writer` wait for what is pending on the unit's place, unless it is behind that already.
+  void await_users(UnitState& state, StreamId writer, Step step);
+  /// Submits what brings the unit into its place. The caller has made sure that it may_overwrite.
+  void onload(UnitIndex unit);
+  /// A miss: overwrites what was expected in vain, or gives the unit a place of its own.
+  void onload_on_demand(UnitIndex unit);
+  /// Brings units ahead along the expected order, as far as policy, depth and places allow.
+  void prefetch_ahead();
+  /// Brings the unit ahead. Returns whether others of its queue may follow.
+  bool prefetch(UnitIndex unit, PrefetchQueue& queue);
+  /// Whether the unit runs ahead among those that a decoder alone brings.
+  bool is_in_decode_queue(UnitIndex unit) const {
     return plan_.stays_packed(unit) && !plan_.one_ring;
   }
-  void note_lanes();
+  /// Tells the loader which units it will be asked for, by prefetches that come now as well.
+  void announce_ahead();
+  /// The pass went another way than expected: what was copied ahead may be overwritten again.
   void forget_expectations();
+
+  // --- where units have their places: pipeline_places.cpp ---
+
+  /// Goes on with this plan and empty places in the window that is there.
+  void adopt(Plan plan);
+  /// Makes what events the units of this plan need beyond those that are there.
+  void make_events(const Plan& plan);
+  /// What is known of units whose places are empty.
+  std::vector<UnitState> states_of(const Plan& plan) const;
+  /// Finds out which of the two ways to run ahead there are units for.
+  void note_queues();
+  /// For a unit called inside another one that its place overlaps: it keeps the new place for good.
   void give_own_place(UnitIndex unit);
-  void quiesce(StreamId stream, Step step) noexcept;
-  UnitState& held_state(UnitIndex unit);
-  void ask_for_readiness(UnitIndex unit);
 
   Device& device_;
+  SteppedDevice steps_;  // the same one, for all that keeps order
   Loader& loader_;
   Plan plan_;  // without the overlaps of units that were given places of their own
   PipelineOptions options_;
@@ -223,7 +293,10 @@ class Pipeline {
   Stats stats_;
   std::array<StreamId, kNumKinds> copy_streams_{kNoStream, kNoStream};     // equal in `shared`
   std::array<StreamId, kNumKinds> compute_streams_{kNoStream, kNoStream};  // `split` only
-  EventId handover_ = kNoEvent;    // recorded on the stream left, waited for by the one entered
+  EventId handover_ = kNoEvent;  // recorded on the stream left, waited for by the one entered
+  // Ready and free of one streamed unit after the other. Those of the plan with the most units stay
+  // for the next one: an event lives as long as the device.
+  std::vector<EventId> unit_events_;
   bool has_copied_units_ = false;  // units of the plan that come by copies, or share their ring,
   bool has_packed_units_ = false;  // and units that stay packed and have a ring of their own
   UnitIndex current_ = kNoUnit;    // the unit acquired last; copies run ahead of it

@@ -28,7 +28,6 @@ bool Pipeline::may_overwrite(UnitIndex unit, bool awaited_too) const {
          std::none_of(plan_.overlaps[unit].begin(), plan_.overlaps[unit].end(), blocks);
 }
 
-/// The streams on which bytes may first reach a place.
 std::vector<StreamId> Pipeline::writers() const {
   std::vector<StreamId> writers = loader_.own_streams();
   for (const StreamId stream : copy_streams_) {
@@ -39,19 +38,17 @@ std::vector<StreamId> Pipeline::writers() const {
   return writers;
 }
 
-/// Makes `writer` wait until nobody uses the unit's bytes any more, unless it does so already.
 void Pipeline::await_users(UnitState& state, StreamId writer, Step step) {
   std::vector<StreamId>& behind = state.behind_pending;
   if (state.pending != kNoEvent &&
       std::find(behind.begin(), behind.end(), writer) == behind.end()) {
     // Write-after-read: its last kernels may still read these bytes. Or write-after-write: another
     // stream may still fill them.
-    wait(writer, state.pending, step);
+    steps_.wait(writer, state.pending, step);
     behind.push_back(writer);  // only now: a wait that failed is still to be taken
   }
 }
 
-/// Submits what brings `unit` into its place. The caller has made sure that it may_overwrite.
 void Pipeline::onload(UnitIndex unit) {
   UnitState& state = states_[unit];
   const StreamId stream = copy_stream(unit);
@@ -69,14 +66,14 @@ void Pipeline::onload(UnitIndex unit) {
   StreamId loaded_on = writer;
   try {
     loaded_on = loader_.load(unit, state.memory, stream, state.generation);
-    record(state.ready, loaded_on, Step::kReadyRecord);
+    steps_.record(state.ready, loaded_on, Step::kReadyRecord);
     if (options_.wait_for_each) {
       device_.synchronize(loaded_on);
     }
   } catch (...) {
     // Part of the copy may be under way, and no event tells when it ends.
     for (const StreamId used : std::set<StreamId>{stream, writer, loaded_on}) {
-      quiesce(used, Step::kFailedOnloadDrain);
+      steps_.quiesce(used, Step::kFailedOnloadDrain);
     }
     throw;
   }
@@ -91,7 +88,6 @@ void Pipeline::onload(UnitIndex unit) {
   stats_.bytes_onloaded += plan_.units[unit].size_bytes;
 }
 
-/// A miss: overwrites what was expected in vain. An overlapping unit in use cannot be overwritten.
 void Pipeline::onload_on_demand(UnitIndex unit) {
   if (policy_.lookahead == Lookahead::kLayer) {
     // A layer's first unit is missed, and the copies of a layer start with that layer: when the
@@ -107,7 +103,7 @@ void Pipeline::onload_on_demand(UnitIndex unit) {
   onload(unit);
 }
 
-// Note [Two lanes, or one ring]
+// Note [Two rings, or one]
 // A unit that stays packed on the device needs no link, one that is copied does. Each kind has its
 // own places and its own depth, and runs ahead for itself: else the places of units that the
 // decoder fills in no time would stand between the link and the next unit that it could bring.
@@ -115,34 +111,33 @@ void Pipeline::onload_on_demand(UnitIndex unit) {
 // others would hold bytes that these need first. Packed copies run ahead all the same, in the
 // staging ring.
 
-/// Brings units ahead along the expected order, as far as policy, depth and places allow.
 void Pipeline::prefetch_ahead() {
   if (policy_.lookahead == Lookahead::kNone) {
     return;
   }
-  Lane copied;
+  PrefetchQueue copied;
   copied.depth_bytes = plan_.depth_bytes;
   copied.is_over = !has_copied_units_;
-  Lane packed;
-  packed.depth_bytes = plan_.decode_depth_bytes;
-  packed.is_over = !has_packed_units_;
+  PrefetchQueue decoded;
+  decoded.depth_bytes = plan_.decode_depth_bytes;
+  decoded.is_over = !has_packed_units_;
   Order::Walk walk = order_->walk();
-  for (std::size_t step = 0; step < states_.size() && !(copied.is_over && packed.is_over); ++step) {
+  for (std::size_t step = 0; step < states_.size() && !(copied.is_over && decoded.is_over);
+       ++step) {
     const UnitIndex unit = walk.next();
     if (unit == kNoUnit || (policy_.lookahead == Lookahead::kLayer &&
                             plan_.units[unit].layer_index != plan_.units[current_].layer_index)) {
       return;
     }
-    Lane& lane = is_in_packed_lane(unit) ? packed : copied;
-    lane.is_over = lane.is_over || !prefetch(unit, lane);
+    PrefetchQueue& queue = is_in_decode_queue(unit) ? decoded : copied;
+    queue.is_over = queue.is_over || !prefetch(unit, queue);
   }
 }
 
-/// Brings the unit ahead. Returns whether others of its lane may follow.
-bool Pipeline::prefetch(UnitIndex unit, Lane& lane) {
+bool Pipeline::prefetch(UnitIndex unit, PrefetchQueue& queue) {
   UnitState& state = states_[unit];
-  lane.ahead_bytes += plan_.units[unit].size_bytes;
-  if (!std::exchange(lane.is_first, false) && lane.ahead_bytes > lane.depth_bytes) {
+  queue.ahead_bytes += plan_.units[unit].size_bytes;
+  if (!std::exchange(queue.is_first, false) && queue.ahead_bytes > queue.depth_bytes) {
     return false;
   }
   if (!state.whole) {
@@ -156,8 +151,6 @@ bool Pipeline::prefetch(UnitIndex unit, Lane& lane) {
   return true;
 }
 
-/// Tells the loader which units it will be asked for, those that prefetches are about to ask for
-/// included.
 void Pipeline::announce_ahead() {
   const std::size_t limit_bytes = loader_.announced_bytes();
   if (limit_bytes == 0) {
@@ -177,35 +170,10 @@ void Pipeline::announce_ahead() {
   }
 }
 
-/// The pass went another way than expected: what was copied ahead may be overwritten again.
 void Pipeline::forget_expectations() {
   for (UnitState& state : states_) {
     state.awaited = false;
   }
-}
-
-/// A unit called inside another one that its place overlaps: from now on it has a place of its own.
-void Pipeline::give_own_place(UnitIndex unit) {
-  UnitState& state = states_[unit];
-  // Whoever writes into the old place next will no longer ask this unit for its last use.
-  for (const StreamId writer : writers()) {
-    await_users(state, writer, Step::kOldPlaceWait);
-  }
-  state.set_pending(kNoEvent);
-  own_places_.emplace_back(device_, plan_.units[unit].size_bytes);
-  // The allocator may hand out memory that kernels of the current stream still use.
-  const StreamId current = device_.current_stream();
-  const StreamId writer = loader_.first_writer(unit, copy_stream(unit));
-  if (writer != current) {
-    order_after(writer, current, Step::kNewPlaceOrder);
-  }
-  for (const UnitIndex other : plan_.overlaps[unit]) {
-    auto& back = plan_.overlaps[other];
-    back.erase(std::remove(back.begin(), back.end(), unit), back.end());
-  }
-  plan_.overlaps[unit].clear();
-  state.memory = own_places_.back().memory();
-  ++stats_.extra_places;
 }
 
 }  // namespace torch_offload

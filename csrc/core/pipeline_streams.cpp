@@ -10,29 +10,10 @@
 
 namespace torch_offload {
 
-/// Lets later work on `later` start only when all submitted to `earlier` so far is done.
 void Pipeline::order_after(StreamId later, StreamId earlier, Step step) {
   if (!is_left_out(step)) {
-    record(handover_, earlier, Step::kHandoverRecord);
-    wait(later, handover_, Step::kHandoverWait);
-  }
-}
-
-void Pipeline::record(EventId event, StreamId stream, Step step) {
-  if (!is_left_out(step)) {
-    device_.record(event, stream);
-  }
-}
-
-void Pipeline::wait(StreamId stream, EventId event, Step step) {
-  if (!is_left_out(step)) {
-    device_.wait(stream, event);
-  }
-}
-
-void Pipeline::synchronize(StreamId stream, Step step) {
-  if (!is_left_out(step)) {
-    device_.synchronize(stream);
+    steps_.record(handover_, earlier, Step::kHandoverRecord);
+    steps_.wait(later, handover_, Step::kHandoverWait);
   }
 }
 
@@ -46,47 +27,38 @@ StreamId Pipeline::enter_compute_stream(UnitIndex unit) {
   // The unit reads activations that the caller's kernels write.
   order_after(compute, caller, Step::kEnterOrder);
   device_.enter_stream(compute);
-  states_[unit].left = caller;
+  states_[unit].caller = caller;
   return compute;
 }
 
 void Pipeline::leave_compute_stream(UnitState& state) {
-  if (state.left != kNoStream) {
+  if (state.caller != kNoStream) {
     device_.leave_stream(state.used_on);
     // The caller's kernels read what the unit wrote.
-    order_after(state.left, state.used_on, Step::kReturnOrder);
+    order_after(state.caller, state.used_on, Step::kReturnOrder);
     return_to_caller(state, Step::kCallerReturn);
   }
 }
 
 void Pipeline::return_to_caller(UnitState& state, Step step) {
-  if (state.left != kNoStream) {
+  if (state.caller != kNoStream) {
     if (!is_left_out(step)) {
-      device_.return_to_stream(state.left);
+      device_.return_to_stream(state.caller);
     }
-    state.left = kNoStream;
-  }
-}
-
-void Pipeline::quiesce(StreamId stream, Step step) noexcept {
-  try {
-    synchronize(stream, step);
-  } catch (...) {
-    // The device itself is failing, and the error that brought us here is about to say so.
-    std::fprintf(stderr, "torch_offload: a stream could not be synchronized after a failure\n");
+    state.caller = kNoStream;
   }
 }
 
 void Pipeline::synchronize_onload(UnitIndex unit) {
   if (states_.at(unit).loaded_on != kNoStream) {
-    ask_for_readiness(unit);
-    synchronize(states_[unit].loaded_on, Step::kOnloadDrain);
+    check_while_debugging(unit);
+    steps_.synchronize(states_[unit].loaded_on, Step::kOnloadDrain);
   }
 }
 
 void Pipeline::synchronize() {
   for (const auto& [stream, step] : streams_to_drain()) {
-    synchronize(stream, step);
+    steps_.synchronize(stream, step);
   }
 }
 
@@ -111,7 +83,7 @@ bool Pipeline::drain(StreamId stream, Step step) noexcept {
   constexpr int kAttempts = 2;
   for (int attempt = 1; attempt <= kAttempts; ++attempt) {
     try {
-      synchronize(stream, step);
+      steps_.synchronize(stream, step);
       return true;
     } catch (const std::exception& error) {
       std::fprintf(stderr, "torch_offload: could not drain stream %u: %s\n",

@@ -324,7 +324,8 @@ class Engine : private Loader {
   bool are_masters_ready_ = false;              // packed, or plain, as copies need them
   std::vector<at::Tensor> offered_blobs_;       // by unit, while they are packed
   std::vector<UnitIndex> blobs_taken_;
-  std::shared_ptr<OpLog> log_;  // attached to the device; or none
+  EventId handover_ = kNoEvent;  // between the streams that residents are copied on and read on
+  std::shared_ptr<OpLog> log_;   // attached to the device; or none
   mutable std::uint32_t rests_ = 0;
   mutable std::thread::id rests_of_;  // while there are any
   std::uint64_t cpu_ns_ = 0;

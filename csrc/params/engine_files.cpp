@@ -65,11 +65,14 @@ bool Engine::copy_resident(const std::shared_ptr<FileView>& view, const at::Tens
   const StreamId current = device_->current_stream();
   const std::vector<StreamId> ours = pipeline_->streams();
   const StreamId copies = ours.empty() ? current : ours.front();  // `sync` has no stream of its own
+  if (handover_ == kNoEvent) {
+    handover_ = device_->create_event();
+  }
+  // One event for all of them: a wait means the record before it, whatever is recorded later.
   const auto order_after = [this](StreamId later, StreamId earlier) {
     if (later != earlier) {
-      const EventId event = device_->create_event();
-      device_->record(event, earlier);
-      device_->wait(later, event);
+      device_->record(handover_, earlier);
+      device_->wait(later, handover_);
     }
   };
   order_after(copies, current);  // whoever had the destination before may still use it

@@ -65,6 +65,8 @@ class TestDevice : public HostDevice {
   std::function<bool(StreamId, EventId)> forgets_wait;
   /// Whether the host goes on without having waited: a planted fault.
   bool forgets_synchronize = false;
+  /// Whether there is no device memory left to give.
+  bool is_out_of_memory = false;
 
   /// Blocks the host until `condition` holds; it is evaluated at each step of any stream.
   void await(const std::function<bool()>& condition) {
@@ -141,6 +143,9 @@ class TestDevice : public HostDevice {
   }
   void* do_allocate(std::size_t size_bytes) override {
     count_down();
+    if (is_out_of_memory) {
+      throw InjectedFault();
+    }
     void* memory = HostDevice::do_allocate(size_bytes);
     std::memset(memory, 0xEE, size_bytes);  // or a reader could find right bytes of an earlier test
     return memory;

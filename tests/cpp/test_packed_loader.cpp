@@ -56,6 +56,9 @@ class PackedLoaderTest : public ::testing::Test {
       }
     }
     transports_ = transports;
+    if (loader_ && has_decode_stream) {
+      options.streams = loader_->streams();
+    }
     loader_.reset();
     loader_.emplace(device_, units_.size(), options);
     for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
@@ -301,6 +304,27 @@ TEST_F(PackedLoaderTest, RingAndUnitsThatStayAreTwoAllocationsOfExactSize) {
             loader_->ring_bytes() + loader_->resident_bytes());
   EXPECT_EQ(loader_->resident_bytes(), loader_->room_bytes(1) + loader_->room_bytes(2));
   EXPECT_EQ(loader_->room_bytes(1), aligned_size(masters_[1]->source.packed_bytes + kSlack));
+}
+
+TEST_F(PackedLoaderTest, LaterLoaderGoesOnWithStreamsAndEventsOfTheEarlier) {
+  const std::vector<Transport> copied(8, Transport::kPacked);
+  const std::vector<Transport> stay(8, Transport::kPackedResident);
+  pack(stay);
+  const DeviceCounters before = device_.counters();
+  std::uint64_t events_of_units = 0;
+  for (const auto& transports : {copied, stay, copied}) {
+    pack(transports);
+    const std::uint64_t events = device_.counters().events;
+    start(Mode::kPipeline);
+    events_of_units += device_.counters().events - events;
+    pass();
+    pass();
+    finish();
+    pipeline_.reset();
+  }
+  EXPECT_EQ(device_.counters().events - events_of_units, before.events);
+  EXPECT_EQ(loader_->own_streams().size(), 2U);
+  EXPECT_EQ(num_wrong_, 0);
 }
 
 TEST_F(PackedLoaderTest, DamagedUnitIsToldByTheNextWaitAndDecodesNothing) {

@@ -462,6 +462,44 @@ TEST(PipelineTest, ReplanThatFailsAnywhereLeavesThePipelineAsItWas) {
   EXPECT_GE(num_failed, 3);
 }
 
+TEST(PipelineTest, PlansThatComeAgainNeedNoMoreEvents) {
+  const Plan most = plan_of(layers_of(4, 1, 2));
+  const Plan fewer = plan_of(layers_of(2, 1, 2));
+  Rig rig(most);
+  rig.pass(sequence_of(8));
+  rig.pipeline->replan(fewer);
+  const std::uint64_t events = rig.device.counters().events;
+  for (int round = 0; round < 3; ++round) {
+    rig.pass(sequence_of(4));
+    rig.pass(sequence_of(4));
+    rig.pipeline->replan(most);
+    // Each of these events tells of a copy and a use of another unit, under way at the most.
+    rig.pass(sequence_of(8));
+    rig.pass(sequence_of(8));
+    rig.pipeline->replan(fewer);
+  }
+  EXPECT_EQ(rig.device.counters().events, events);
+  rig.expect_at_rest_and_right();
+}
+
+TEST(PipelineTest, WindowLostOnTheWayLosesNoEvents) {
+  const Plan plan = plan_of(layers_of(3, 1, 2));
+  const Plan other = with_window(plan, 2 * plan.window_bytes);
+  Rig rig(plan);
+  const std::uint64_t events = rig.device.counters().events;
+  for (int round = 0; round < 2; ++round) {
+    rig.device.is_out_of_memory = true;
+    EXPECT_THROW(rig.pipeline->replan(other), InjectedFault);
+    EXPECT_FALSE(rig.pipeline->has_window());
+    rig.device.is_out_of_memory = false;
+    rig.pipeline->replan(plan);
+    rig.pass(sequence_of(6));
+    rig.pass(sequence_of(6));
+  }
+  EXPECT_EQ(rig.device.counters().events, events);
+  rig.expect_at_rest_and_right();
+}
+
 TEST(PipelineTest, ReplanAfterANestedCallForgetsItsPlace) {
   const std::vector<Unit> units = layers_of(2, 1, 1);
   Rig rig(plan_with_places(units, {{0, 256}, {0, 256}, {256, 512}, {256, 512}}, 0));

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from tests.lanes.leftovers import Devices
 from tests.python.dropin import HOST, assert_equal, packable_llama
 from tests.python.dropin import logits as run
 from tests.python.test_packed_transport import _many_exponents, expected_of
 from torch_offload import Handle, offload
+from torch_offload.devices import devices_made_by
 from torch_offload.measured_times import measured_times
 from torch_offload.profile_file import read_profile
 
@@ -190,6 +192,25 @@ def test_replan_by_a_profile_keeps_bits_and_the_budget(
         handle.replan(profile=given)
         assert_equal(run(model), expected)
         assert handle.stats.device_bytes <= budget
+
+
+@pytest.mark.parametrize("transport", ["raw", "packed"])
+def test_plans_that_come_again_need_no_more_events(transport: Any) -> None:
+    model = deep_llama()
+    expected = expected_of(model)
+    budgets = [int(share * weights_bytes(model)) for share in (0.5, 0.9)]
+    devices = Devices()
+    with (
+        devices_made_by(devices),
+        offload(model, HOST, transport=transport, gpu_budget=budgets[-1]) as handle,
+    ):
+        held = []
+        for _ in range(3):
+            for budget in budgets:
+                handle.replan(gpu_budget=budget)
+                assert_equal(run(model), expected)
+            held.append(devices.held().events)
+        assert held == held[:1] * 3
 
 
 def test_replan_goes_by_measured_times_until_told_otherwise(

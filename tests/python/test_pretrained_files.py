@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.lanes.leftovers import Devices
 from tests.python.checkpoints import (
     assert_streams_the_same,
     bytes_in_files,
@@ -26,6 +27,7 @@ from tests.python.checkpoints import (
 )
 from tests.python.dropin import assert_equal, tokens
 from torch_offload import _C, StateError
+from torch_offload.devices import devices_made_by
 
 MIB = 2**20
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +67,16 @@ def test_large_weights_that_stay_are_copied_from_locked_pages(
         assert torch.equal(got, plain.get_parameter(name)) == (not edits)
     if not edits:
         assert_streams_the_same(model, plain, _inputs(device))
+
+
+def test_weights_that_stay_share_one_event(tmp_path: Path, device: torch.device) -> None:
+    model_class = _save_large(tmp_path, num_layers=2, vocab_size=4096)
+    devices = Devices()
+    with devices_made_by(devices):
+        model = load(model_class, tmp_path, device)
+    placed = [unit for unit in handle_of(model).units if unit.place is not None]
+    # Two of each unit, one for the pipeline's hand-overs, and one for both tables.
+    assert devices.held().events == 2 * len(placed) + 2
 
 
 def test_copy_of_a_weight_that_stays_checks_its_destination(
