@@ -13,6 +13,7 @@
 #include "core/error.h"
 #include "params/engine.h"
 #include "params/python_errors.h"
+#include "params/user_warning.h"
 
 namespace py = pybind11;
 
@@ -126,14 +127,10 @@ void Engine::warn_of_backward(const UnitParameters& entry) {
   for (const StreamedParameter& parameter : parameters_of(entry)) {
     if (parameter.parameter().requires_grad()) {
       has_warned_of_backward_ = true;
-      const int raised = PyErr_WarnEx(
-          PyExc_UserWarning,
-          "torch_offload: this forward runs in grad mode, but a backward through streamed weights "
-          "is not supported and will raise; use torch.no_grad() or torch.inference_mode()",
-          1);
-      if (raised != 0) {
-        throw py::error_already_set();
-      }
+      warn_user(
+          "this forward runs in grad mode, but a backward through streamed weights is not "
+          "supported and will raise; use torch.no_grad() or torch.inference_mode()",
+          PyExc_UserWarning);
       return;
     }
   }
