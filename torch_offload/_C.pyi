@@ -444,7 +444,6 @@ class PlannerRequest:
         copy_ns: Sequence[int] | None = None,
         launch_ns: Sequence[int] = ...,
         sequence: Sequence[int] = ...,
-        budget_bytes: int | None = None,
         depth_bytes: int | None = None,
         transport: str = "raw",
         packed_bytes: Sequence[int] = ...,
@@ -453,7 +452,7 @@ class PlannerRequest:
         streams: str = "shared",
     ) -> None: ...
 
-def choose_plan(request: PlannerRequest) -> Choice: ...
+def choose_plan(request: PlannerRequest, budget_bytes: int) -> Choice: ...
 def choose_transports(request: PlannerRequest, plan: Plan) -> Choice: ...
 def least_budget_bytes(
     units: Sequence[Unit], transport: str = "raw", packed_bytes: Sequence[int] = ...

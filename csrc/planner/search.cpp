@@ -19,9 +19,6 @@ constexpr double kLayersAhead[] = {1, 1.5, 2};
 // A cold pass, one that learns the seam, and the one that is read off.
 constexpr std::size_t kPasses = 3;
 
-// Without a budget the smallest window this close to the best is the right one.
-constexpr double kCloseEnough = 1.005;
-
 // Nearer than this, two plans take the same time.
 constexpr double kSameTime = 1.0002;
 
@@ -351,59 +348,14 @@ Choice Search::with_budget(std::size_t budget_bytes) {
   return take_choice();
 }
 
-Choice Search::without_budget() {
-  const ResidentFamily& family = families_.front();
-  const ResidentSet& none = family.sets.front();
-  std::vector<std::pair<Homes, Layout>> ways;
-  for (const Homes& homes : ways_to_pack(family, none)) {
-    for (const Layout& layout : layouts_of(homes)) {
-      ways.emplace_back(homes, layout);
-    }
-  }
-  struct Tried {
-    Plan plan;
-    const Homes* homes;
-    double score_ns;
-    std::size_t device_bytes;
-  };
-  std::vector<Tried> tried;
-  double best_ns = 0;
-  std::size_t num_simulated = 0;
-  for (const auto& [homes, layout] : ways) {
-    std::optional<Plan> plan = lay_out(homes, layout, SIZE_MAX);
-    if (!plan) {
-      continue;
-    }
-    choice_ = Choice{};
-    try_plan(*plan, homes, kNothingStays);
-    ++num_simulated;
-    best_ns = tried.empty() ? choice_.score_ns : std::min(best_ns, choice_.score_ns);
-    const std::size_t device_bytes =
-        plan->window_bytes + plan->staging_slots * packer_.held_by(homes).slot;
-    tried.push_back({*std::move(plan), &homes, choice_.score_ns, device_bytes});
-  }
-  const Tried* smallest = nullptr;
-  for (const Tried& one : tried) {
-    if (one.score_ns <= best_ns * kCloseEnough &&
-        (smallest == nullptr || one.device_bytes < smallest->device_bytes)) {
-      smallest = &one;
-    }
-  }
-  choice_ = Choice{};
-  try_plan(smallest->plan, *smallest->homes, kNothingStays);
-  choice_.num_simulated = num_simulated;
-  return take_choice();
-}
-
 /// All of a set that may be made of it while what stays does so as it is; unpacked first.
-std::vector<Homes> Search::ways_to_pack(const ResidentFamily& family,
-                                        const ResidentSet& set) const {
+std::vector<Homes> Search::ways_to_pack(const ResidentSet& set) const {
   std::vector<Homes> ways;
   if (request_.packing != PackingPolicy::kAlways) {
     ways.push_back({set.resident, {}});
   }
   if (request_.packing != PackingPolicy::kNever) {
-    for (const Packing& packing : packer_.packings_of(family, set)) {
+    for (const Packing& packing : packer_.packings_of(families_.front(), set)) {
       if (packing.plain_layers == packing.kept_layers) {
         packer_.pack(set, packing, ways.emplace_back());
       }
@@ -417,7 +369,7 @@ Choice Search::in_places(const Plan& plan) {
   for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
     set.resident.push_back(plan.is_resident(unit));
   }
-  for (const Homes& homes : ways_to_pack(families_.front(), set)) {
+  for (const Homes& homes : ways_to_pack(set)) {
     Plan packed = plan;
     packed.transports = homes.transports;
     try_plan(std::move(packed), homes, kNothingStays);

@@ -35,7 +35,6 @@ class Search {
   explicit Search(const PlannerRequest& request);
 
   Choice with_budget(std::size_t budget_bytes);
-  Choice without_budget();
   /// Chooses only how units travel: they have their places.
   Choice in_places(const Plan& plan);
 
@@ -60,7 +59,7 @@ class Search {
                               std::size_t budget_bytes) const;
   void try_plan(Plan plan, const Homes& homes, const std::string& rule);
   std::size_t single_window_bytes(const Homes& homes, const HeldBytes& held, bool one_ring) const;
-  std::vector<Homes> ways_to_pack(const ResidentFamily& family, const ResidentSet& set) const;
+  std::vector<Homes> ways_to_pack(const ResidentSet& set) const;
   Choice take_choice();
 
   const PlannerRequest& request_;
