@@ -275,6 +275,7 @@ class Engine : private Loader {
   bool is_plain(const UnitParameters& entry) const;
   void take_found(const UnitParameters& entry);
   void pack_masters(bool keeps_shared);
+  void make_masters_ready();
   bool hold(UnitIndex unit, bool keeps_shared);
   bool adopt_blob(UnitIndex unit);
   void load_from_blob(UnitIndex unit);

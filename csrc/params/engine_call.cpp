@@ -88,8 +88,8 @@ void Engine::acquire(CallToken& token, UnitIndex unit) {
   if (begins_pass && masters_->has_files()) {
     masters_->files().check_unchanged();
   }
-  if (packs_masters() && begins_pass && !are_masters_ready_) {
-    pack_masters(/*keeps_shared=*/true);  // memory was missing when it was tried
+  if (begins_pass) {
+    make_masters_ready();
   }
   if (unit == kNoUnit) {
     return;
@@ -180,7 +180,7 @@ void Engine::adopt_edits(UnitIndex unit) {
   if (is_stale && is_packed(unit)) {
     pack_anew(unit);
   }
-  if (is_stale && pipeline_->is_whole(unit)) {
+  if (is_stale) {
     pipeline_->invalidate(unit);
   }
 }
