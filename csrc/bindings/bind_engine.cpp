@@ -132,7 +132,6 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("staging_bytes", &Engine::staging_bytes)
       .def_property_readonly("packed_resident_bytes", &Engine::packed_resident_bytes)
       .def_property_readonly("bytes_copied", &Engine::bytes_copied)
-      .def_property_readonly("can_decode", &Engine::can_decode)
       .def(
           "recut",
           [](Engine& engine, Plan plan, const std::vector<RangePair>& ranges) {

@@ -57,7 +57,6 @@ void bind_planner(py::module_& module) {
       .def_readonly("forward_ns", &Choice::forward_ns)
       .def_readonly("score_ns", &Choice::score_ns)
       .def_readonly("alternatives", &Choice::alternatives)
-      .def_readonly("num_simulated", &Choice::num_simulated)
       .def_readonly("gap", &Choice::gap)
       .def_readonly("raw_score_ns", &Choice::raw_score_ns)
       .def_readonly("packed_resident_bytes", &Choice::packed_resident_bytes)

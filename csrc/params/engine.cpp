@@ -142,8 +142,7 @@ Plan Engine::plan() const {
   if (!pipeline().is_mine()) {
     throw StateError(
         "expected the plan to be read between forwards, or by the thread that runs one, got it "
-        "from "
-        "another thread; ask again afterwards");
+        "from another thread; ask again afterwards");
   }
   return pipeline_->plan();
 }

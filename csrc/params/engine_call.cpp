@@ -82,8 +82,8 @@ void Engine::acquire(CallToken& token, UnitIndex unit) {
   if (begins_pass && device_->is_capturing()) {
     throw StateError(
         "expected a forward that runs, got one that is captured into a CUDA graph: its copies "
-        "would "
-        "wait for events from before the capture; capture the plain model, after handle.remove()");
+        "would wait for events from before the capture; capture the plain model, after "
+        "handle.remove()");
   }
   if (begins_pass && masters_->has_files()) {
     masters_->files().check_unchanged();

@@ -24,8 +24,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "codec/parallel.h"
-#include "core/error.h"
 #include "params/engine.h"
 
 namespace py = pybind11;
