@@ -86,7 +86,6 @@ def _request_for(
     units: Sequence[_C.Unit],
     packable: Packable,
     *,
-    budget_bytes: int | None,
     depth_bytes: int | None = None,
     mode: str = "pipeline",
     streams: str = "shared",
@@ -108,7 +107,6 @@ def _request_for(
         copy_ns=times.copy_ns if times else None,
         launch_ns=times.launch_ns if times else (),
         sequence=times.sequence if times else (),
-        budget_bytes=budget_bytes,
         depth_bytes=depth_bytes,
         transport=packable.transport,
         packed_bytes=packable.packed_bytes,
@@ -121,7 +119,7 @@ def _request_for(
 def choose(
     units: Sequence[_C.Unit],
     *,
-    budget_bytes: int | None,
+    budget_bytes: int,
     packable: Packable = RAW,
     **manner: Unpack[Manner],
 ) -> _C.Choice:
@@ -133,11 +131,9 @@ def choose(
     Raises:
         ValueError: If the budget is below the least, which the message names.
     """
-    request = _request_for(units, packable, budget_bytes=budget_bytes, **manner)
-    return _C.choose_plan(request)
+    return _C.choose_plan(_request_for(units, packable, **manner), budget_bytes)
 
 
 def choose_transports(plan: _C.Plan, packable: Packable, **manner: Unpack[Manner]) -> _C.Choice:
     """Chooses only how units travel that have their places."""
-    request = _request_for(plan.units, packable, budget_bytes=None, **manner)
-    return _C.choose_transports(request, plan)
+    return _C.choose_transports(_request_for(plan.units, packable, **manner), plan)

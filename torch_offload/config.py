@@ -121,8 +121,8 @@ class Config:
             )
         if self.masters == "packed" and self.transport == "raw":
             raise ValueError(
-                "expected transport='packed' or 'packed_resident' with masters='packed', got "
-                "'raw': there is nothing but packed weights to copy; write offload(..., "
+                "expected transport='packed', 'packed_resident' or 'auto' with masters='packed', "
+                "got 'raw': there is nothing but packed weights to copy; write offload(..., "
                 "transport='packed', masters='packed')"
             )
         self._check_packed_cache()

@@ -20,7 +20,6 @@ import os
 import shutil
 import stat
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ import torch
 from torch_offload import _C
 from torch_offload.checkpoint import StoredTensor, read_header
 from torch_offload.debugging import LOGGER
+from torch_offload.user_warning import warn_user
 
 try:
     from safetensors import SafetensorError, safe_open
@@ -159,11 +159,10 @@ class PackedCache:
         except (OSError, SafetensorError) as error:
             problem = f"{problem + '; and ' if problem else ''}it cannot be written: {error}"
         if problem:
-            warnings.warn(
-                f"torch_offload: expected a cache of packed weights in {path}, but {problem}; the "
-                "weights are packed anew, and results are the same",
+            warn_user(
+                f"expected a cache of packed weights in {path}, but {problem}; the weights are "
+                "packed anew, and results are the same",
                 RuntimeWarning,
-                stacklevel=2,
             )
 
 

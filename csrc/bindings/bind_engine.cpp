@@ -5,6 +5,7 @@
 
 #include "bindings/bind.h"
 #include "params/engine.h"
+#include "params/user_warning.h"
 
 namespace py = pybind11;
 
@@ -30,14 +31,6 @@ std::vector<at::Tensor> tensors_or_undefined(const std::vector<std::optional<at:
     tensors.push_back(tensor.value_or(at::Tensor()));
   }
   return tensors;
-}
-
-/// Without the GIL on entry. Throws what a filter of warnings makes of it.
-void warn_in_python(const std::string& text) {
-  const py::gil_scoped_acquire gil;
-  if (PyErr_WarnEx(PyExc_RuntimeWarning, ("torch_offload: " + text).c_str(), 1) != 0) {
-    throw py::error_already_set();
-  }
 }
 
 }  // namespace
@@ -89,7 +82,7 @@ void bind_engine(py::module_& module) {
              options.layout = parse_stream_layout(streams);
              options.poison_on_release = poison_on_release;
              options.wait_for_each = wait_for_each;
-             options.warn = warn_in_python;
+             options.warn = [](const std::string& text) { warn_user(text, PyExc_RuntimeWarning); };
              return std::make_shared<Engine>(
                  std::move(device), torch_device, options, std::move(specs), std::move(plan),
                  ranges_from(ranges), lock_limit_bytes.value_or(LockedFiles::kNoLimit), residents,
@@ -139,7 +132,6 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("staging_bytes", &Engine::staging_bytes)
       .def_property_readonly("packed_resident_bytes", &Engine::packed_resident_bytes)
       .def_property_readonly("bytes_copied", &Engine::bytes_copied)
-      .def_property_readonly("can_decode", &Engine::can_decode)
       .def(
           "recut",
           [](Engine& engine, Plan plan, const std::vector<RangePair>& ranges) {

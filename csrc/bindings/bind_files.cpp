@@ -44,7 +44,6 @@ void bind_files(py::module_& module) {
                              })
       .def("check_unchanged", &FileView::check_unchanged)
       .def("is_edited", &FileView::is_edited, py::call_guard<py::gil_scoped_release>())
-      .def("looks_edited", &FileView::looks_edited)
       .def(
           "tensor",
           [](const std::shared_ptr<FileView>& view, const at::ScalarType dtype,

@@ -20,10 +20,9 @@ PlannerRequest request_from(
     const std::vector<std::pair<std::vector<std::int64_t>, double>>& forwards,
     double link_bytes_per_second, std::int64_t copy_latency_ns,
     std::optional<std::vector<std::int64_t>> copy_ns, std::vector<std::int64_t> launch_ns,
-    std::vector<UnitIndex> sequence, std::optional<std::size_t> budget_bytes,
-    std::optional<std::size_t> depth_bytes, const std::string& transport,
-    std::vector<std::size_t> packed_bytes, double decode_bytes_per_second, const std::string& mode,
-    const std::string& streams) {
+    std::vector<UnitIndex> sequence, std::optional<std::size_t> depth_bytes,
+    const std::string& transport, std::vector<std::size_t> packed_bytes,
+    double decode_bytes_per_second, const std::string& mode, const std::string& streams) {
   PlannerRequest request;
   request.units = std::move(units);
   for (const auto& [compute_ns, weight] : forwards) {
@@ -34,7 +33,6 @@ PlannerRequest request_from(
   request.copy_ns = std::move(copy_ns);
   request.launch_ns = std::move(launch_ns);
   request.sequence = std::move(sequence);
-  request.budget_bytes = budget_bytes;
   request.depth_bytes = depth_bytes;
   request.packing = parse_packing_policy(transport);
   request.packed_bytes = std::move(packed_bytes);
@@ -59,7 +57,6 @@ void bind_planner(py::module_& module) {
       .def_readonly("forward_ns", &Choice::forward_ns)
       .def_readonly("score_ns", &Choice::score_ns)
       .def_readonly("alternatives", &Choice::alternatives)
-      .def_readonly("num_simulated", &Choice::num_simulated)
       .def_readonly("gap", &Choice::gap)
       .def_readonly("raw_score_ns", &Choice::raw_score_ns)
       .def_readonly("packed_resident_bytes", &Choice::packed_resident_bytes)
@@ -69,14 +66,14 @@ void bind_planner(py::module_& module) {
       .def(py::init(&request_from), py::arg("units"), py::kw_only(), py::arg("forwards"),
            py::arg("link_bytes_per_second"), py::arg("copy_latency_ns") = 0,
            py::arg("copy_ns") = py::none(), py::arg("launch_ns") = std::vector<std::int64_t>{},
-           py::arg("sequence") = std::vector<UnitIndex>{}, py::arg("budget_bytes") = py::none(),
-           py::arg("depth_bytes") = py::none(), py::arg("transport") = "raw",
-           py::arg("packed_bytes") = std::vector<std::size_t>{},
+           py::arg("sequence") = std::vector<UnitIndex>{}, py::arg("depth_bytes") = py::none(),
+           py::arg("transport") = "raw", py::arg("packed_bytes") = std::vector<std::size_t>{},
            py::arg("decode_bytes_per_second") = 0.0, py::arg("mode") = "pipeline",
            py::arg("streams") = "shared");
 
   module.def(
-      "choose_plan", &choose_plan, py::arg("request"), py::call_guard<py::gil_scoped_release>(),
+      "choose_plan", &choose_plan, py::arg("request"), py::arg("budget_bytes"),
+      py::call_guard<py::gil_scoped_release>(),
       "Chooses residents, what is packed, depth and places by running candidates in virtual time. "
       "Pure.");
   module.def("choose_transports", &choose_transports, py::arg("request"), py::arg("plan"),

@@ -142,8 +142,7 @@ Plan Engine::plan() const {
   if (!pipeline().is_mine()) {
     throw StateError(
         "expected the plan to be read between forwards, or by the thread that runs one, got it "
-        "from "
-        "another thread; ask again afterwards");
+        "from another thread; ask again afterwards");
   }
   return pipeline_->plan();
 }
@@ -264,9 +263,7 @@ std::vector<std::string> Engine::move_out() {
 void Engine::refresh() {
   const Rest rest(*this, "refresh()");
   find_edits();
-  if (packs_masters() && !are_masters_ready_) {
-    pack_masters(/*keeps_shared=*/true);  // memory was missing when it was tried
-  }
+  make_masters_ready();
   for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
     if (!pipeline().plan().is_resident(unit)) {
       if (packs_masters() && !is_plain(units_[unit])) {

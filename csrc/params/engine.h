@@ -41,9 +41,8 @@ struct ParameterRange {
 /// Lifetime:  holds the arena and the parameters; the model's wrappers hold the engine; nothing
 ///            here holds a module. `close` or the destructor drains the copies.
 /// Threads:   every call needs the GIL on entry. Around what the pipeline and the arena submit,
-/// wait
-///            for, lock and unlock it is let go; copies made by torch's own operators hold it. A
-///            second thread in the middle of a forward gets a StateError.
+///            wait for, lock and unlock it is let go; copies made by torch's own operators hold it.
+///            A second thread in the middle of a forward gets a StateError.
 class Engine : private Loader {
  public:
   /// Allocates the window, reserves the arena and prepares streams; moves no parameter.
@@ -112,7 +111,6 @@ class Engine : private Loader {
     return packed_ == nullptr ? 0 : packed_->resident_bytes();
   }
   std::uint64_t bytes_copied() const { return device_->counters().bytes_copied; }
-  bool can_decode() const { return device_->can_decode(); }
 
   /// Copies one of `residents` to a dense tensor on the device by way of locked pages, at the
   /// link's rate. Returns false, having done nothing, if its bytes are not the file's any more.
@@ -275,6 +273,7 @@ class Engine : private Loader {
   bool is_plain(const UnitParameters& entry) const;
   void take_found(const UnitParameters& entry);
   void pack_masters(bool keeps_shared);
+  void make_masters_ready();
   bool hold(UnitIndex unit, bool keeps_shared);
   bool adopt_blob(UnitIndex unit);
   void load_from_blob(UnitIndex unit);

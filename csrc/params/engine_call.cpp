@@ -13,6 +13,7 @@
 #include "core/error.h"
 #include "params/engine.h"
 #include "params/python_errors.h"
+#include "params/user_warning.h"
 
 namespace py = pybind11;
 
@@ -81,14 +82,14 @@ void Engine::acquire(CallToken& token, UnitIndex unit) {
   if (begins_pass && device_->is_capturing()) {
     throw StateError(
         "expected a forward that runs, got one that is captured into a CUDA graph: its copies "
-        "would "
-        "wait for events from before the capture; capture the plain model, after handle.remove()");
+        "would wait for events from before the capture; capture the plain model, after "
+        "handle.remove()");
   }
   if (begins_pass && masters_->has_files()) {
     masters_->files().check_unchanged();
   }
-  if (packs_masters() && begins_pass && !are_masters_ready_) {
-    pack_masters(/*keeps_shared=*/true);  // memory was missing when it was tried
+  if (begins_pass) {
+    make_masters_ready();
   }
   if (unit == kNoUnit) {
     return;
@@ -126,14 +127,10 @@ void Engine::warn_of_backward(const UnitParameters& entry) {
   for (const StreamedParameter& parameter : parameters_of(entry)) {
     if (parameter.parameter().requires_grad()) {
       has_warned_of_backward_ = true;
-      const int raised = PyErr_WarnEx(
-          PyExc_UserWarning,
-          "torch_offload: this forward runs in grad mode, but a backward through streamed weights "
-          "is not supported and will raise; use torch.no_grad() or torch.inference_mode()",
-          1);
-      if (raised != 0) {
-        throw py::error_already_set();
-      }
+      warn_user(
+          "this forward runs in grad mode, but a backward through streamed weights is not "
+          "supported and will raise; use torch.no_grad() or torch.inference_mode()",
+          PyExc_UserWarning);
       return;
     }
   }
@@ -183,7 +180,7 @@ void Engine::adopt_edits(UnitIndex unit) {
   if (is_stale && is_packed(unit)) {
     pack_anew(unit);
   }
-  if (is_stale && pipeline_->is_whole(unit)) {
+  if (is_stale) {
     pipeline_->invalidate(unit);
   }
 }

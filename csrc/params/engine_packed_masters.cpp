@@ -24,8 +24,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "codec/parallel.h"
-#include "core/error.h"
 #include "params/engine.h"
 
 namespace py = pybind11;
@@ -98,6 +96,13 @@ void Engine::pack_masters(bool keeps_shared) {
   are_masters_ready_ = true;
 }
 
+/// Packs masters that are to be packed, where memory was missing when that was tried.
+void Engine::make_masters_ready() {
+  if (packs_masters() && !are_masters_ready_) {
+    pack_masters(/*keeps_shared=*/true);
+  }
+}
+
 /// What the unit's blob may take, by the plan or by the room that there is for it by now.
 std::size_t Engine::most_blob_bytes(UnitIndex unit) const {
   if (packed_ == nullptr) {
@@ -115,9 +120,7 @@ void Engine::load_from_blob(UnitIndex unit) {
     set_packed_source(unit,
                       {blob.bytes(), blob.size_bytes(), blob.place_bytes(), blob.num_tiles()});
   }
-  if (pipeline_->is_whole(unit)) {
-    pipeline_->invalidate(unit);
-  }
+  pipeline_->invalidate(unit);
   entry.is_sampled = true;  // the blob tells more than a sample
 }
 
@@ -232,9 +235,7 @@ void Engine::make_plain(UnitIndex unit) {
   }
   entry.segments.clear();
   entry.is_sampled = false;
-  if (pipeline_->is_whole(unit)) {
-    pipeline_->invalidate(unit);
-  }
+  pipeline_->invalidate(unit);
 }
 
 void Engine::adopt_packed_edits(UnitIndex unit) {

@@ -2,11 +2,8 @@
 
 #include <ATen/ATen.h>
 
-#include <algorithm>
-#include <exception>
 #include <utility>
 
-#include "core/error.h"
 #include "params/engine.h"
 #include "params/python_errors.h"
 

@@ -116,6 +116,7 @@ class StreamedParameter {
   void note_copied() { copied_version_ = version(); }
   /// Takes a sample of the master's bytes, to be compared later.
   void take_sample();
+  /// False as well where there is no sample: one was not taken of what was read from a file.
   bool sample_is_equal() const { return sample_ != nullptr && *sample_ == sampled_lines(); }
 
   /// Notes what the forward of the unit must leave alone.

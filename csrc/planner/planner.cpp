@@ -69,10 +69,9 @@ PackingPolicy parse_packing_policy(const std::string& name) {
   throw ValueError("expected the transport to be 'raw', 'auto' or 'packed', got '" + name + "'");
 }
 
-Choice choose_plan(const PlannerRequest& request) {
+Choice choose_plan(const PlannerRequest& request, std::size_t budget_bytes) {
   check_request(request);
-  Search search(request);
-  return request.budget_bytes ? search.with_budget(*request.budget_bytes) : search.without_budget();
+  return Search(request).with_budget(budget_bytes);
 }
 
 Choice choose_transports(const PlannerRequest& request, const Plan& plan) {

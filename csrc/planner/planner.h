@@ -39,9 +39,6 @@ struct PlannerRequest {
   std::int64_t copy_latency_ns = 0;
   /// Measured copies of each unit, instead of the rate.
   std::optional<std::vector<std::int64_t>> copy_ns;
-  /// What resident units, packed or not, window and staging ring may take together. Default:
-  /// nothing stays resident.
-  std::optional<std::size_t> budget_bytes;
   /// How far copies are to run ahead. Default: as far as pays; less where the budget demands it.
   std::optional<std::size_t> depth_bytes;
   PackingPolicy packing = PackingPolicy::kNever;
@@ -84,20 +81,21 @@ struct Choice {
 /// lies.
 ///
 /// A pure function. Each candidate is run by the real pipeline in virtual time, so that what is
-/// predicted and what will be run cannot drift apart. With a budget the fastest wins, and of equals
-/// the one that leaves the least to stream; without one nothing stays, and the least memory within
-/// half a per cent of the best wins. Where packing is a choice, it is never slower than the best
+/// predicted and what will be run cannot drift apart. The fastest wins, and of equals the one that
+/// leaves the least to stream. Where packing is a choice, its score is never above that of the best
 /// plan that packs nothing. See Note [Choosing a plan] in docs/design.md.
+///
+/// `budget_bytes` is what resident units, packed or not, window and staging ring may take together.
 ///
 /// Throws: ValueError if the budget is below the least (which the message names), or for units or
 ///         times that cannot be.
-Choice choose_plan(const PlannerRequest& request);
+Choice choose_plan(const PlannerRequest& request, std::size_t budget_bytes);
 
-/// Chooses only how the units of a plan travel that are not resident. A budget says nothing here.
-/// Throws: as choose_plan.
+/// Chooses only how the units of a plan travel that are not resident.
+/// Throws: ValueError for units or times that cannot be, or if the plan is of others.
 Choice choose_transports(const PlannerRequest& request, const Plan& plan);
 
-/// The least `budget_bytes` that choose_plan accepts for these units: a window for the largest, and
+/// The least budget that choose_plan accepts for these units: a window for the largest, and
 /// a staging slot for the largest packed one where all that streams is to travel packed.
 std::size_t least_budget_bytes(const PlannerRequest& request);
 

@@ -1,7 +1,6 @@
 #include "planner/search.h"
 
 #include <algorithm>
-#include <cmath>
 #include <tuple>
 #include <utility>
 
@@ -12,15 +11,8 @@ namespace torch_offload {
 
 namespace {
 
-// How far ahead copies may run, in parts of the largest unit that is copied and of its layer.
-constexpr double kUnitsAhead[] = {0, 0.5, 1, 1.5, 2, 2.5, 3, 4};
-constexpr double kLayersAhead[] = {1, 1.5, 2};
-
 // A cold pass, one that learns the seam, and the one that is read off.
 constexpr std::size_t kPasses = 3;
-
-// Without a budget the smallest window this close to the best is the right one.
-constexpr double kCloseEnough = 1.005;
 
 // Nearer than this, two plans take the same time.
 constexpr double kSameTime = 1.0002;
@@ -47,6 +39,7 @@ Search::Search(const PlannerRequest& request)
     : request_(request),
       costs_(request),
       packer_(request.units, request.packed_bytes, request.packing),
+      layouts_(request_, packer_),
       families_(resident_families(request.units)) {}
 
 void Search::make_homes(const Candidate& candidate, Homes& homes) const {
@@ -81,142 +74,11 @@ void Search::add_candidates(const ResidentFamily& family, bool packed, std::size
   }
 }
 
-/// The roomiest first.
-std::vector<Passage> Search::passages_of(const Homes& homes) const {
-  const HeldBytes held = packer_.held_by(homes);
-  std::vector<Passage> passages{{}};
-  if (held.slot != 0) {
-    passages.push_back({false, 1});
-  }
-  if (held.largest_copied != 0 && held.largest_decoded != 0) {
-    for (std::size_t i = 0, count = passages.size(); i < count; ++i) {
-      passages.push_back({true, passages[i].staging_slots});
-    }
-  }
-  return passages;
-}
-
-std::vector<Layout> Search::layouts_of(const Homes& homes) const {
-  std::size_t largest = 0;
-  std::size_t total = 0;
-  std::map<std::uint32_t, std::size_t> layers;
-  for (UnitIndex unit = 0; unit < request_.units.size(); ++unit) {
-    if (homes.is_copied(unit)) {
-      const Unit& copied = request_.units[unit];
-      largest = std::max(largest, copied.size_bytes);
-      total += copied.size_bytes;
-      layers[copied.layer_index] += copied.size_bytes;
-    }
-  }
-  std::vector<std::size_t> layer_sizes;
-  layer_sizes.reserve(layers.size());
-  for (const auto& [layer, size_bytes] : layers) {
-    layer_sizes.push_back(size_bytes);
-  }
-  // The usual one: a head or a single unit that lost its layer says little about the others.
-  std::sort(layer_sizes.begin(), layer_sizes.end());
-  const std::size_t layer = layer_sizes.empty() ? 0 : layer_sizes[layer_sizes.size() / 2];
-  const auto part_of = [](std::size_t size_bytes, double part) {
-    return static_cast<std::size_t>(static_cast<double>(size_bytes) * part);
-  };
-  std::vector<std::size_t> depths;
-  if (request_.depth_bytes) {
-    depths.push_back(*request_.depth_bytes);
-  }
-  for (const double part : kUnitsAhead) {
-    depths.push_back(part_of(largest, part));
-  }
-  for (const double part : kLayersAhead) {
-    depths.push_back(part_of(layer, part));
-  }
-  std::sort(depths.begin(), depths.end());
-  depths.erase(std::unique(depths.begin(), depths.end()), depths.end());
-  std::vector<Layout> layouts;
-  for (const Passage& passage : passages_of(homes)) {
-    layouts.push_back({passage, true, 0});
-    for (const std::size_t depth : depths) {
-      const bool is_asked_for = depth <= request_.depth_bytes.value_or(SIZE_MAX);
-      if (is_asked_for && (depth < total || depth == 0)) {
-        layouts.push_back({passage, false, depth});
-      }
-    }
-  }
-  return layouts;
-}
-
-/// The plan, or nothing where it does not fit, or keeps a unit in the window for good: that plan is
-/// another set's.
-std::optional<Plan> Search::lay_out(const Homes& homes, const Layout& layout,
-                                    std::size_t budget_bytes) const {
-  const HeldBytes held = packer_.held_by(homes);
-  const auto [one_ring, staging_slots] = layout.passage;
-  const std::size_t held_bytes = held.total(staging_slots);
-  const std::size_t room = budget_bytes - std::min(budget_bytes, held_bytes);
-  std::size_t num_placed = 0;
-  std::size_t num_copied = 0;
-  for (UnitIndex unit = 0; unit < request_.units.size(); ++unit) {
-    num_placed += homes.resident[unit] ? 0U : 1U;
-    num_copied += homes.is_copied(unit) ? 1U : 0U;
-  }
-  const std::size_t ahead =
-      layout.is_single || num_copied < 2 ? 0 : std::min(layout.depth_bytes, held.largest_copied);
-  const std::size_t least = one_ring ? std::max(held.largest_copied + ahead, held.largest_decoded)
-                                     : held.largest_copied + ahead + held.largest_decoded;
-  if (held_bytes > budget_bytes || least > room) {
-    return std::nullopt;
-  }
-  PlanRequest planned;
-  planned.units = request_.units;
-  planned.resident = homes.resident;
-  planned.transports = homes.transports;
-  planned.depth_bytes = layout.depth_bytes;
-  planned.one_ring = one_ring;
-  planned.staging_slots = staging_slots;
-  if (layout.is_single) {
-    planned.window_bytes = single_window_bytes(homes, held, one_ring);
-    if (*planned.window_bytes > room) {
-      return std::nullopt;
-    }
-  }
-  std::optional<Plan> plan = try_make_plan(planned, room);
-  if (!plan) {
-    return std::nullopt;
-  }
-  for (UnitIndex unit = 0; unit < plan->units.size(); ++unit) {
-    const std::size_t num_decoded = num_placed - num_copied;
-    const std::size_t num_in_ring =
-        one_ring ? num_placed : (homes.is_copied(unit) ? num_copied : num_decoded);
-    if (!plan->is_resident(unit) && plan->overlaps[unit].empty() && num_in_ring > 1) {
-      return std::nullopt;
-    }
-  }
-  return plan;
-}
-
-/// The window for one unit at a time; beside it, in a ring of their own, those that stay packed are
-/// decoded while a kernel runs.
-std::size_t Search::single_window_bytes(const Homes& homes, const HeldBytes& held,
-                                        bool one_ring) const {
-  if (one_ring || held.largest_copied == 0 || held.largest_decoded == 0) {
-    return std::max(held.largest_copied, held.largest_decoded);
-  }
-  PlanRequest decoded;
-  decoded.units = request_.units;
-  decoded.transports = homes.transports;
-  decoded.resident.resize(homes.resident.size());
-  for (UnitIndex unit = 0; unit < homes.resident.size(); ++unit) {
-    const bool is_decoded = homes.transport(unit) == Transport::kPackedResident;
-    decoded.resident[unit] = !is_decoded;
-    decoded.transports[unit] = is_decoded ? Transport::kPackedResident : Transport::kRaw;
-  }
-  return held.largest_copied + make_plan(decoded).window_bytes;
-}
-
 // --- the search --------------------------------------------------------------------------------
 
-void Search::try_plan(Plan plan, const Homes& homes, const std::string& rule) {
-  double score_ns = 0;
-  std::vector<std::int64_t> forward_ns;
+/// Runs the forwards that are expected, in virtual time.
+Search::Score Search::score_of(const Plan& plan, const Homes& homes) {
+  Score score;
   for (const ExpectedForward& forward : request_.forwards) {
     SimRequest run;
     run.plan = plan;
@@ -237,10 +99,17 @@ void Search::try_plan(Plan plan, const Homes& homes, const std::string& rule) {
     const SimResult result = simulate(run);
     const std::int64_t steady_ns =
         result.pass_end_ns[kPasses - 1] - result.pass_end_ns[kPasses - 2];
-    forward_ns.push_back(steady_ns);
-    score_ns += forward.weight * static_cast<double>(steady_ns);
+    score.forward_ns.push_back(steady_ns);
+    score.sum_ns += forward.weight * static_cast<double>(steady_ns);
     num_calls_ += kPasses * costs_.sequence().size();
   }
+  return score;
+}
+
+/// Takes the plan for the choice if it is better than what has been, and for what its rule can do.
+void Search::consider(Plan plan, const Homes& homes, const std::string& rule) {
+  Score score = score_of(plan, homes);
+  const double score_ns = score.sum_ns;
   const bool is_first = choice_.num_simulated++ == 0;
   const bool is_packed = uses_packing(homes);
   const std::string full_rule = rule + packing_rule(homes);
@@ -260,7 +129,7 @@ void Search::try_plan(Plan plan, const Homes& homes, const std::string& rule) {
     choice_.staging_bytes = plan.staging_slots * held.slot;
     choice_.plan = std::move(plan);
     choice_.rule = full_rule;
-    choice_.forward_ns = std::move(forward_ns);
+    choice_.forward_ns = std::move(score.forward_ns);
     choice_.score_ns = score_ns;
     choice_.packed_resident_bytes = held.packed_resident;
     choice_is_packed_ = is_packed;
@@ -297,7 +166,7 @@ void Search::try_all(bool packed, std::size_t budget_bytes) {
         break;
       }
       make_homes(candidate, homes);
-      const std::vector<Layout> layouts = layouts_of(homes);
+      const std::vector<Layout> layouts = layouts_.of(homes);
       const double least_of_one_slot_ns = costs_.least_ns(homes, /*staging_slots=*/1);
       for (std::size_t i = 0; i < layouts.size(); ++i) {
         const auto key = std::make_pair(candidate.family, i);
@@ -310,8 +179,8 @@ void Search::try_all(bool packed, std::size_t budget_bytes) {
         if (skips || !may_win(least_ns)) {
           continue;
         }
-        if (std::optional<Plan> plan = lay_out(homes, layouts[i], budget_bytes)) {
-          try_plan(*std::move(plan), homes, candidate.family->rule);
+        if (std::optional<Plan> plan = layouts_.lay_out(homes, layouts[i], budget_bytes)) {
+          consider(*std::move(plan), homes, candidate.family->rule);
           tried.emplace(key, candidate.position);
         }
       }
@@ -351,59 +220,14 @@ Choice Search::with_budget(std::size_t budget_bytes) {
   return take_choice();
 }
 
-Choice Search::without_budget() {
-  const ResidentFamily& family = families_.front();
-  const ResidentSet& none = family.sets.front();
-  std::vector<std::pair<Homes, Layout>> ways;
-  for (const Homes& homes : ways_to_pack(family, none)) {
-    for (const Layout& layout : layouts_of(homes)) {
-      ways.emplace_back(homes, layout);
-    }
-  }
-  struct Tried {
-    Plan plan;
-    const Homes* homes;
-    double score_ns;
-    std::size_t device_bytes;
-  };
-  std::vector<Tried> tried;
-  double best_ns = 0;
-  std::size_t num_simulated = 0;
-  for (const auto& [homes, layout] : ways) {
-    std::optional<Plan> plan = lay_out(homes, layout, SIZE_MAX);
-    if (!plan) {
-      continue;
-    }
-    choice_ = Choice{};
-    try_plan(*plan, homes, kNothingStays);
-    ++num_simulated;
-    best_ns = tried.empty() ? choice_.score_ns : std::min(best_ns, choice_.score_ns);
-    const std::size_t device_bytes =
-        plan->window_bytes + plan->staging_slots * packer_.held_by(homes).slot;
-    tried.push_back({*std::move(plan), &homes, choice_.score_ns, device_bytes});
-  }
-  const Tried* smallest = nullptr;
-  for (const Tried& one : tried) {
-    if (one.score_ns <= best_ns * kCloseEnough &&
-        (smallest == nullptr || one.device_bytes < smallest->device_bytes)) {
-      smallest = &one;
-    }
-  }
-  choice_ = Choice{};
-  try_plan(smallest->plan, *smallest->homes, kNothingStays);
-  choice_.num_simulated = num_simulated;
-  return take_choice();
-}
-
 /// All of a set that may be made of it while what stays does so as it is; unpacked first.
-std::vector<Homes> Search::ways_to_pack(const ResidentFamily& family,
-                                        const ResidentSet& set) const {
+std::vector<Homes> Search::ways_to_pack(const ResidentSet& set) const {
   std::vector<Homes> ways;
   if (request_.packing != PackingPolicy::kAlways) {
     ways.push_back({set.resident, {}});
   }
   if (request_.packing != PackingPolicy::kNever) {
-    for (const Packing& packing : packer_.packings_of(family, set)) {
+    for (const Packing& packing : packer_.packings_of(families_.front(), set)) {
       if (packing.plain_layers == packing.kept_layers) {
         packer_.pack(set, packing, ways.emplace_back());
       }
@@ -417,10 +241,10 @@ Choice Search::in_places(const Plan& plan) {
   for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
     set.resident.push_back(plan.is_resident(unit));
   }
-  for (const Homes& homes : ways_to_pack(families_.front(), set)) {
+  for (const Homes& homes : ways_to_pack(set)) {
     Plan packed = plan;
     packed.transports = homes.transports;
-    try_plan(std::move(packed), homes, kNothingStays);
+    consider(std::move(packed), homes, kNothingStays);
     if (!uses_packing(homes)) {
       choice_.raw_score_ns = choice_.score_ns;
     }

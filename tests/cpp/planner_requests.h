@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <random>
 #include <string>
 #include <utility>
@@ -61,15 +60,13 @@ inline ExpectedForward forward_of(const std::vector<Unit>& units, double ratio) 
   return forward;
 }
 
-inline PlannerRequest request_of(std::vector<Unit> units, const std::vector<double>& ratios,
-                                 std::optional<std::size_t> budget_bytes = {}) {
+inline PlannerRequest request_of(std::vector<Unit> units, const std::vector<double>& ratios) {
   PlannerRequest request;
   for (const double ratio : ratios) {
     request.forwards.push_back(forward_of(units, ratio));
   }
   request.units = std::move(units);
   request.link_bytes_per_second = kLink;
-  request.budget_bytes = budget_bytes;
   return request;
 }
 

@@ -68,10 +68,10 @@ TEST(PlannerTest, NeverExceedsItsBudgetAndEveryByteHasOneHome) {
   std::mt19937 random(1);
   for (int round = 0; round < 150; ++round) {
     PlannerRequest request = random_request(random);
-    request.budget_bytes = random_budget(random, request.units);
-    const Choice choice = choose_plan(request);
+    const std::size_t budget = random_budget(random, request.units);
+    const Choice choice = choose_plan(request, budget);
     const Plan& plan = choice.plan;
-    EXPECT_LE(plan.window_bytes + plan.resident_bytes, *request.budget_bytes) << round;
+    EXPECT_LE(plan.window_bytes + plan.resident_bytes, budget) << round;
     ASSERT_EQ(plan.units.size(), request.units.size());
     std::size_t resident = 0;
     for (UnitIndex unit = 0; unit < plan.units.size(); ++unit) {
@@ -92,7 +92,7 @@ TEST(PlannerTest, NeverExceedsItsBudgetAndEveryByteHasOneHome) {
 TEST(PlannerTest, MoreBudgetIsNeverSlower) {
   std::mt19937 random(2);
   for (int round = 0; round < 25; ++round) {
-    PlannerRequest request = random_request(random);
+    const PlannerRequest request = random_request(random);
     std::vector<std::size_t> budgets;
     for (int i = 0; i < 8; ++i) {
       budgets.push_back(random_budget(random, request.units));
@@ -100,8 +100,7 @@ TEST(PlannerTest, MoreBudgetIsNeverSlower) {
     std::sort(budgets.begin(), budgets.end());
     double before_ns = 0;
     for (const std::size_t budget : budgets) {
-      request.budget_bytes = budget;
-      const double now_ns = choose_plan(request).score_ns;
+      const double now_ns = choose_plan(request, budget).score_ns;
       if (before_ns > 0) {
         EXPECT_LE(now_ns, before_ns * kSlack) << "round " << round << ", budget " << budget;
       }
@@ -115,10 +114,10 @@ TEST(PlannerTest, NoFixedPatternIsFaster) {
   int num_compared = 0;
   for (int round = 0; round < 150; ++round) {
     PlannerRequest request = random_request(random);
-    request.budget_bytes = random_budget(random, request.units);
-    const double chosen_ns = choose_plan(request).score_ns;
+    const std::size_t budget = random_budget(random, request.units);
+    const double chosen_ns = choose_plan(request, budget).score_ns;
     for (const std::vector<UnitIndex>& order : fixed_patterns(request.units, random)) {
-      if (const auto plan = fixed_plan(request.units, order, *request.budget_bytes)) {
+      if (const auto plan = fixed_plan(request.units, order, budget)) {
         EXPECT_LE(chosen_ns, simulated_ns(request, *plan) * kNearly) << "round " << round;
         ++num_compared;
       }
@@ -132,10 +131,10 @@ TEST(PlannerTest, NoFixedPatternIsFasterOnTheYardstick) {
   const std::vector<Unit> units = llama_layers(16);
   for (const std::size_t budget_mib : {2048U, 4096U, 7300U, 9000U, 14000U, 20000U}) {
     for (const double ratio : {0.02, 0.4, 1.0, 1.6}) {
-      const PlannerRequest request = request_of(units, {ratio}, budget_mib * kMiB);
-      const double chosen_ns = choose_plan(request).score_ns;
+      const PlannerRequest request = request_of(units, {ratio});
+      const double chosen_ns = choose_plan(request, budget_mib * kMiB).score_ns;
       for (const std::vector<UnitIndex>& order : fixed_patterns(units, random)) {
-        if (const auto plan = fixed_plan(units, order, *request.budget_bytes)) {
+        if (const auto plan = fixed_plan(units, order, budget_mib * kMiB)) {
           EXPECT_LE(chosen_ns, simulated_ns(request, *plan) * kNearly)
               << budget_mib << " MiB, compute " << ratio;
         }
@@ -146,16 +145,15 @@ TEST(PlannerTest, NoFixedPatternIsFasterOnTheYardstick) {
 
 TEST(PlannerTest, WholeLayersStayWhereUnitsWouldBreakTheRhythm) {
   // 8 GB: residents by unit kept 2.7 GB beside a window of 4.5 GB.
-  const PlannerRequest request = request_of(llama_layers(16), {0.02, 1.0}, 7200 * kMiB);
-  const Choice choice = choose_plan(request);
+  const Choice choice = choose_plan(request_of(llama_layers(16), {0.02, 1.0}), 7200 * kMiB);
   EXPECT_GE(choice.plan.resident_bytes, 2 * 1632 * kMiB) << choice.rule;
   EXPECT_LE(choice.plan.window_bytes, 2 * 1632 * kMiB);
 }
 
 TEST(PlannerTest, DecodeRunsAtTheRateOfTheLink) {
   for (const std::size_t budget_mib : {2048U, 4096U, 8192U, 16384U, 24000U}) {
-    const PlannerRequest request = request_of(llama_layers(16), {0.02}, budget_mib * kMiB);
-    const Choice choice = choose_plan(request);
+    const PlannerRequest request = request_of(llama_layers(16), {0.02});
+    const Choice choice = choose_plan(request, budget_mib * kMiB);
     const double streamed =
         static_cast<double>(total_bytes(request.units) - choice.plan.resident_bytes);
     EXPECT_LE(choice.score_ns, streamed / kLink * 1e9 * 1.03) << budget_mib << " MiB";
@@ -165,9 +163,8 @@ TEST(PlannerTest, DecodeRunsAtTheRateOfTheLink) {
 TEST(PlannerTest, AmpleBudgetKeepsEverythingResident) {
   std::mt19937 random(5);
   for (int round = 0; round < 20; ++round) {
-    PlannerRequest request = random_request(random);
-    request.budget_bytes = total_bytes(request.units);
-    const Choice choice = choose_plan(request);
+    const PlannerRequest request = random_request(random);
+    const Choice choice = choose_plan(request, total_bytes(request.units));
     EXPECT_EQ(choice.plan.resident_bytes, total_bytes(request.units));
     EXPECT_EQ(choice.plan.window_bytes, 0U);
   }
@@ -182,12 +179,10 @@ TEST(PlannerTest, LeastIsTheLargestUnitAndOneByteLessIsRefusedByName) {
       largest = std::max(largest, unit.size_bytes);
     }
     EXPECT_EQ(least_budget_bytes(request), largest);
-    request.budget_bytes = largest;
-    EXPECT_LE(choose_plan(request).plan.window_bytes, largest);
+    EXPECT_LE(choose_plan(request, largest).plan.window_bytes, largest);
     for (const std::size_t refused : {largest - 1, std::size_t{0}}) {
-      request.budget_bytes = refused;
       try {
-        choose_plan(request);
+        choose_plan(request, refused);
         FAIL() << "accepted " << refused;
       } catch (const ValueError& error) {
         const std::string message = error.what();
@@ -198,41 +193,24 @@ TEST(PlannerTest, LeastIsTheLargestUnitAndOneByteLessIsRefusedByName) {
   }
 }
 
-TEST(PlannerTest, WithoutABudgetNothingStaysAndTheWindowIsNoLargerThanPays) {
-  const std::vector<Unit> units = llama_layers(16);
-  const Choice slow_link = choose_plan(request_of(units, {0.02}));
-  const Choice balanced = choose_plan(request_of(units, {0.02, 1.0}));
-  EXPECT_EQ(slow_link.plan.resident_bytes, 0U);
-  EXPECT_EQ(balanced.plan.resident_bytes, 0U);
-  EXPECT_LT(slow_link.plan.window_bytes, balanced.plan.window_bytes);
-  PlanRequest usual;
-  usual.units = units;
-  const Plan plan = make_plan(usual);
-  EXPECT_LE(balanced.score_ns, simulated_ns(request_of(units, {0.02, 1.0}), plan) * 1.005);
-  EXPECT_LE(balanced.plan.window_bytes, plan.window_bytes);
-}
-
 TEST(PlannerTest, DepthThatIsAskedForIsNeverExceeded) {
   for (const std::size_t depth : {std::size_t{0}, 500 * kMiB, 2000 * kMiB}) {
-    for (const std::optional<std::size_t> budget :
-         {std::optional<std::size_t>{}, std::optional<std::size_t>{9000 * kMiB}}) {
-      PlannerRequest request = request_of(llama_layers(8), {1.0}, budget);
-      request.depth_bytes = depth;
-      EXPECT_LE(choose_plan(request).plan.depth_bytes, depth);
-    }
+    PlannerRequest request = request_of(llama_layers(8), {1.0});
+    request.depth_bytes = depth;
+    EXPECT_LE(choose_plan(request, 9000 * kMiB).plan.depth_bytes, depth);
   }
 }
 
 TEST(PlannerTest, AUnitThatIsUsedOftenIsWorthMore) {
   // One shared block between the layers, as some hybrids have it.
-  PlannerRequest request = request_of(llama_layers(6), {0.05}, 4000 * kMiB);
+  PlannerRequest request = request_of(llama_layers(6), {0.05});
   request.units[5].size_bytes = 1344 * kMiB;
   for (UnitIndex unit = 0; unit < request.units.size(); ++unit) {
     request.sequence.push_back(unit);
     request.sequence.push_back(5);
   }
-  const Choice choice = choose_plan(request);
-  EXPECT_LE(choice.plan.window_bytes + choice.plan.resident_bytes, *request.budget_bytes);
+  const Choice choice = choose_plan(request, 4000 * kMiB);
+  EXPECT_LE(choice.plan.window_bytes + choice.plan.resident_bytes, 4000 * kMiB);
   EXPECT_EQ(choice.forward_ns.size(), 1U);
 }
 
@@ -240,9 +218,9 @@ TEST(PlannerTest, TheSameRequestGivesTheSameChoice) {
   std::mt19937 random(7);
   for (int round = 0; round < 10; ++round) {
     PlannerRequest request = random_request(random);
-    request.budget_bytes = random_budget(random, request.units);
-    const Choice one = choose_plan(request);
-    const Choice other = choose_plan(request);
+    const std::size_t budget = random_budget(random, request.units);
+    const Choice one = choose_plan(request, budget);
+    const Choice other = choose_plan(request, budget);
     EXPECT_EQ(one.rule, other.rule);
     EXPECT_EQ(one.forward_ns, other.forward_ns);
     EXPECT_EQ(one.plan.window_bytes, other.plan.window_bytes);
@@ -254,9 +232,9 @@ TEST(PlannerTest, TheSameRequestGivesTheSameChoice) {
 
 TEST(PlannerTest, SaysHowFarFromTheBestTheChoiceMayBe) {
   // A search that comes to its end leaves a thousandth; one that is cut short says what it leaves.
-  const Choice whole = choose_plan(request_of(llama_layers(16), {0.02, 1.0}, 9000 * kMiB));
+  const Choice whole = choose_plan(request_of(llama_layers(16), {0.02, 1.0}), 9000 * kMiB);
   EXPECT_NEAR(whole.gap, 0.001, 1e-9);
-  const Choice cut_short = choose_plan(request_of(llama_leaves(160), {0.02, 1.0}, 2000 * kMiB));
+  const Choice cut_short = choose_plan(request_of(llama_leaves(160), {0.02, 1.0}), 2000 * kMiB);
   EXPECT_GT(cut_short.gap, 0.001);
   EXPECT_LT(cut_short.gap, 0.05);
 }
@@ -264,10 +242,10 @@ TEST(PlannerTest, SaysHowFarFromTheBestTheChoiceMayBe) {
 /// Where launching takes longer than what streams, no plan is faster than the host, and the search
 /// knows when it has one that is as fast.
 TEST(PlannerTest, HostThatLaunchesSlowlyBoundsEveryPlan) {
-  PlannerRequest request = request_of(llama_layers(16), {0.02}, 25000 * kMiB);
-  const Choice fast = choose_plan(request);
+  PlannerRequest request = request_of(llama_layers(16), {0.02});
+  const Choice fast = choose_plan(request, 25000 * kMiB);
   request.launch_ns.assign(request.units.size(), 10'000'000);
-  const Choice slow = choose_plan(request);
+  const Choice slow = choose_plan(request, 25000 * kMiB);
   EXPECT_EQ(slow.forward_ns[0], 32 * 10'000'000LL);
   EXPECT_LT(fast.forward_ns[0], slow.forward_ns[0]);
   EXPECT_NEAR(slow.gap, 0.001, 1e-9);
@@ -276,9 +254,9 @@ TEST(PlannerTest, HostThatLaunchesSlowlyBoundsEveryPlan) {
 
 TEST(PlannerTest, WhatCannotBeIsRefused) {
   const auto expect_refused = [](const PlannerRequest& request) {
-    EXPECT_THROW(choose_plan(request), ValueError);
+    EXPECT_THROW(choose_plan(request, 9000 * kMiB), ValueError);
   };
-  const PlannerRequest good = request_of(llama_layers(2), {1.0}, 9000 * kMiB);
+  const PlannerRequest good = request_of(llama_layers(2), {1.0});
   PlannerRequest request = good;
   request.forwards.clear();
   expect_refused(request);
@@ -302,7 +280,7 @@ TEST(PlannerTest, WhatCannotBeIsRefused) {
   expect_refused(request);
   request = good;
   request.sequence = {4};
-  EXPECT_THROW(choose_plan(request), IndexError);
+  EXPECT_THROW(choose_plan(request, 9000 * kMiB), IndexError);
 }
 
 /// 80 layers in the blink of an eye. The limit is that of an instrumented build, not what is hoped
@@ -312,14 +290,14 @@ class PlannerTimeTest : public ::testing::TestWithParam<std::tuple<bool, std::si
 TEST_P(PlannerTimeTest, EightyLayers) {
   const auto [are_leaves, budget_mib] = GetParam();
   const PlannerRequest request =
-      request_of(are_leaves ? llama_leaves(80) : llama_layers(80), {0.02, 1.0}, budget_mib * kMiB);
+      request_of(are_leaves ? llama_leaves(80) : llama_layers(80), {0.02, 1.0});
   const std::clock_t start = std::clock();  // of this process alone: the machine may be busy
-  const Choice choice = choose_plan(request);
+  const Choice choice = choose_plan(request, budget_mib * kMiB);
   const double elapsed_seconds =
       static_cast<double>(std::clock() - start) / static_cast<double>(CLOCKS_PER_SEC);
   RecordProperty("simulated", static_cast<int>(choice.num_simulated));
   RecordProperty("milliseconds", static_cast<int>(elapsed_seconds * 1e3));
-  EXPECT_LE(choice.plan.window_bytes + choice.plan.resident_bytes, *request.budget_bytes);
+  EXPECT_LE(choice.plan.window_bytes + choice.plan.resident_bytes, budget_mib * kMiB);
 #if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
   EXPECT_LT(elapsed_seconds, 2.0);
 #endif

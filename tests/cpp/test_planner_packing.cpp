@@ -91,8 +91,8 @@ TEST_P(PackingPolicyTest, NeverExceedsItsBudgetAndEveryByteHasOneHome) {
     PlannerRequest request = random_packable(random, GetParam());
     const std::size_t least = least_budget_bytes(request);
     const std::size_t total = std::max(least, total_bytes(request.units));
-    request.budget_bytes = least + (random() % 1000) * (total - least) / 999;
-    const Choice choice = choose_plan(request);
+    const std::size_t budget = least + (random() % 1000) * (total - least) / 999;
+    const Choice choice = choose_plan(request, budget);
     const Plan& plan = choice.plan;
     const Bytes bytes = bytes_of(request, plan);
     EXPECT_EQ(bytes.resident, plan.resident_bytes);
@@ -100,7 +100,7 @@ TEST_P(PackingPolicyTest, NeverExceedsItsBudgetAndEveryByteHasOneHome) {
     EXPECT_EQ(plan.staging_slots * bytes.slot, choice.staging_bytes);
     EXPECT_LE(plan.window_bytes + plan.resident_bytes + choice.packed_resident_bytes +
                   choice.staging_bytes,
-              *request.budget_bytes)
+              budget)
         << round << ": " << choice.rule;
     EXPECT_NEAR(simulated_ns(request, plan), choice.score_ns, 1.0)
         << "what is predicted is what the plan takes";
@@ -124,8 +124,8 @@ TEST_P(PackingPolicyTest, MoreBudgetIsNeverSlower) {
     const std::size_t total = std::max(least, total_bytes(request.units));
     double before_ns = 0;
     for (std::size_t step = 0; step <= 8; ++step) {
-      request.budget_bytes = least + step * (total - least) / 8;
-      const double now_ns = choose_plan(request).score_ns;
+      const std::size_t budget = least + step * (total - least) / 8;
+      const double now_ns = choose_plan(request, budget).score_ns;
       if (before_ns > 0) {
         EXPECT_LE(now_ns, before_ns * kSlack) << "round " << round << ", step " << step;
       }
@@ -139,11 +139,9 @@ TEST_P(PackingPolicyTest, LeastBudgetIsAcceptedAndOneByteLessIsRefused) {
   for (int round = 0; round < 20; ++round) {
     PlannerRequest request = random_packable(random, GetParam());
     const std::size_t least = least_budget_bytes(request);
-    request.budget_bytes = least;
-    EXPECT_LE(choose_plan(request).plan.window_bytes, least);
+    EXPECT_LE(choose_plan(request, least).plan.window_bytes, least);
     if (GetParam() == PackingPolicy::kWherePays) {
-      request.budget_bytes = least - 1;
-      EXPECT_THROW(choose_plan(request), ValueError);
+      EXPECT_THROW(choose_plan(request, least - 1), ValueError);
     }
   }
 }
@@ -156,10 +154,10 @@ TEST(PlannerPackingTest, AutoIsNeverSlowerThanTheBestRawPlan) {
   int num_faster = 0;
   for (int round = 0; round < 80; ++round) {
     PlannerRequest request = random_packable(random, PackingPolicy::kWherePays);
-    request.budget_bytes = random_budget(random, request.units);
-    const Choice chosen = choose_plan(request);
+    const std::size_t budget = random_budget(random, request.units);
+    const Choice chosen = choose_plan(request, budget);
     request.packing = PackingPolicy::kNever;
-    const Choice raw = choose_plan(request);
+    const Choice raw = choose_plan(request, budget);
     EXPECT_LE(chosen.score_ns, raw.score_ns) << "round " << round;
     EXPECT_EQ(chosen.raw_score_ns, raw.score_ns);
     num_faster += chosen.score_ns < raw.score_ns ? 1 : 0;
@@ -176,10 +174,10 @@ TEST(PlannerPackingTest, ATokenWithinThreeFifthsOfTheWeightsIsMoreThanTwiceAsFas
                           Case{llama_leaves(16), 0.35}, Case{llama_leaves(80), 0.28}}) {
     for (const PackingPolicy policy : {PackingPolicy::kWherePays, PackingPolicy::kAlways}) {
       PlannerRequest request = request_of(one.units, {0.02});
-      request.budget_bytes = total_bytes(request.units) / 5 * 3;
-      const double raw_ns = choose_plan(request).score_ns;
+      const std::size_t budget = total_bytes(request.units) / 5 * 3;
+      const double raw_ns = choose_plan(request, budget).score_ns;
       allow_packing(request, policy);
-      const Choice choice = choose_plan(request);
+      const Choice choice = choose_plan(request, budget);
       EXPECT_LT(choice.score_ns, one.most * raw_ns) << one.units.size() << choice.rule;
       EXPECT_GT(choice.packed_resident_bytes, total_bytes(request.units) / 4);
     }
@@ -191,25 +189,24 @@ TEST(PlannerPackingTest, LeastBudgetSharesOnePlaceAndOneSlot) {
   PlannerRequest request = request_of(llama_layers(16), {0.02});
   allow_packing(request, PackingPolicy::kAlways);
   const std::size_t slot = aligned_size(request.packed_bytes[1]);
-  request.budget_bytes = 1344 * kMiB + slot;
-  EXPECT_EQ(least_budget_bytes(request), *request.budget_bytes);
-  const Choice choice = choose_plan(request);
+  const std::size_t least = 1344 * kMiB + slot;
+  EXPECT_EQ(least_budget_bytes(request), least);
+  const Choice choice = choose_plan(request, least);
   EXPECT_EQ(choice.plan.staging_slots, 1U);
   EXPECT_EQ(choice.staging_bytes, slot);
   EXPECT_EQ(choice.plan.window_bytes, 1344 * kMiB);
-  *request.budget_bytes += slot;
-  EXPECT_LT(choose_plan(request).score_ns, choice.score_ns);
+  EXPECT_LT(choose_plan(request, least + slot).score_ns, choice.score_ns);
 }
 
 TEST(PlannerPackingTest, LargeUnitsTravelRawWhereASmallSlotLeavesMoreRoom) {
   int num_so = 0;
   for (std::size_t percent = 54; percent <= 62; ++percent) {
     PlannerRequest request = request_of(llama_leaves(16), {0.02});
-    request.budget_bytes = total_bytes(request.units) / 100 * percent;
+    const std::size_t budget = total_bytes(request.units) / 100 * percent;
     allow_packing(request, PackingPolicy::kAlways);
-    const double all_packed_ns = choose_plan(request).score_ns;
+    const double all_packed_ns = choose_plan(request, budget).score_ns;
     request.packing = PackingPolicy::kWherePays;
-    const Choice choice = choose_plan(request);
+    const Choice choice = choose_plan(request, budget);
     const Bytes bytes = bytes_of(request, choice.plan);
     if (bytes.streamed_raw > 0) {
       ++num_so;
@@ -222,9 +219,8 @@ TEST(PlannerPackingTest, LargeUnitsTravelRawWhereASmallSlotLeavesMoreRoom) {
 
 TEST(PlannerPackingTest, WhatFitsPackedIsNotStreamed) {
   PlannerRequest request = request_of(llama_layers(16), {0.02});
-  request.budget_bytes = total_bytes(request.units) / 10 * 8;
   allow_packing(request, PackingPolicy::kWherePays);
-  const Choice choice = choose_plan(request);
+  const Choice choice = choose_plan(request, total_bytes(request.units) / 10 * 8);
   const Bytes bytes = bytes_of(request, choice.plan);
   EXPECT_EQ(bytes.streamed_raw + bytes.streamed_packed, 0U) << choice.rule;
   EXPECT_EQ(choice.staging_bytes, 0U) << "nothing is copied: no ring";
@@ -238,17 +234,15 @@ TEST(PlannerPackingTest, EverythingPackedNeedsRoomForOneUnitMore) {
   for (const std::size_t size_bytes : request.packed_bytes) {
     packed += aligned_size(size_bytes);
   }
-  request.budget_bytes = packed + 1344 * kMiB;
-  const Choice choice = choose_plan(request);
+  const Choice choice = choose_plan(request, packed + 1344 * kMiB);
   EXPECT_EQ(choice.packed_resident_bytes, packed) << choice.rule;
   EXPECT_EQ(choice.plan.window_bytes, 1344 * kMiB);
 }
 
 TEST(PlannerPackingTest, WhatComputesLongerThanItCopiesIsNotPacked) {
   PlannerRequest request = request_of(llama_layers(16), {1.6});
-  request.budget_bytes = total_bytes(request.units) / 2;
   allow_packing(request, PackingPolicy::kWherePays);
-  const Choice choice = choose_plan(request);
+  const Choice choice = choose_plan(request, total_bytes(request.units) / 2);
   const Bytes bytes = bytes_of(request, choice.plan);
   EXPECT_EQ(bytes.streamed_packed + bytes.packed_resident, 0U) << choice.rule;
   EXPECT_EQ(choice.score_ns, choice.raw_score_ns);
@@ -257,33 +251,33 @@ TEST(PlannerPackingTest, WhatComputesLongerThanItCopiesIsNotPacked) {
 TEST(PlannerPackingTest, NearBalanceOnlyPartOfTheUnitsIsPacked) {
   // Copies of what streams take longer than kernels, and less than kernels and decoder of all.
   PlannerRequest request = request_of(llama_layers(80), {0.7});
-  request.budget_bytes = total_bytes(request.units) / 5;
+  const std::size_t budget = total_bytes(request.units) / 5;
   allow_packing(request, PackingPolicy::kWherePays);
   request.decode_bytes_per_second = 200e9;
-  const Choice choice = choose_plan(request);
+  const Choice choice = choose_plan(request, budget);
   const Bytes bytes = bytes_of(request, choice.plan);
   EXPECT_GT(bytes.streamed_packed + bytes.packed_resident, 0U) << choice.rule;
   EXPECT_GT(bytes.streamed_raw + bytes.resident, 0U) << choice.rule;
   EXPECT_LT(choice.score_ns, choice.raw_score_ns);
   request.packing = PackingPolicy::kAlways;
-  EXPECT_LE(choice.score_ns, choose_plan(request).score_ns);
+  EXPECT_LE(choice.score_ns, choose_plan(request, budget).score_ns);
 }
 
 TEST(PlannerPackingTest, ADecoderSlowerThanTheLinkPacksNothing) {
-  PlannerRequest request = request_of(llama_layers(8), {0.02, 1.0}, 6000 * kMiB);
+  PlannerRequest request = request_of(llama_layers(8), {0.02, 1.0});
   allow_packing(request, PackingPolicy::kWherePays);
   request.decode_bytes_per_second = kLink / 2;
-  const Choice choice = choose_plan(request);
+  const Choice choice = choose_plan(request, 6000 * kMiB);
   EXPECT_EQ(choice.score_ns, choice.raw_score_ns);
   EXPECT_EQ(choice.staging_bytes + choice.packed_resident_bytes, 0U);
 }
 
 TEST(PlannerPackingTest, UnitsThatDoNotPackGiveTheRawPlan) {
   for (const PackingPolicy policy : {PackingPolicy::kWherePays, PackingPolicy::kAlways}) {
-    PlannerRequest request = request_of(llama_layers(8), {0.02, 1.0}, 6000 * kMiB);
-    const Choice raw = choose_plan(request);
+    PlannerRequest request = request_of(llama_layers(8), {0.02, 1.0});
+    const Choice raw = choose_plan(request, 6000 * kMiB);
     allow_packing(request, policy, 0.0);
-    const Choice choice = choose_plan(request);
+    const Choice choice = choose_plan(request, 6000 * kMiB);
     EXPECT_EQ(choice.score_ns, raw.score_ns);
     EXPECT_EQ(choice.plan.window_bytes, raw.plan.window_bytes);
     EXPECT_EQ(choice.rule, raw.rule);
@@ -291,27 +285,14 @@ TEST(PlannerPackingTest, UnitsThatDoNotPackGiveTheRawPlan) {
 }
 
 TEST(PlannerPackingTest, MeasuredCopiesCountByTheirPackedPart) {
-  PlannerRequest request = request_of(llama_layers(16), {0.02}, 5000 * kMiB);
+  PlannerRequest request = request_of(llama_layers(16), {0.02});
   allow_packing(request, PackingPolicy::kAlways);
-  const double by_rate_ns = choose_plan(request).score_ns;
+  const double by_rate_ns = choose_plan(request, 5000 * kMiB).score_ns;
   request.copy_ns.emplace();
   for (const Unit& unit : request.units) {
     request.copy_ns->push_back(2 * copy_ns(unit));
   }
-  EXPECT_NEAR(choose_plan(request).score_ns, 2 * by_rate_ns, 0.05 * by_rate_ns);
-}
-
-TEST(PlannerPackingTest, WithoutABudgetNothingStays) {
-  for (const PackingPolicy policy : {PackingPolicy::kWherePays, PackingPolicy::kAlways}) {
-    PlannerRequest request = request_of(llama_layers(8), {0.02, 1.0});
-    const Choice raw = choose_plan(request);
-    allow_packing(request, policy);
-    const Choice choice = choose_plan(request);
-    const Bytes bytes = bytes_of(request, choice.plan);
-    EXPECT_EQ(bytes.resident + bytes.packed_resident, 0U);
-    EXPECT_GT(bytes.streamed_packed, 0U);
-    EXPECT_LT(choice.score_ns, raw.score_ns);
-  }
+  EXPECT_NEAR(choose_plan(request, 5000 * kMiB).score_ns, 2 * by_rate_ns, 0.05 * by_rate_ns);
 }
 
 TEST(PlannerPackingTest, TransportsAreChosenForPlacesThatAreThere) {
@@ -335,14 +316,14 @@ TEST(PlannerPackingTest, TransportsAreChosenForPlacesThatAreThere) {
 }
 
 TEST(PlannerPackingTest, WhatCannotBeIsRefused) {
-  PlannerRequest good = request_of(llama_layers(2), {1.0}, 9000 * kMiB);
+  PlannerRequest good = request_of(llama_layers(2), {1.0});
   allow_packing(good, PackingPolicy::kWherePays);
   PlannerRequest request = good;
   request.packed_bytes.pop_back();
-  EXPECT_THROW(choose_plan(request), ValueError);
+  EXPECT_THROW(choose_plan(request, 9000 * kMiB), ValueError);
   request = good;
   request.decode_bytes_per_second = 0;
-  EXPECT_THROW(choose_plan(request), ValueError);
+  EXPECT_THROW(choose_plan(request, 9000 * kMiB), ValueError);
   EXPECT_THROW(choose_transports(good, Plan{}), ValueError);
   EXPECT_THROW(parse_packing_policy("zip"), ValueError);
 }

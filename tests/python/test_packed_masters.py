@@ -1133,8 +1133,9 @@ def test_cache_serves_packed_masters_and_plain_ones(tmp_path: Path) -> None:
 
 
 def test_packed_masters_without_packed_transport_fails() -> None:
-    with pytest.raises(ValueError, match=r"transport='packed', masters='packed'"):
+    with pytest.raises(ValueError, match=r"transport='packed', masters='packed'") as caught:
         offload(llama(), HOST, masters="packed")
+    assert "'packed', 'packed_resident' or 'auto' with masters='packed'" in str(caught.value)
     with pytest.raises(ValueError, match="'plain', 'packed'"):
         offload(llama(), HOST, transport="packed", masters="zip")  # type: ignore[arg-type]
 
