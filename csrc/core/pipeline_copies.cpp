@@ -103,13 +103,9 @@ void Pipeline::onload_on_demand(UnitIndex unit) {
   onload(unit);
 }
 
-// Note [Two rings, or one]
-// A unit that stays packed on the device needs no link, one that is copied does. Each kind has its
-// own places and its own depth, and runs ahead for itself: else the places of units that the
-// decoder fills in no time would stand between the link and the next unit that it could bring.
-// Where a plan has one ring for both, all come in the order of their use: a unit brought ahead of
-// others would hold bytes that these need first. Packed copies run ahead all the same, in the
-// staging ring.
+// Units that are copied and units that stay packed run ahead each for itself where each kind has its
+// own ring; in one ring all come in the order of their use, as a unit brought ahead of others would
+// hold bytes that these need first. See Note [Two rings, or one] in docs/design.md.
 
 void Pipeline::prefetch_ahead() {
   if (policy_.lookahead == Lookahead::kNone) {

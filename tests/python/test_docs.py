@@ -196,9 +196,6 @@ def test_tests_that_design_names_are_where_it_says() -> None:
     assert not missing
 
 
-_IN_SHORT_BESIDE_THE_CODE = {"Two lanes, or one ring"}
-
-
 def test_every_note_is_told_once() -> None:
     """A title alone on its line, or before a colon, tells it; any other mention refers to it."""
     homes: dict[str, list[str]] = {}
@@ -211,7 +208,7 @@ def test_every_note_is_told_once() -> None:
         mentioned.update(dict.fromkeys(re.findall(r"Note \[([^\]]+)\]", on_one_line), name))
     assert len(homes) > 20
     twice = {title: where for title, where in homes.items() if len(where) > 1}
-    assert set(twice) <= _IN_SHORT_BESIDE_THE_CODE, twice
+    assert twice == {}
     assert {title: where for title, where in mentioned.items() if title not in homes} == {}
 
 

@@ -439,7 +439,7 @@ def test_stub_matches_the_extension() -> None:
 
 
 def test_extension_passes_nothing_through_iostreams() -> None:
-    """Note [No numbers through iostreams]: beside another C++ runtime they crash."""
+    """They crash beside another C++ runtime; see Note [No numbers through iostreams]."""
     uses = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in sorted((ROOT / "csrc").rglob("*"))
