@@ -13,7 +13,7 @@ from conftest import Reference
 from observe import Counting
 from recorded import record_timelines
 from records import Part
-from yardstick import YARDSTICK, Pair, Stage, Streamed, Workload, shapes_of
+from yardstick import YARDSTICK, Pair, Stage, Streamed, Workload, require_equal, shapes_of
 
 _SHAPES = shapes_of(YARDSTICK)
 # What a budget leaves for the weights, of all their bytes.
@@ -60,10 +60,7 @@ def _packed_on_device(streamed: Streamed) -> dict[str, Any]:
     return {
         "staging_bytes": stats.staging_bytes,
         "packed_bytes": stats.packed_bytes,
-        "device_bytes": stats.bytes_resident
-        + stats.window_bytes
-        + stats.staging_bytes
-        + stats.packed_bytes,
+        "device_bytes": stats.device_bytes,
         "transports": {
             way: sum(unit.transport == way for unit in streamed.handle.units if unit.place)
             for way in ("raw", "packed", "packed_resident")
@@ -110,6 +107,32 @@ def bench_packed_forward(
         of_raw_floor=packed["median"] / raw_floor["median"],
         of_roofline=packed["median"] / max(raw_floor["median"], resident["median"]),
         copied_share=copied / onloaded if onloaded else None,
+    )
+
+
+def bench_packed_auto(
+    benchmark: Any, part: Part, stage: Stage, reference: Reference, yardstick: Workload
+) -> None:
+    """Where kernels are the limit: what `auto` makes of it once it has seen a forward."""
+    last = len(yardstick.shapes) - 1
+    pair = Pair.of(stage, yardstick, last, attempts=2, transport="auto")
+    handle = pair.streamed.handle
+    with handle.profile() as profiler:
+        pair.streamed_run()
+    handle.replan(profile=profiler.result)
+    require_equal(pair.plain, pair.streamed.model, pair.tokens, attempts=2)
+    masters = functools.partial(reference.link.copy_from, pair.streamed.masters)
+    with Counting(pair.streamed):
+        times = _against_plain(benchmark, part, pair, reference, masters=masters)
+    resident, ours = spread(times.plain_ms), spread(times.streamed_ms)
+    raw_floor = spread(times.masters_ms)
+    part.figures.update(
+        **pair.header("packed_auto"),
+        **_packed_on_device(pair.streamed),
+        plain_ms=resident,
+        raw_floor_ms=raw_floor,
+        streamed_ms=ours,
+        of_roofline=ours["median"] / max(raw_floor["median"], resident["median"]),
     )
 
 

@@ -253,10 +253,7 @@ class Stage:
             seconds = time.perf_counter() - begin
             extra = None
             if ON_GPU:
-                stats = handle.stats
-                kept = stats.bytes_resident + stats.window_bytes + stats.staging_bytes
-                kept += stats.packed_bytes
-                extra = torch.cuda.memory_allocated(DEVICE) - before - kept
+                extra = torch.cuda.memory_allocated(DEVICE) - before - handle.stats.device_bytes
             self._streamed = Streamed(model, handle, device, options, seconds, extra)
             tokens = workload.tokens(workload.shapes[0])
             for _ in range(2):  # one pass to learn the order and to prove leaves, one in it
