@@ -9,7 +9,7 @@ from torch_offload._C import StateError
 from torch_offload.calls import is_wrapped
 from torch_offload.guards import is_guarded
 from torch_offload.handle import handle_of
-from torch_offload.structure import is_table
+from torch_offload.structure import is_table, size_bytes
 
 # Attributes that other tools leave on the modules they hook, with the way out.
 _FOREIGN_HOOKS = {
@@ -156,7 +156,7 @@ def _check_quantization(model: nn.Module) -> None:
             )
     packed = {name: size for name, module in model.named_modules() if (size := _packed(module))}
     tables = {id(p) for module in model.modules() if is_table(module) for p in module.parameters()}
-    weight_bytes = sum(p.nbytes for p in model.parameters() if id(p) not in tables)
+    weight_bytes = sum(size_bytes(p) for p in model.parameters() if id(p) not in tables)
     packed_bytes = sum(packed.values())
     if packed_bytes > _MOST_PACKED_SHARE * (packed_bytes + weight_bytes):
         largest = max(packed, key=lambda name: packed[name])
@@ -191,12 +191,12 @@ def _quantization_method(module: nn.Module) -> str | None:
 def _packed(module: nn.Module) -> int:
     """Bytes of what looks like packed weights beside a module's parameters, if it is most of it."""
     packed = sum(
-        tensor.nbytes
+        size_bytes(tensor)
         for tensor in (*module._buffers.values(), *vars(module).values())
         if isinstance(tensor, torch.Tensor)
         and not isinstance(tensor, nn.Parameter)
         and _is_packed_dtype(tensor.dtype)
         and tensor.dim() >= 2
     )
-    own = sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+    own = sum(size_bytes(parameter) for parameter in module.parameters(recurse=False))
     return packed if packed > own else 0
