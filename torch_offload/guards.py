@@ -22,7 +22,9 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from torch_offload import _C
 from torch_offload._C import StateError
+from torch_offload.state_dicts import unwatch_state, watch_state
 
 try:
     from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
@@ -145,9 +147,10 @@ def _kind(tensor: torch.Tensor) -> tuple[torch.dtype, int, bool]:
     return tensor.dtype, tensor.dim(), not is_default
 
 
-def guard(module: nn.Module, probes: Sequence[torch.Tensor]) -> None:
+def guard(module: nn.Module, probes: Sequence[torch.Tensor], engine: _C.Engine) -> None:
     """Installs the guards on one module with streamed weights below it."""
     _watch_registrations()
+    watch_state(module, engine)
     vars(module).setdefault(REGISTRY_KEY, _NoComposition())
     vars(module).setdefault(STATE_KEY, _NoComposition())
     vars(module).update(
@@ -201,6 +204,7 @@ def _copy_without_guards(reference: weakref.ref[nn.Module]) -> Callable[[dict[in
 
 def unguard(module: nn.Module) -> None:
     """Takes the guards of one module away."""
+    unwatch_state(module)
     for name in GUARDED:
         vars(module).pop(name, None)
     for name in (REGISTRY_KEY, STATE_KEY):

@@ -300,7 +300,7 @@ class _Installation:
         for module in model.modules():
             self._guarded.append(weakref.ref(module))
             if any(id(inner) in holders for inner in module.modules()):
-                guard(module, probes.of(module))
+                guard(module, probes.of(module), self._engine)
             elif kinds := probes.of(module):
                 guard_resident(module, kinds)
         if hasattr(model, _AUTO_COMPILE):
