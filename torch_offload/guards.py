@@ -32,6 +32,11 @@ except ImportError:  # a torch without them: `fully_shard` is then refused at th
     REGISTRY_KEY = STATE_KEY = "__torch_offload_no_composition__"
 
 _CURE = "call handle.remove() (torch_offload.handle_of(model).remove()) first"
+# From around the model; filled in with its class.
+_CURE_AROUND = (
+    "call handle.remove() first, the handle being that of the {kind} inside, which "
+    "torch_offload.handle_of() finds from outside as well"
+)
 # By name, so that nothing of torch.distributed is imported for them.
 _WRAPPERS = {
     "DataParallel": "its replicas would share one window",
@@ -51,13 +56,13 @@ GUARDED = (
 )
 
 
-def refusal(call: str, reason: str) -> Callable[..., NoReturn]:
+def refusal(call: str, reason: str, cure: str = _CURE) -> Callable[..., NoReturn]:
     """Returns a function that raises: what was expected, what came, what to do."""
 
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise StateError(
             f"expected a plain model for {call}, got one whose weights are streamed: {reason}; "
-            f"{_CURE}"
+            f"{cure}"
         )
 
     return refuse
@@ -90,8 +95,11 @@ def _guarded_apply(
     """
     what = "a conversion such as .to(), .cuda() or .half()"
     refuse = refusal(what, reason)
+    kind = type(reference()).__name__
     refuse_from_outside = refusal(
-        what, f"{reason}; what lies before it in the module around it has been converted by now"
+        what,
+        f"{reason}; what lies before it in the module around it has been converted by now",
+        _CURE_AROUND.format(kind=kind),
     )
 
     def _apply(
