@@ -58,6 +58,7 @@ _ORDINARY_OVERRIDES = frozenset(vars(_Plain)) | {
     "__slots__",
     "__str__",
 }
+_COMPRESSED_LAYOUTS = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 # Beyond this share, what is packed is the weights; below it, masks and tables of indices.
 _MOST_PACKED_SHARE = 0.25
 _PACKED_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
@@ -92,6 +93,22 @@ def check_model(model: nn.Module) -> None:
             f"{sum(1 for _ in model.parameters())} parameters, none of them floating-point; there "
             "is nothing to stream"
         )
+
+
+def check_can_stay_on(device: torch.device, model: nn.Module) -> None:
+    """Checks that what does not stream can be moved to where it is to stay.
+
+    Raises:
+        ValueError: For a compressed sparse tensor elsewhere. Torch gives it no other data in place:
+            to set ``.data`` changes its device's name and leaves its values where they are.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.layout in _COMPRESSED_LAYOUTS and tensor.device.type != device.type:
+            raise ValueError(
+                f"expected sparse tensors that torch can move in place, got '{name}' as "
+                f"{tensor.layout} on {tensor.device.type}; make it tensor.to_sparse_coo(), or have "
+                f"it on {device} before offload()"
+            )
 
 
 def _check_module(name: str, module: nn.Module) -> None:

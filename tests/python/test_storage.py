@@ -16,6 +16,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import torch_offload
 from tests.python import expect
 from tests.python.dropin import assert_streams_like_plain, rows, streamed, tiny_stack
+from torch_offload.checks import check_can_stay_on
 from torch_offload.planning import bytes_outside
 from torch_offload.storage import ResidentMove, is_aligned, pieces
 from torch_offload.structure import size_bytes
@@ -122,7 +123,9 @@ class TestResidentMove:
             assert torch.equal(got, must)
 
     def test_sparse_tensors_move_with_all_that_they_are_made_of(self, device: torch.device) -> None:
-        for make in SPARSE.values():
+        for name, make in SPARSE.items():
+            if device.type == "cuda" and name != "sparse_coo":
+                continue  # `offload` refuses it
             tensor = make(torch.eye(8))
             values = tensor.to_dense()
             move = ResidentMove(device)
@@ -204,6 +207,10 @@ def test_model_with_sparse_tensors_streams_as_any_other(
             block.attn = _Mixing(block.attn, layout, as_parameter=as_parameter)
         return torch_offload.align(model)
 
+    if device.type == "cuda" and layout != "sparse_coo":
+        with pytest.raises(ValueError, match=r"blocks\.0\.attn\.matrix.*to_sparse_coo"):
+            torch_offload.offload(build(), device)
+        return
     model, plain = build(), build().to(device)
     before = {name: (p, p.device) for name, p in model.named_parameters()}
     matrices = [block.attn.matrix for block in model.blocks]
@@ -226,6 +233,18 @@ def test_model_with_sparse_tensors_streams_as_any_other(
         assert block.attn.matrix is matrix
         assert matrix.device.type == "cpu"
     assert torch.equal(model(x.cpu()), plain.cpu()(x.cpu()))
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+def test_compressed_sparse_tensor_that_would_have_to_move_fails(layout: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].register_buffer("matrix", SPARSE[layout](torch.eye(8)))
+    check_can_stay_on(HOST, model)
+    if layout == "sparse_coo":
+        check_can_stay_on(torch.device("cuda", 0), model)
+        return
+    with pytest.raises(ValueError, match=rf"'0\.matrix' as torch\.{layout} on cpu.*to_sparse_coo"):
+        check_can_stay_on(torch.device("cuda", 0), model)
 
 
 def test_align_heeds_no_default_device() -> None:
