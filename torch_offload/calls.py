@@ -132,7 +132,7 @@ def probe() -> None:
         return call_plain(module, *args, **kwargs)
 
     vars(module)[_ATTRIBUTE] = _call_impl
-    module(torch.empty(0))
+    module(torch.empty(0, device="cpu"))
     unwrap(module)
     if not called:
         raise ImportError(

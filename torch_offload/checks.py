@@ -8,8 +8,8 @@ from torch import nn
 from torch_offload._C import StateError
 from torch_offload.calls import is_wrapped
 from torch_offload.guards import is_guarded
-from torch_offload.handle import handle_of
-from torch_offload.structure import is_table
+from torch_offload.handle import HANDLE_KEY
+from torch_offload.structure import is_table, size_bytes
 
 # Attributes that other tools leave on the modules they hook, with the way out.
 _FOREIGN_HOOKS = {
@@ -34,6 +34,31 @@ _WRAPPERS = {
     "OptimizedModule": "the module before torch.compile()",
     "ScriptModule": "the module before jit.script() or jit.trace()",
 }
+
+
+class _Plain:
+    """Has what every class has."""
+
+
+# What a subclass of parameters may have of its own and be an ordinary tensor.
+_ORDINARY_OVERRIDES = frozenset(vars(_Plain)) | {
+    "__annotations__",
+    "__class_getitem__",
+    "__copy__",
+    "__deepcopy__",
+    "__getstate__",
+    "__init__",
+    "__init_subclass__",
+    "__new__",
+    "__qualname__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__repr__",
+    "__setstate__",
+    "__slots__",
+    "__str__",
+}
+_COMPRESSED_LAYOUTS = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 # Beyond this share, what is packed is the weights; below it, masks and tables of indices.
 _MOST_PACKED_SHARE = 0.25
 _PACKED_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
@@ -70,9 +95,25 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+def check_can_stay_on(device: torch.device, model: nn.Module) -> None:
+    """Checks that what does not stream can be moved to where it is to stay.
+
+    Raises:
+        ValueError: For a compressed sparse tensor elsewhere. Torch gives it no other data in place:
+            to set ``.data`` changes its device's name and leaves its values where they are.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.layout in _COMPRESSED_LAYOUTS and tensor.device.type != device.type:
+            raise ValueError(
+                f"expected sparse tensors that torch can move in place, got '{name}' as "
+                f"{tensor.layout} on {tensor.device.type}; make it tensor.to_sparse_coo(), or have "
+                f"it on {device} before offload()"
+            )
+
+
 def _check_module(name: str, module: nn.Module) -> None:
     where = f"'{name}' of it" if name else "it"
-    if handle_of(module) is not None:
+    if HANDLE_KEY in vars(module):
         raise StateError(
             f"expected a plain model, got one where {where} is offloaded already; call "
             "torch_offload.handle_of(...).remove() first"
@@ -120,10 +161,11 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
             f"expected parameters of plain torch, got '{name}', which DeepSpeed manages; load the "
             "model outside zero.Init"
         )
-    if type(parameter) is not nn.Parameter and not nn.parameter.is_lazy(parameter):
+    kind = type(parameter)
+    if not nn.parameter.is_lazy(parameter) and (own := _own_behaviour(kind)) is not None:
         raise ValueError(
-            f"expected plain parameters, got '{name}' of class {type(parameter).__name__} "
-            f"({type(parameter).__module__}), whose data cannot be swapped; load the model "
+            f"expected plain parameters, got '{name}' of class {kind.__name__} "
+            f"({kind.__module__}), whose data cannot be swapped, as {own}; load the model "
             "unquantized and unsharded"
         )
     if parameter.device.type == "meta":
@@ -137,6 +179,27 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
             "has no version counter, so edits would go unseen; build or load the model outside "
             "torch.inference_mode()"
         )
+
+
+def _own_behaviour(kind: type) -> str | None:
+    """What makes a class of parameters more than ordinary tensors; None if nothing does.
+
+    A subclass that adds attributes or methods, or builds and copies itself in its own way, is an
+    ordinary tensor. One that has operators or conversions of its own may keep its bytes elsewhere.
+    """
+    if kind is nn.Parameter:
+        return None
+    if not issubclass(kind, nn.Parameter):
+        return "it is no subclass of torch.nn.Parameter"
+    for ancestor in kind.__mro__:
+        if ancestor in nn.Parameter.__mro__:
+            continue
+        for name, value in vars(ancestor).items():
+            plain = getattr(nn.Parameter, name, None)
+            is_new = plain is None and name != "__tensor_flatten__"
+            if not (is_new or value is plain or name in _ORDINARY_OVERRIDES):
+                return f"it has a '{name}' of its own"
+    return None
 
 
 def _check_quantization(model: nn.Module) -> None:
@@ -156,7 +219,7 @@ def _check_quantization(model: nn.Module) -> None:
             )
     packed = {name: size for name, module in model.named_modules() if (size := _packed(module))}
     tables = {id(p) for module in model.modules() if is_table(module) for p in module.parameters()}
-    weight_bytes = sum(p.nbytes for p in model.parameters() if id(p) not in tables)
+    weight_bytes = sum(size_bytes(p) for p in model.parameters() if id(p) not in tables)
     packed_bytes = sum(packed.values())
     if packed_bytes > _MOST_PACKED_SHARE * (packed_bytes + weight_bytes):
         largest = max(packed, key=lambda name: packed[name])
@@ -191,12 +254,12 @@ def _quantization_method(module: nn.Module) -> str | None:
 def _packed(module: nn.Module) -> int:
     """Bytes of what looks like packed weights beside a module's parameters, if it is most of it."""
     packed = sum(
-        tensor.nbytes
+        size_bytes(tensor)
         for tensor in (*module._buffers.values(), *vars(module).values())
         if isinstance(tensor, torch.Tensor)
         and not isinstance(tensor, nn.Parameter)
         and _is_packed_dtype(tensor.dtype)
         and tensor.dim() >= 2
     )
-    own = sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+    own = sum(size_bytes(parameter) for parameter in module.parameters(recurse=False))
     return packed if packed > own else 0

@@ -229,14 +229,16 @@ def _inputs(
     made: dict[str, Any] = {}
     if name == "input_ids":
         text = config.get_text_config()
-        ids = torch.randint(0, text.vocab_size, (batch, tokens), generator=generator)
+        ids = torch.randint(0, text.vocab_size, (batch, tokens), generator=generator, device="cpu")
         made["input_ids"] = ids.to(device)
         if getattr(config, "is_encoder_decoder", False):
             made["decoder_input_ids"] = made["input_ids"]
     elif name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
         shape = (batch, getattr(config, "num_channels", 3), config.image_size, config.image_size)
         dtype = next(model.parameters()).dtype
-        made["pixel_values"] = torch.randn(shape, generator=generator).to(device, dtype)
+        made["pixel_values"] = torch.randn(shape, generator=generator, device="cpu").to(
+            device, dtype
+        )
     else:
         raise ValueError(
             f"expected a model of text (input_ids) or images (pixel_values), got "

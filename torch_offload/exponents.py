@@ -37,7 +37,7 @@ def count_exponents_by_torch(flat: torch.Tensor) -> torch.Tensor:
         for begin in range(0, flat.numel(), step)
     ]
     if not counts:
-        return torch.zeros(0, _NUM_EXPONENTS, dtype=torch.int32)
+        return torch.zeros(0, _NUM_EXPONENTS, dtype=torch.int32, device="cpu")
     return torch.cat(counts).int().cpu()
 
 

@@ -48,7 +48,7 @@ class FileTensor(torch.Tensor):
     def view_of_files(self) -> tuple[torch.Tensor, _C.FileView | None]:
         """The same, and the view of files that it lies in; None if it is a copy."""
         if self.numel() == 0:
-            return torch.empty(self.shape, dtype=self.dtype), None
+            return torch.empty(self.shape, dtype=self.dtype, device=_HOST), None
         view = _C.FileView(self.blocks)
         if view.address % self.dtype.itemsize:  # stored askew: no tensor can lie there
             flat = view.tensor(torch.uint8, [view.size_bytes]).clone()

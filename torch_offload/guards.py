@@ -22,7 +22,9 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from torch_offload import _C
 from torch_offload._C import StateError
+from torch_offload.state_dicts import unwatch_state, watch_state
 
 try:
     from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
@@ -30,6 +32,11 @@ except ImportError:  # a torch without them: `fully_shard` is then refused at th
     REGISTRY_KEY = STATE_KEY = "__torch_offload_no_composition__"
 
 _CURE = "call handle.remove() (torch_offload.handle_of(model).remove()) first"
+# From around the model; filled in with its class.
+_CURE_AROUND = (
+    "call handle.remove() first, the handle being that of the {kind} inside, which "
+    "torch_offload.handle_of() finds from outside as well"
+)
 # By name, so that nothing of torch.distributed is imported for them.
 _WRAPPERS = {
     "DataParallel": "its replicas would share one window",
@@ -49,13 +56,13 @@ GUARDED = (
 )
 
 
-def refusal(call: str, reason: str) -> Callable[..., NoReturn]:
+def refusal(call: str, reason: str, cure: str = _CURE) -> Callable[..., NoReturn]:
     """Returns a function that raises: what was expected, what came, what to do."""
 
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise StateError(
             f"expected a plain model for {call}, got one whose weights are streamed: {reason}; "
-            f"{_CURE}"
+            f"{cure}"
         )
 
     return refuse
@@ -88,8 +95,11 @@ def _guarded_apply(
     """
     what = "a conversion such as .to(), .cuda() or .half()"
     refuse = refusal(what, reason)
+    kind = type(reference()).__name__
     refuse_from_outside = refusal(
-        what, f"{reason}; what lies before it in the module around it has been converted by now"
+        what,
+        f"{reason}; what lies before it in the module around it has been converted by now",
+        _CURE_AROUND.format(kind=kind),
     )
 
     def _apply(
@@ -145,9 +155,10 @@ def _kind(tensor: torch.Tensor) -> tuple[torch.dtype, int, bool]:
     return tensor.dtype, tensor.dim(), not is_default
 
 
-def guard(module: nn.Module, probes: Sequence[torch.Tensor]) -> None:
+def guard(module: nn.Module, probes: Sequence[torch.Tensor], engine: _C.Engine) -> None:
     """Installs the guards on one module with streamed weights below it."""
     _watch_registrations()
+    watch_state(module, engine)
     vars(module).setdefault(REGISTRY_KEY, _NoComposition())
     vars(module).setdefault(STATE_KEY, _NoComposition())
     vars(module).update(
@@ -201,6 +212,7 @@ def _copy_without_guards(reference: weakref.ref[nn.Module]) -> Callable[[dict[in
 
 def unguard(module: nn.Module) -> None:
     """Takes the guards of one module away."""
+    unwatch_state(module)
     for name in GUARDED:
         vars(module).pop(name, None)
     for name in (REGISTRY_KEY, STATE_KEY):

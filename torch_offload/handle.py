@@ -433,5 +433,27 @@ class Handle:
 
 
 def handle_of(model: nn.Module) -> Handle | None:
-    """Returns the handle of an offloaded model, or None for a plain one."""
-    return vars(model).get(HANDLE_KEY)
+    """Returns the handle of an offloaded model, or None for a plain one.
+
+    From a module around an offloaded model, as PEFT's, it is that model's. A part of an offloaded
+    model has none.
+
+    Raises:
+        ValueError: If several models inside are offloaded.
+    """
+    own: Handle | None = vars(model).get(HANDLE_KEY)
+    if own is not None:
+        return own
+    inside = [
+        (name, found)
+        for name, module in model.named_modules()
+        if (found := vars(module).get(HANDLE_KEY)) is not None
+    ]
+    if len(inside) > 1:
+        names = ", ".join(repr(name) for name, _ in inside)
+        raise ValueError(
+            f"expected one offloaded model in the {type(model).__name__}, got {len(inside)}: "
+            f"{names}; ask for the handle of one of them, as handle_of(model.get_submodule("
+            f"{inside[0][0]!r}))"
+        )
+    return inside[0][1] if inside else None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from torch_offload.storage import is_aligned
+from torch_offload.structure import size_bytes
 from torch_offload.units import UnitSpec
 
 # Kept free on the host: for the process's own activations, and for everybody else.
@@ -59,7 +60,7 @@ def taken_on_host_device(model: nn.Module, streamed: Iterable[UnitSpec], window_
     """Returns what the host device takes: the window, and aligned copies of what stays askew."""
     elsewhere = {id(parameter) for spec in streamed for _, parameter in spec.parameters}
     return window_bytes + sum(
-        tensor.nbytes
+        size_bytes(tensor)
         for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
         if id(tensor) not in elsewhere and not is_aligned(tensor)
     )

@@ -40,6 +40,7 @@ from torch_offload.planning import (
 from torch_offload.progress import Progress
 from torch_offload.recording import Recorder
 from torch_offload.storage import ResidentMove
+from torch_offload.structure import size_bytes
 from torch_offload.units import UnitSpec
 from torch_offload.user_warning import warn_user
 from torch_offload.wrapping import Wrapping
@@ -202,7 +203,7 @@ class _Installation:
             for tensor in (*model.parameters(), *model.buffers())
             if id(tensor) not in elsewhere
         ]
-        total_bytes = sum(tensor.nbytes for tensor in residents)
+        total_bytes = sum(size_bytes(tensor) for tensor in residents)
         total_bytes += sum(spec.num_bytes for _, spec in streamed)
         with Progress("moving weights", total_bytes) as progress:
             self._residents.move(residents, from_file, progress.advance)

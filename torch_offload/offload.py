@@ -11,7 +11,7 @@ from torch import nn
 
 from torch_offload import _C
 from torch_offload.budget import AUTO, budget_on
-from torch_offload.checks import check_model
+from torch_offload.checks import check_can_stay_on, check_model
 from torch_offload.config import Config, Granularity, Masters, Mode, OnOom, Streams, Transport
 from torch_offload.debugging import debug_is_asked_for, report_environment
 from torch_offload.devices import resolve_device
@@ -137,6 +137,7 @@ def offload_with(
     files = FileMasters() if files is None else files
     check_model(model)
     target = resolve_device(device)
+    check_can_stay_on(target, model)
     config = replace(config, debug=debug_is_asked_for(config.debug))
     report_environment(target, debug=config.debug)
     memory = memory or memory_of(target)

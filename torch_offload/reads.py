@@ -151,7 +151,7 @@ class _ReadMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         self._by_address: dict[int, str] = {}
         for name, parameter in model.named_parameters():
             self._aliases[parameter] = name
-            if not parameter.is_meta and parameter.numel() and not is_packed(parameter):
+            if _has_memory(parameter) and parameter.numel():
                 self._by_address[parameter.data_ptr()] = name
 
     def __torch_dispatch__(
@@ -176,10 +176,13 @@ class _ReadMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
     def _name_of(self, tensor: torch.Tensor) -> str | None:
         known = self._aliases.get(tensor)
-        has_memory = not tensor.is_meta and tensor.layout is torch.strided
-        if known is None and has_memory and not is_packed(tensor):
+        if known is None and _has_memory(tensor):
             known = self._by_address.get(tensor.data_ptr())
         return known
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    return not tensor.is_meta and tensor.layout is torch.strided and not is_packed(tensor)
 
 
 @lru_cache(maxsize=4096)

@@ -12,6 +12,7 @@ from torch import nn
 
 from torch_offload import _C
 from torch_offload.residency import byte_span
+from torch_offload.structure import size_bytes
 
 # Kernels choose their path, and so the order of a sum, by the address modulo a cache line.
 _CACHE_LINE_BYTES = 64
@@ -19,7 +20,8 @@ _ALIGNMENT_BYTES = _C.aligned_size(1)
 
 
 def _aligned_copy(tensor: torch.Tensor) -> torch.Tensor:
-    span = torch.empty(tensor.nbytes + _ALIGNMENT_BYTES, dtype=torch.uint8)
+    # Whatever device the caller has made the default.
+    span = torch.empty(tensor.nbytes + _ALIGNMENT_BYTES, dtype=torch.uint8, device="cpu")
     skip = -span.data_ptr() % _ALIGNMENT_BYTES
     flat = span[skip : skip + tensor.nbytes].view(tensor.dtype)
     copy = flat.as_strided(tensor.size(), torch.empty_like(tensor, device="meta").stride())
@@ -35,14 +37,20 @@ def align(model: nn.Module) -> nn.Module:
     """
     with torch.inference_mode(False), torch.no_grad():
         for tensor in _distinct((*model.parameters(), *model.buffers())):
-            if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT_BYTES:
+            is_here = tensor.device.type == "cpu" and tensor.layout is torch.strided
+            if is_here and tensor.data_ptr() % _ALIGNMENT_BYTES:
                 tensor.data = _aligned_copy(tensor.data)
     return model
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:
-    """Whether it may stay where it is on the host device: equal alignment, equal bits."""
-    return tensor.device.type == "cpu" and tensor.data_ptr() % _CACHE_LINE_BYTES == 0
+    """Whether it may stay where it is on the host device: equal alignment, equal bits.
+
+    What is made of several tensors, as a sparse one, has no address to go by, and stays.
+    """
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        return tensor.device.type == "cpu"
+    return tensor.data_ptr() % _CACHE_LINE_BYTES == 0
 
 
 def _distinct(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -85,7 +93,7 @@ def pieces(tensors: Iterable[torch.Tensor]) -> list[Piece]:
     for position, tensor in enumerate(distinct):
         span = byte_span(tensor)
         if span is None:
-            groups.append(([position], tensor.nbytes))
+            groups.append(([position], size_bytes(tensor)))
         else:
             _, begin, end, _ = span
             spans.append((tensor.untyped_storage().data_ptr(), begin, end, position))
@@ -99,11 +107,11 @@ def pieces(tensors: Iterable[torch.Tensor]) -> list[Piece]:
             runs[storage].append(_Run(begin, end, [position]))
     for run in chain.from_iterable(runs.values()):
         is_alone = len(run.positions) == 1
-        size_bytes = distinct[run.positions[0]].nbytes if is_alone else run.end - run.begin
-        groups.append((run.positions, size_bytes))
+        num_bytes = distinct[run.positions[0]].nbytes if is_alone else run.end - run.begin
+        groups.append((run.positions, num_bytes))
     return [
-        Piece(tuple(distinct[position] for position in positions), size_bytes)
-        for positions, size_bytes in sorted(groups, key=lambda group: min(group[0]))
+        Piece(tuple(distinct[position] for position in positions), num_bytes)
+        for positions, num_bytes in sorted(groups, key=lambda group: min(group[0]))
     ]
 
 
@@ -145,7 +153,7 @@ class ResidentMove:
                 if after is not before:
                     self._former.append((tensor, before))
                     tensor.data = after
-                advance(tensor.nbytes)
+                advance(size_bytes(tensor))
             self.size_bytes += piece.size_bytes
 
     def _moved_together(self, tensors: list[torch.Tensor], size_bytes: int) -> list[torch.Tensor]:

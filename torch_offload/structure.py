@@ -110,9 +110,22 @@ def is_table(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
-def size_bytes(parameter: torch.Tensor) -> int:
-    """Bytes of a parameter's elements."""
-    return parameter.numel() * parameter.element_size()
+# What a tensor of each layout that has no memory of its own is made of.
+_PARTS: dict[torch.layout, tuple[str, ...]] = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+}
+
+
+def size_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements; of a sparse one, those of its indices and values."""
+    parts = _PARTS.get(tensor.layout)
+    if parts is None:
+        return tensor.numel() * tensor.element_size()
+    return sum(size_bytes(getattr(tensor, part)()) for part in parts)
 
 
 def kind_hint(name: str, module: nn.Module) -> Kind | None:

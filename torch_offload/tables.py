@@ -81,8 +81,8 @@ def find_outsiders(
             isinstance(weight, nn.Parameter)
             and type(weight) is nn.Parameter
             and id(weight) not in taken
-            and weight.nbytes >= least
             and is_dense(weight)
+            and weight.nbytes >= least
             and not parametrize.is_parametrized(head_module or model)
         )
 

@@ -17,6 +17,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch.compiler import is_dynamo_compiling
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_iter
 
 from torch_offload.guards import refusal
@@ -33,7 +34,7 @@ def refuse_tracing(module: nn.Module | None, expected_type: type[nn.Module]) -> 
 
     Raises:
         StateError: Under torch.compile, jit.trace, torch.export or fx, or if the module's class
-            was changed since `offload`, as FSDP's ``fully_shard`` does.
+            was changed since `offload`, as parametrizations and FSDP's ``fully_shard`` do.
     """
     # Asked first: dynamo answers it itself, and so shows our words where it cannot go on.
     if is_dynamo_compiling() or get_eval_frame_callback() or torch.compiler._is_compiling_flag:
@@ -44,7 +45,15 @@ def refuse_tracing(module: nn.Module | None, expected_type: type[nn.Module]) -> 
         )()
     if _is_tracing() or _is_fx_tracing():
         refusal("jit.trace or fx", "a recorded call would read weights where they are no more")()
-    if type(module) is not expected_type:
+    if type(module) is expected_type:
+        return
+    if module is not None and parametrize.is_parametrized(module):
+        refusal(
+            f"a parametrization (torch.nn.utils.parametrize) of a {expected_type.__name__}",
+            "it has moved what is parametrized to modules of its own, in which no unit knows it; "
+            "parametrize before offload()",
+        )()
+    else:
         refusal(
             f"changing its class from {expected_type.__name__} to {type(module).__name__}",
             "FSDP's fully_shard does this, and moves the same weights itself",

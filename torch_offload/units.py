@@ -229,9 +229,15 @@ def _nothing_found(
         )
     seen = _largest_modules(sizes)
     if not seen:
+        kind = type(sizes.model).__name__
+        begin = f"no units found: {kind} holds no modules with parameters below it"
+        stay = select_resident(sizes.model, resident) | must_stay(sizes.model, [sizes.model])
+        own = [p for p in sizes.model.parameters() if id(p) not in stay]
+        if not any(parameter.numel() for parameter in own):
+            return f"{begin}; there is nothing to stream"
         return (
-            f"no units found: {type(sizes.model).__name__} holds no modules with parameters below"
-            " it; there is nothing to stream"
+            f"{begin}; units=[model] streams it as one unit, {sum(map(size_bytes, own)):,} of its"
+            f" {sizes.bytes_of(sizes.model):,} bytes, as its first parameter stays on the device"
         )
     listing = ", ".join(f"{name!r} ({kind}, {count:,} bytes)" for name, kind, count in seen)
     return (

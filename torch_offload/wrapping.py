@@ -135,7 +135,7 @@ class Wrapping:
         for module in model.modules():
             self._guarded.append(weakref.ref(module))
             if any(id(inner) in holders for inner in module.modules()):
-                guard(module, probes.of(module))
+                guard(module, probes.of(module), self._engine)
             elif kinds := probes.of(module):
                 guard_resident(module, kinds)
         if hasattr(model, _AUTO_COMPILE):

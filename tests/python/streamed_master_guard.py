@@ -1,7 +1,8 @@
-"""Fails when an operator reads a streamed master in a forward on the host device.
+"""Fails when an operator reads a streamed master or a released place in a forward, on the host.
 
-There a unit that was never acquired computes right from its master, which is a valid CPU tensor:
-equal outputs prove nothing. Every Python test runs under this mode, see ``conftest.py``.
+There a unit that was never acquired computes right from its master, which is a valid CPU tensor,
+and from its place after the release, until another unit's bytes come: equal outputs prove nothing.
+Every Python test runs under this mode, see ``conftest.py``.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _MODE_FRAMES = (
 
 
 class StreamedMasterReadError(AssertionError):
-    """A forward has read a weight at rest."""
+    """A forward has read a weight at rest, or what was a weight until its unit was released."""
 
 
 class _Masters:
@@ -79,11 +80,16 @@ class _Masters:
         # They have no memory: known as objects.
         self.packed: dict[int, str] = {}
         self.spans = []
+        self.window = (0, 0)
+        self.places: list[tuple[int, int, list[str]]] = []  # begin, end, names of its weights
         engine = self.engine()
         if engine is None or engine.is_closed:
             return
-        window_begin, window_end = engine.window
+        self.window = window_begin, window_end = engine.window
         for index, place in enumerate(engine.plan.places):
+            if place:
+                names = engine.parameter_names(index)
+                self.places.append((window_begin + place[0], window_begin + place[1], names))
             for name in engine.parameter_names(index) if place else ():
                 parameter = self._parameter(name)
                 if isinstance(parameter, PackedParameter):
@@ -117,6 +123,18 @@ class _Masters:
             parameter = self._parameter(name)
             return name if parameter is not None and parameter.data_ptr() == begin else None
         return name
+
+    def released_at(self, storage: torch.UntypedStorage) -> str | None:
+        """Whose place a storage in the window was; None while a unit shows just this storage."""
+        address = storage.data_ptr()
+        names = [name for begin, end, of in self.places if begin <= address < end for name in of]
+        for name in names:
+            parameter = self._parameter(name)
+            if parameter is None or isinstance(parameter, PackedParameter) or parameter.is_meta:
+                continue
+            if parameter.untyped_storage()._cdata == storage._cdata:
+                return None
+        return f"place of {' or '.join(names)}"
 
 
 class LiveMasters:
@@ -176,7 +194,9 @@ class LiveMasters:
 
 
 class StreamedMasterGuard(TorchDispatchMode):
-    """Raises `StreamedMasterReadError` at an operator that reads a master during a forward.
+    """Raises `StreamedMasterReadError` at an operator that reads what no unit shows in a forward.
+
+    That is a master, or a place after its release.
 
     Attributes:
         reads: Names of the weights that were read so, in order; must be empty when a test ends.
@@ -230,10 +250,17 @@ class StreamedMasterGuard(TorchDispatchMode):
     def _check(self, tensor: torch.Tensor, in_pass: list[_Masters], func: Any) -> None:
         is_packed = isinstance(tensor, PackedParameter)
         try:
-            address = 0 if is_packed else tensor.untyped_storage().data_ptr()
+            storage = None if is_packed else tensor.untyped_storage()
+            address = 0 if storage is None else storage.data_ptr()
         except (RuntimeError, NotImplementedError):
             return  # a tensor without memory of its own: fake, or a wrapper
         for masters in in_pass:
+            if storage is not None and masters.window[0] <= address < masters.window[1]:
+                place = masters.released_at(storage)
+                if place is not None:
+                    self.reads.append(place)
+                    raise StreamedMasterReadError(f"{func} reads the {place} after its release")
+                continue
             name = masters.packed.get(id(tensor)) if is_packed else masters.name_at(address)
             if name is not None:
                 self.reads.append(name)

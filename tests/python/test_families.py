@@ -241,6 +241,31 @@ def test_full_product_streams_as_plain(name: str, granularity: str, device: torc
     assert onloads["sync", "shared"] == onloads["streams", "split"]  # both copy when asked only
 
 
+@pytest.mark.filterwarnings("ignore:torch_offload. this forward runs in grad mode:UserWarning")
+@pytest.mark.parametrize("name", FULL_PRODUCT)
+def test_grad_mode_streams_as_plain_and_its_backward_raises(
+    name: str, device: torch.device
+) -> None:
+    with torch.no_grad():
+        family = build(name, device)
+    plain = torch_offload.align(family.case.build()).to(device)
+    must = bits_of(plain(**family.inputs))  # kernels may be others than without gradients
+
+    def loss(outputs: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([one.float().sum() for one in outputs if one.requires_grad]).sum()
+
+    loss(must).backward()
+    assert any(parameter.grad is not None for parameter in plain.parameters())
+    with offloaded(family, device) as handle:
+        for forwards in (1, 2):
+            got = bits_of(family.model(**family.inputs))
+            assert_same_bits(got, must)
+            assert handle.stats.forwards == forwards
+            assert handle.stats.onloads >= forwards * expect.num_streamed(handle) > 0
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss(got).backward()
+
+
 @pytest.mark.parametrize("name", BUDGETED)
 @torch.no_grad()
 def test_every_depth_streams_as_plain(name: str, device: torch.device) -> None:

@@ -127,6 +127,13 @@ def test_tensor_that_is_stored_askew_is_copied(disk: _Disk) -> None:
     assert torch.equal(tensor.view(torch.uint8), plain.view(torch.uint8))
 
 
+def test_empty_tensor_heeds_no_default_device(disk: _Disk) -> None:
+    lazy, _ = disk.pair(0, (0, 4), torch.float32)
+    with torch.device("meta"):
+        tensor, _ = lazy.view_of_files()
+    assert tensor.device.type == "cpu"
+
+
 def test_empty_tensor_and_scalar(disk: _Disk) -> None:
     for shape in ((0, 3), ()):
         lazy, plain = disk.pair(8, shape, torch.float32)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +122,35 @@ def test_guard_swallowed_read_is_remembered(master_guard: StreamedMasterGuard) -
         with master_guard.expect_reads() as reads:
             model(rows(HOST))
         assert reads == ["blocks.0.attn.weight"]
+
+
+@pytest.mark.parametrize("where", ["blocks.1", "blocks.2.mlp.down"])  # between units, and in one
+@pytest.mark.parametrize(
+    "options", [{}, {"transport": "packed", "masters": "packed"}, {"depth": "1GiB"}], ids=str
+)
+@pytest.mark.filterwarnings("ignore:torch_offload. this forward runs in grad mode:UserWarning")
+def test_guard_read_of_a_released_place_is_seen(
+    master_guard: StreamedMasterGuard, where: str, options: dict[str, Any]
+) -> None:
+    model = tiny_stack()
+    kept: list[torch.Tensor] = []
+    with streamed(model, HOST, **options):
+        model.blocks[0].attn.register_forward_hook(
+            lambda module, *_: kept.append(module.weight.detach().t())
+        )
+        model(rows(HOST))  # kept, and not read: in grad mode a graph may do so
+        assert len(kept) == 1
+        hook = model.get_submodule(where).register_forward_pre_hook(
+            lambda *_: kept[-1].sum() and None  # the planted fault
+        )
+        with (
+            master_guard.expect_reads() as reads,
+            pytest.raises(StreamedMasterReadError, match=r"place of .*attn.* after its release"),
+        ):
+            model(rows(HOST))
+        assert len(reads) == 1
+        hook.remove()
+        model(rows(HOST))
 
 
 @torch.no_grad()

@@ -47,24 +47,99 @@ class _Subclass(torch.Tensor):
 
 
 class Params4bit(nn.Parameter):
-    """As bitsandbytes has: packed bytes, and a state beside the tensor."""
+    """As bitsandbytes has: packed bytes, a state beside the tensor, conversions that pack."""
+
+    quant_state = None
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Quantizes."""
+        raise NotImplementedError
+
+
+class GGUFParameter(nn.Parameter):
+    """As diffusers has: blocks of bytes that an operator finds the type of."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("unit", ["blocks", "embed"])
 def test_wrapper_subclass_parameter_fails_by_name(unit: str) -> None:
-    for kind in (_Subclass, Params4bit):
+    for kind in (_Subclass, Params4bit, GGUFParameter):
         model = tiny_stack()
         module = model.embed if unit == "embed" else model.blocks[2].attn
         inner = module.weight.detach()
-        wrapped = (
-            nn.Parameter(_Subclass(inner), False) if kind is _Subclass else Params4bit(inner, False)
-        )
+        wrapped = nn.Parameter(_Subclass(inner), False) if kind is _Subclass else kind(inner, False)
         module.weight = wrapped
         before = [dict(vars(one)) for one in model.modules()]
-        with pytest.raises(ValueError, match=rf"{unit}.*of class {kind.__name__}"):
+        with pytest.raises(
+            ValueError, match=rf"{unit}.*of class {kind.__name__}.*(of its own|no subclass)"
+        ):
             torch_offload.offload(model, HOST)
         assert [dict(vars(one)) for one in model.modules()] == before
         assert module.weight is wrapped
+
+
+class _Named(nn.Parameter):
+    """Ordinary: what some loaders make to keep notes beside a weight."""
+
+    def __new__(cls, data: torch.Tensor, note: str) -> _Named:
+        made: _Named = super().__new__(cls, data, requires_grad=False)
+        made.note = note
+        return made
+
+    def __repr__(self) -> str:
+        return f"{self.note}: {super().__repr__()}"
+
+    def shout(self) -> str:
+        return self.note.upper()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"granularity": "module"}, {"transport": "packed", "masters": "packed"}],
+    ids=str,
+)
+def test_ordinary_subclass_of_parameters_streams(
+    device: torch.device, options: dict[str, Any]
+) -> None:
+    model = tiny_llama(hidden_size=256, intermediate_size=512).bfloat16()
+    plain = plain_on(model, device)
+    ids = tokens(device)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.weight = _Named(module.weight.detach(), f"weight of {name}")
+    before = dict(model.named_parameters())
+    with streamed(model, device, **options) as handle:
+        named = {
+            n
+            for unit in handle.units
+            for n in unit.parameters
+            if type(before[n]) is not nn.Parameter
+        }
+        assert "model.layers.1.mlp.up_proj.weight" in named
+        if handle.config.granularity == "module":
+            model(ids)  # cuts the leaves
+        assert_streams_like_plain(model, plain, handle, lambda m: m(ids).logits)
+        for one in (model, plain):
+            with torch.no_grad():
+                one.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, plain(ids).logits)
+        for name, parameter in model.named_parameters():
+            assert parameter is before[name]
+            assert (
+                not name.endswith("proj.weight")
+                or parameter.shout() == f"WEIGHT OF {name[:-7].upper()}"
+            )
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name]
+        assert type(parameter) is (
+            _Named if name.endswith(("proj.weight", "head.weight")) else nn.Parameter
+        )
+    assert repr(model.model.layers[1].mlp.up_proj.weight).startswith("weight of model.layers.1")
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "torchao"])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import torch_offload
 from tests.python import expect
@@ -144,7 +145,10 @@ def test_conversion_from_outside_says_what_has_been_converted(
         before = expect.snapshot(model)
         first, last = nn.Linear(2, 2), nn.Linear(2, 2)
         weights = [first.weight.data, last.weight.data]
-        with pytest.raises(StateError, match=r"before it.*has been converted by now; call handle"):
+        with pytest.raises(
+            StateError,
+            match=r"before it.*has been converted by now; call handle.*of the Stack inside",
+        ):
             convert(nn.Sequential(first, model, last))
         assert first.weight.data_ptr() != weights[0].data_ptr()
         assert last.weight.data_ptr() == weights[1].data_ptr()
@@ -152,6 +156,54 @@ def test_conversion_from_outside_says_what_has_been_converted(
         assert_streams_like_plain(model, plain, handle, lambda m: m(x))
         with pytest.raises(StateError, match=r"no single place to convert; call handle"):
             model.half()
+
+
+def test_handle_is_found_from_a_module_around_the_model(device: torch.device) -> None:
+    model, other = tiny_stack(), tiny_stack()
+    around = nn.ModuleDict({"first": nn.Sequential(model), "second": other, "again": model})
+    assert torch_offload.handle_of(around) is None
+    with streamed(model, device) as handle:
+        for module in (model, around, around.first):
+            assert torch_offload.handle_of(module) is handle
+        for module in (other, model.blocks, model.blocks[1].mlp):
+            assert torch_offload.handle_of(module) is None
+        with streamed(other, device) as second:
+            with pytest.raises(ValueError, match=r"ModuleDict, got 2: 'first\.0', 'second'; ask"):
+                torch_offload.handle_of(around)
+            assert torch_offload.handle_of(around.second) is second
+            assert torch_offload.handle_of(around.first) is handle
+        with pytest.raises(StateError, match=r"'first\.0' of it is offloaded already"):
+            torch_offload.offload(around, device)
+        with pytest.raises(StateError, match=r"which torch_offload\.handle_of\(\) finds"):
+            around.half()
+        found = torch_offload.handle_of(around)
+        assert found is not None
+        found.remove()
+        assert torch_offload.handle_of(around) is None
+        around.half()
+
+
+class _Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 2
+
+
+@pytest.mark.parametrize("where", ["blocks.1.mlp", "blocks.2.attn"])
+def test_parametrization_after_offload_fails_by_name(device: torch.device, where: str) -> None:
+    model = tiny_stack()
+    plain = plain_on(model, device)
+    x = rows(device)
+    with streamed(model, device) as handle, torch.no_grad():
+        module = model.get_submodule(where)
+        module.register_parameter("scale", nn.Parameter(torch.ones(1)))
+        parametrize.register_parametrization(module, "scale", _Doubled())
+        with pytest.raises(
+            StateError, match=r"a parametrization .*parametrize before offload"
+        ) as caught:
+            model(x)
+        assert "FSDP" not in str(caught.value)
+        handle.remove()
+        assert torch.equal(model(x.cpu()), plain.cpu()(x.cpu()))
 
 
 def test_saving_a_whole_model_says_what_became_of_the_file(tmp_path: Path) -> None:

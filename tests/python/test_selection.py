@@ -120,4 +120,16 @@ def test_nothing_found_lists_what_was_seen_and_what_would_do() -> None:
 
 def test_model_without_parts_fails() -> None:
     with pytest.raises(ValueError, match="nothing to stream"):
-        find_units(nn.Linear(4, 4))
+        find_units(nn.Linear(4, 4, bias=False))
+
+
+def test_model_that_is_one_module_says_what_would_do() -> None:
+    for model, streamed in (
+        (nn.LSTM(8, 8), "1,280 of its 2,304"),
+        (nn.Linear(4, 4), "16 of its 80"),
+    ):
+        message = rf"units=\[model\] streams it as one unit, {streamed} bytes"
+        with pytest.raises(ValueError, match=message):
+            find_units(model)
+        (unit,) = find_units(model, units=[model])
+        assert f"{unit.num_bytes:,} of" in message
