@@ -21,6 +21,7 @@ from torch_offload.budget import AUTO
 from torch_offload.config import Config
 from torch_offload.debugging import LOGGER
 from torch_offload.memory import Memory
+from torch_offload.packing_watch import PackingWatch
 from torch_offload.sizes import format_size
 
 # A budget that differs by less than this part moves nothing.
@@ -47,6 +48,7 @@ class Adaptation:
         weights_bytes: What weights take on the device now.
         shrink: Gives back all resident units of a model; returns how many bytes.
         grow: Plans a model anew for a budget.
+        packing_watch: Asked after each of these calls.
     """
 
     def __init__(
@@ -57,12 +59,14 @@ class Adaptation:
         weights_bytes: Callable[[], int],
         shrink: Callable[[nn.Module], int],
         grow: Callable[[nn.Module, int], None],
+        packing_watch: PackingWatch,
     ) -> None:
         self._model = weakref.ref(model)
         self._memory = memory
         self._weights_bytes = weakref.WeakMethod(weights_bytes)
         self._shrink = weakref.WeakMethod(shrink)
         self._grow = weakref.WeakMethod(grow)
+        self._packing_watch = packing_watch
         self._needs: dict[int, int] = {}  # by class of tokens: bytes beside the weights
         self._allocated_before = 0
         self._measured: int | None = None  # the class of the running forward, if it is the first
@@ -108,6 +112,7 @@ class Adaptation:
 
     def after(self) -> None:
         """Called when an outermost call has returned."""
+        self._packing_watch.tell()
         kind, self._measured = self._measured, None
         if kind is None or self._memory is None:
             return

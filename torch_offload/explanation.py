@@ -83,6 +83,8 @@ class Explanation:
         alternatives: Rules and how much slower the best plan by them would be, as a share.
         gap: By which share a plan that the search has not tried could be faster, at the most.
         packing_basis: At which rates it was chosen what is packed; "" where nothing was.
+        no_longer_packed: Units that were to be packed and are raw, since they were edited.
+        host_bytes: Page-locked memory that is in use now.
         other_transport: What another `transport` would come to.
     """
 
@@ -102,6 +104,8 @@ class Explanation:
     alternatives: tuple[tuple[str, float], ...]
     gap: float
     packing_basis: str
+    no_longer_packed: tuple[str, ...]
+    host_bytes: int
     other_transport: OtherTransport | None
 
     @property
@@ -132,11 +136,13 @@ class Explanation:
             ],
             "gap": self.gap,
             "packing_basis": self.packing_basis,
+            "no_longer_packed": list(self.no_longer_packed),
             "other_transport": None
             if self.other_transport is None
             else asdict(self.other_transport),
             **self.prediction.to_json(),
             "device_bytes": self.device_bytes,
+            "host_bytes": self.host_bytes,
             "outside_bytes": self.outside_bytes,
         }
 
@@ -175,7 +181,7 @@ class Explanation:
                 (
                     f"with {other.transport!r}",
                     f"{other.forward_ms:,.2f} ms ({100 * difference:+.1f} %), page-locked host "
-                    f"memory {format_size(other.host_bytes)}, not {format_size(found.host_bytes)}; "
+                    f"memory {format_size(other.host_bytes)}, not {format_size(self.host_bytes)}; "
                     f"{other.basis}",
                 )
             )
@@ -217,6 +223,12 @@ class Explanation:
             yield "  staging ring", format_size(found.staging_bytes)
         if self.packing_basis:
             yield "  what is packed", f"chosen for {self.packing_basis}"
+        if self.no_longer_packed:
+            yield (
+                "  no longer packed",
+                f"{len(self.no_longer_packed)} units: edited, they take more packed than there is "
+                "room for; handle.replan() counts them anew",
+            )
 
     def _copies_row(self) -> Iterator[tuple[str, str]]:
         if self.copies:
@@ -269,6 +281,8 @@ def explain(
         ),
         gap=placed.gap,
         packing_basis=placed.packing_basis,
+        no_longer_packed=placed.no_longer_packed,
+        host_bytes=handle.stats.host_bytes,
         other_transport=_other_transport(handle, scenario, placed),
     )
 

@@ -301,7 +301,9 @@ class Handle:
     ) -> None:
         """Plans anew between two forwards: what changes its home moves, the rest stays.
 
-        The results of later forwards have the same bits. Counts of single units begin anew. An
+        The results of later forwards have the same bits. Counts of single units begin anew. What
+        units take packed is counted anew as well, so that those are packed again which an edit has
+        made raw. An
         alias that you keep of a weight which moves (`detach()`, a numpy array) is a copy from then
         on, as after `Module.to`. Blocks while weights are copied.
 
@@ -377,8 +379,9 @@ class Handle:
 
         Edits of weights between two forwards are noticed by themselves: in-place operations,
         optimizers, ``load_state_dict``, LoRA merges, replaced parameters. What may be missed is an
-        edit of a few elements of a weight through ``.data`` or numpy, which moves no counter and
-        may touch none of the 16 cache lines that are compared: call `refresh` after such an edit.
+        edit of a part of a weight, up to a sixteenth of it, through ``.data`` or numpy, which moves
+        no counter and may touch none of the 16 cache lines that are compared: call `refresh` after
+        such an edit. See Note [Edits in the dark] in docs/correctness.md.
 
         Of weights that are streamed from checkpoint files it finds every edit, exactly; they go on
         from page-locked memory of their own. For them it blocks, about 2 ms for each GiB. With

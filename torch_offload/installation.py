@@ -6,7 +6,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -26,8 +27,9 @@ from torch_offload.leaves import LeafCut
 from torch_offload.measured_times import MeasuredTimes
 from torch_offload.memory import Memory
 from torch_offload.module_tree import parameter_slots
-from torch_offload.packed_parameter import packed_class_of
+from torch_offload.packed_parameter import is_packed, packed_class_of
 from torch_offload.packing import Packing
+from torch_offload.packing_watch import PackingWatch
 from torch_offload.placed import Placed
 from torch_offload.planning import (
     Cut,
@@ -44,6 +46,9 @@ from torch_offload.structure import size_bytes
 from torch_offload.units import UnitSpec
 from torch_offload.user_warning import warn_user
 from torch_offload.wrapping import Wrapping
+
+if TYPE_CHECKING:
+    from torch_offload.packed_cache import Keeping, PackedCache
 
 _MEMORY_ERRORS = (MemoryError, torch.OutOfMemoryError)
 # Smaller weights that stay on the device are not worth locking pages of a file for.
@@ -136,6 +141,7 @@ class _Installation:
         self._memory = memory
         self._packing = packing
         self._times: MeasuredTimes | None = None  # of the last profile
+        self._packed_cache = _cache_in(config.packed_cache)
         self._cut = KeptCut.of(cut)
         self.placed = Placed.of(planned)
         self._residents = ResidentMove(device)
@@ -168,8 +174,15 @@ class _Installation:
             for table in cut.outsiders.tables
             if (view := files.view_of(table.weight)) is not None
         }
+        self._packing_watch = PackingWatch(self._engine, self.placed)
         self._adaptation = Adaptation(
-            model, memory, config, self._weights_bytes, self._shrink, self._grow
+            model,
+            memory,
+            config,
+            self._weights_bytes,
+            self._shrink,
+            self._grow,
+            self._packing_watch,
         )
         self.wrapping = Wrapping(
             self._engine,
@@ -215,7 +228,7 @@ class _Installation:
             except MemoryError as error:
                 raise FilesNotLockedError(str(error)) from error
         self._engine.unlock_residents()
-        self._pack(planned, self._packing.take_counts(self._positions))
+        self._pack(planned, self._packing.take_counts(self._positions), keeps="all")
 
     def _move_streamed(self, planned: Planned, progress: Progress) -> None:
         """Tables to the host, streamed weights into their masters."""
@@ -229,24 +242,28 @@ class _Installation:
             self._engine.move_in(index)
             progress.advance(spec.num_bytes)
 
-    def _pack(self, planned: Planned | Placed, counts: Sequence[torch.Tensor | None] = ()) -> None:
+    def _pack(
+        self,
+        planned: Planned | Placed,
+        counts: Sequence[torch.Tensor | None] = (),
+        *,
+        keeps: Keeping = "nothing",
+    ) -> None:
         """Packs what this plan, which the engine has, wants packed.
 
         Args:
             planned: It.
             counts: Of parameters that have not changed since, by position.
+            keeps: What may be written to the cache.
         """
         is_raw = all(way == "raw" for way in planned.plan.transports)
         if is_raw and self.config.masters == "plain":
             return
         most_bytes = planned.packable.packed_bytes
-        if self.config.packed_cache is None:
+        if self._packed_cache is None:
             self._engine.pack(most_bytes, counts)
         else:
-            # Imported here, as only the cache needs safetensors.
-            from torch_offload.packed_cache import PackedCache
-
-            PackedCache(self.config.packed_cache).pack(self._engine, most_bytes, counts)
+            self._packed_cache.pack(self._engine, most_bytes, counts, keeps=keeps)
 
     def commit(self, model: nn.Module) -> Handle:
         """Lets go of the former weights and returns the handle, which the model keeps."""
@@ -294,14 +311,27 @@ class _Installation:
 
     # --- other plans -------------------------------------------------------------------------
 
+    @_at_rest("replan()")
     def replan(self, model: nn.Module, config: Config, times: MeasuredTimes | None) -> None:
         """Goes on with other options for budget and depth; see `Handle.replan`."""
         cut = self._cut.find(model)
+        specs = (*cut.specs, *cut.outsiders.heads)
+        self._packing.count_anew(specs, self._blob_bytes(specs))
         planned = plan_cut(cut, config, self._budget(config), self._packing, times)
         self._apply(model, planned)
         self.config = config
         self._times = times
         self._adaptation.configure(config)
+        self._packing_watch.begin_anew()
+
+    def _blob_bytes(self, specs: Sequence[UnitSpec]) -> dict[str, int]:
+        """Of the units, in the engine's order, whose weights are nowhere but in their blob."""
+        return {
+            spec.name: blob.nbytes
+            for index, spec in enumerate(specs)
+            if all(is_packed(parameter) for _, parameter in spec.parameters)
+            and (blob := self._engine.packed_blob(index)) is not None
+        }
 
     def note_times(self, times: MeasuredTimes) -> None:
         """Lets later plans go by what forwards were measured to take."""
@@ -353,7 +383,14 @@ class _Installation:
         return before - self._weights_bytes()
 
     @_at_rest("replan()")
-    def _apply(self, model: nn.Module, planned: Planned, *, may_be_raw: bool = False) -> None:
+    def _apply(
+        self,
+        model: nn.Module,
+        planned: Planned,
+        *,
+        may_be_raw: bool = False,
+        keeps: Keeping = "nothing",
+    ) -> None:
         """Moves what changes its home, and nothing else. Blocks until that is done.
 
         Args:
@@ -361,6 +398,7 @@ class _Installation:
             planned: How it is to lie.
             may_be_raw: Whether units may travel raw, with a warning, where the memory to pack them
                 is missing.
+            keeps: What may be written to the cache.
 
         Raises:
             MemoryError: If host or device memory is missing; all is then as it was.
@@ -387,7 +425,7 @@ class _Installation:
                 )
             moved = self._engine.recut(planned.plan, self._ranges(placed.parameters))
             moves[1].move(table.weight for table in to_device)
-            self._pack_again(planned, *_MEMORY_ERRORS if may_be_raw else ())
+            self._pack_again(planned, *_MEMORY_ERRORS if may_be_raw else (), keeps=keeps)
             bytes_resident = self.bytes_resident + moved
             bytes_resident -= sum(table.size_bytes for table in to_host)
             bytes_resident += sum(table.size_bytes for table in to_device)
@@ -410,6 +448,7 @@ class _Installation:
         def adopt() -> None:
             self.bytes_resident, self._former_devices = bytes_resident, former_devices
             self.placed = placed
+            self._packing_watch.follow(placed)
             self.wrapping.unwrap(model)
             self.wrapping.wrap(model, planned)
 
@@ -427,10 +466,12 @@ class _Installation:
         names, former_names = ([unit.name for unit in one.units] for one in (now, plan))
         return (now.places, now.transports, names) == (plan.places, plan.transports, former_names)
 
-    def _pack_again(self, planned: Planned | Placed, *bearable: type[Exception]) -> None:
+    def _pack_again(
+        self, planned: Planned | Placed, *bearable: type[Exception], keeps: Keeping = "nothing"
+    ) -> None:
         """Packs the units of another plan. After an error that can be borne a warning says so."""
         try:
-            self._pack(planned)
+            self._pack(planned, keeps=keeps)
         except bearable as error:
             what_follows = (
                 "the units travel raw"
@@ -457,7 +498,7 @@ class _Installation:
                 planned = plan_in_window(cut, self.config, window_bytes, self._packing)
             else:
                 planned = self._plan(cut, budget)
-            self._apply(model, planned, may_be_raw=True)
+            self._apply(model, planned, may_be_raw=True, keeps="missing")
         except (ValueError, *_MEMORY_ERRORS) as error:
             warn_user(
                 "the units stay as they are, as there is no room for the small "
@@ -466,6 +507,15 @@ class _Installation:
             )
             return
         self._cut = KeptCut.of(cut)
+
+
+def _cache_in(folder: str | Path | None) -> PackedCache | None:
+    if folder is None:
+        return None
+    # Imported here, as only the cache needs safetensors.
+    from torch_offload.packed_cache import PackedCache
+
+    return PackedCache(folder)
 
 
 def _shown_again(view: _C.FileView | None, tensor: torch.Tensor) -> torch.Tensor | None:

@@ -9,6 +9,11 @@ made since. It is a check against damage and mistakes, not against somebody who 
 All that the file says is covered by a seal (SHA-256 of its metadata), which names each blob's own
 checksum. So a blob can be neither damaged nor mistaken for another one without being noticed, and
 what is noticed is packed anew.
+
+Note [When the cache is written]: where a model is offloaded, for the weights are then those that
+the next run begins with. A later plan may be of edited ones, merged or trained: it takes what fits
+and leaves the file alone. Leaves, which are known only after the first forward, are added, but take
+no other weights' place.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Literal
 
 import torch
 
@@ -40,6 +46,7 @@ except ImportError as error:
         "expected safetensors for packed_cache, got none; pip install safetensors"
     ) from error
 
+Keeping = Literal["all", "missing", "nothing"]
 _FORMAT = "torch_offload packed units"
 # Of the metadata; blobs have a version of their own.
 _VERSION = 1
@@ -104,19 +111,30 @@ class PackedCache:
     """The folder that keeps packed units of one model."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        # Once: another plan may be made in another current folder.
+        self.folder = Path(os.path.expanduser(folder)).absolute()
 
     def pack(
         self,
         engine: _C.Engine,
         most_bytes: Sequence[int],
         counts: Sequence[torch.Tensor | None] = (),
+        *,
+        keeps: Keeping = "all",
     ) -> None:
         """As ``engine.pack``, with kept blobs where they are those of the masters.
 
         Whatever is wrong with the file or its folder is told in one warning, and packed anew.
 
         Blocks while weights are read once, and what has to be packed is packed and written.
+
+        Args:
+            engine: Whose masters hold the weights.
+            most_bytes: As ``engine.pack``.
+            counts: Likewise.
+            keeps: What may be written, see Note [When the cache is written]: ``"all"`` that had to
+                be packed; ``"missing"``, only where it takes the place of no other weights;
+                ``"nothing"``, and then nothing is warned of.
         """
         plan = engine.plan
         units = {
@@ -148,6 +166,9 @@ class PackedCache:
             )
         if taken.issuperset(packed):
             LOGGER.info("%d packed units taken from %s", len(taken), path)
+            return
+        if keeps == "nothing" or (keeps == "missing" and stale):
+            LOGGER.info("%d packed units taken from %s, the others packed", len(taken), path)
             return
         blobs = {i: blob for i in packed if (blob := engine.packed_blob(i)) is not None}
         tensors = {units[i]: blob for i, blob in blobs.items()}
@@ -192,6 +213,8 @@ def _checksum_in(blob: torch.Tensor) -> str:
 def _opened(path: Path) -> tuple[_Kept, str]:
     """The file, or nothing and why it is of no use; neither where there is none yet."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe waits for whoever writes to it
+            raise _UnusableError("that is no regular file")
         with safe_open(path, framework="pt") as opened:
             entries = _entries_of(opened.metadata() or {})
         return _Kept(_C.FileMapping(str(path)), read_header(path), entries), ""

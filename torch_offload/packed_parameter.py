@@ -11,11 +11,13 @@ one, and it unpacks itself for whoever needs its values:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from torch_offload import _C
@@ -42,6 +44,26 @@ class PackedParameter:
         shown = unpacked(self).requires_grad_(self.requires_grad)
         shown.__class__ = type(self).__mro__[2]  # beside this one, see packed_class_of
         return repr(shown)
+
+    def detach(self: Any) -> torch.Tensor:
+        """As of any tensor: an alias, so that the parameter is unpacked.
+
+        ``nn.Parameter(weight)`` takes what is of another class than Parameter for a tensor of a
+        kind of its own, and wants this to be of the same kind: it gets a Parameter, as it would
+        have made of the plain one.
+        """
+        plain = unpack(self)
+        asker = sys._getframe(1)
+        if asker.f_code is not nn.Parameter.__new__.__code__:
+            return plain.detach()
+        wanted = asker.f_locals["cls"]
+        if wanted is not type(plain):
+            raise TypeError(
+                f"expected {type(plain).__name__} to be made of a weight whose master is packed, "
+                f"got {wanted.__name__}; write {wanted.__name__}(weight.data)"
+            )
+        alias: torch.Tensor = torch.Tensor._make_subclass(wanted, plain)
+        return alias
 
     @property
     def data(self) -> torch.Tensor:

@@ -80,7 +80,7 @@ class Packing:
     """How the units of one model may travel, and what they take packed.
 
     Each weight is read once, and its counts are kept for whoever packs it: weights that are edited
-    later may come to more, and travel raw then.
+    later may come to more, and travel raw until `count_anew`.
 
     Args:
         transport: As in `offload`.
@@ -117,6 +117,32 @@ class Packing:
         packed_bytes = [self._packed_bytes(spec) for spec in specs]
         return self.rates.packable(self.transport, packed_bytes)
 
+    def count_anew(self, specs: Sequence[UnitSpec], blob_bytes: Mapping[str, int]) -> None:
+        """Forgets what units took before weights were edited. Blocks while weights are read.
+
+        Args:
+            specs: All units.
+            blob_bytes: Of those whose weights are nowhere but in their blob, by name: they are not
+                read.
+        """
+        if self.transport == "raw":
+            return
+        former = dict(self._known)
+        self._known.clear()
+        self._counts.clear()
+        for spec in specs:
+            key = _key_of(spec)
+            tensors = [parameter for _, parameter in spec.parameters]
+            try:
+                if spec.name in blob_bytes:
+                    room = _C.packed_room_bytes(blob_bytes[spec.name])
+                    self._known[key] = _where_it_pays(room, tensors)
+                else:
+                    self._known[key] = packed_bytes_of(spec.parameters, {})
+            except torch.OutOfMemoryError:  # weights are counted on the device that they lie on
+                if key in former:
+                    self._known[key] = former[key]
+
     def take_counts(self, positions: Mapping[str, int]) -> list[torch.Tensor | None]:
         """What was counted, by the position of each parameter, for weights that are unchanged.
 
@@ -130,10 +156,14 @@ class Packing:
         return taken
 
     def _packed_bytes(self, spec: UnitSpec) -> int:
-        key = tuple(name for name, _ in spec.parameters)
+        key = _key_of(spec)
         if key not in self._known:
             self._known[key] = packed_bytes_of(spec.parameters, self._counts)
         return self._known[key]
+
+
+def _key_of(spec: UnitSpec) -> tuple[str, ...]:
+    return tuple(name for name, _ in spec.parameters)
 
 
 def packed_bytes_of(

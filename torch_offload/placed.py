@@ -25,6 +25,7 @@ class Placed:
         gap: By which part one that was not tried could be faster, at the most.
         packable: What was known of packing the units.
         packing_basis: Where that is from; see `Planned`.
+        planned_transports: How each unit was to travel, whatever the plan has come to since.
         packed_estimates: What each unit would come to packed, by its types and sizes; 0 where that
             would not pay.
     """
@@ -39,6 +40,7 @@ class Placed:
     gap: float
     packable: Packable
     packing_basis: str
+    planned_transports: tuple[str, ...]
     packed_estimates: tuple[int, ...]
 
     @staticmethod
@@ -56,8 +58,15 @@ class Placed:
             choice.gap if choice else 0.0,
             planned.packable,
             planned.packing_basis,
+            tuple(planned.plan.transports),
             tuple(estimated_bytes([p for _, p in spec.parameters]) for spec in planned.specs),
         )
+
+    @property
+    def no_longer_packed(self) -> tuple[str, ...]:
+        """Units that were to be packed and are raw: edited, they take more than there is room."""
+        ways = zip(self.plan.units, self.planned_transports, self.plan.transports, strict=True)
+        return tuple(unit.name for unit, was, now in ways if was != "raw" and now == "raw")
 
     def is_like(self, other: Placed) -> bool:
         """Whether every weight is where it is in the other, and travels as it does there."""

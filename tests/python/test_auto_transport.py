@@ -130,7 +130,7 @@ def test_weights_that_pack_worse_once_they_are_edited_keep_the_budget() -> None:
         with torch.no_grad():
             for name in names:
                 _many_exponents(model.get_parameter(name))
-        # Another plan packs anew, by what the unit was measured to take before.
+        # Another plan packs anew, by what the unit takes by now.
         for share in (0.8, 0.75):
             handle.replan(gpu_budget=int(share * weights_bytes(model)))
             twin = deep_llama()

@@ -235,7 +235,7 @@ def test_units_that_are_as_they_were_are_taken_beside_stale_ones(tmp_path: Path)
         patch.setattr(
             packed_cache.PackedCache,
             "pack",
-            lambda self, engine, *args: keep(self, Spy(engine), *args),
+            lambda self, engine, *args, **options: keep(self, Spy(engine), *args, **options),
         )
         with pytest.warns(RuntimeWarning, match=_ANEW):
             offload(model, HOST, transport="packed", packed_cache=tmp_path)
@@ -272,6 +272,80 @@ def test_checkpoint_of_the_same_size_and_date_is_noticed(tmp_path: Path) -> None
         model = load(AutoModelForCausalLM, tmp_path, HOST, **options)
     plain = load_plain(AutoModelForCausalLM, tmp_path, HOST, dtype=torch.bfloat16)
     assert_equal(run(model), run(plain))
+
+
+# --- later plans ---------------------------------------------------------------------------------
+
+
+def run_of_twin(model: nn.Module) -> torch.Tensor:
+    twin = llama()
+    twin.load_state_dict(model.state_dict())
+    return run(twin)
+
+
+def test_replan_of_edited_weights_leaves_the_file_to_those_of_the_checkpoint(
+    runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = llama()
+    runs(model, tmp_path)
+    before = only_file(tmp_path).read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        edited = llama()
+        with offload(edited, HOST, transport="packed", packed_cache=tmp_path) as handle:
+            with torch.no_grad():
+                edited.model.layers[1].mlp.up_proj.weight.add_(0.001)
+            expected = run_of_twin(edited)
+            caplog.clear()
+            handle.replan(gpu_budget=None, depth="1GiB")
+            assert "5 packed units taken" in caplog.text
+            assert_equal(run(edited), expected)
+    assert only_file(tmp_path).read_bytes() == before
+    assert runs(model, tmp_path) == 6
+
+
+def test_leaves_of_edited_weights_take_no_others_place(runs: Runs, tmp_path: Path) -> None:
+    model = llama()
+    runs(model, tmp_path, granularity="module")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(before) == 2
+    edited = llama()
+    options: dict[str, Any] = {"transport": "packed", "granularity": "module"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with offload(edited, HOST, packed_cache=tmp_path, **options) as handle:
+            with torch.no_grad():
+                edited.model.layers[1].mlp.up_proj.weight.add_(0.001)
+            expected = run_of_twin(edited)
+            assert_equal(run(edited), expected)
+            assert_equal(run(edited), expected)
+            assert len(handle.units) > 6
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_relative_folder_stays_where_it_was_at_offload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "torch_offload")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = llama()
+    with offload(model, HOST, transport="packed", packed_cache="kept") as handle:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        caplog.clear()
+        handle.replan(gpu_budget=None, depth="1GiB")
+        assert f"6 packed units taken from {tmp_path / 'kept'}" in caplog.text
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with offload(llama(), HOST, transport="packed", packed_cache="~/kept"):
+        pass
+    only_file(tmp_path / "home" / "kept")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 # --- what is damaged -----------------------------------------------------------------------------
@@ -366,6 +440,12 @@ def _folder(file: Path) -> None:
     (file / "inside").touch()
 
 
+def _pipe(file: Path) -> None:
+    """To open it would wait for a writer, for good."""
+    file.unlink()
+    os.mkfifo(file)
+
+
 _DAMAGES = [
     _cut,
     _cut_in_the_header,
@@ -380,6 +460,7 @@ _DAMAGES = [
     _of_another_type,
     _without_a_blob,
     _folder,
+    _pipe,
 ]
 
 

@@ -276,6 +276,9 @@ ALIASES: dict[str, Callable[[nn.Parameter], Any]] = {
     "deepcopy": lambda w: copy.deepcopy(w),
     "pickle": lambda w: pickle.loads(pickle.dumps(w)),
     "dlpack": lambda w: torch.from_dlpack(w.detach()),
+    "parameter": lambda w: nn.Parameter(w),
+    "frozen parameter": lambda w: nn.Parameter(w, requires_grad=False),
+    "buffer": lambda w: nn.Buffer(w),
 }
 
 
@@ -344,6 +347,64 @@ def test_alias_gives_the_weights_and_is_packed_again_when_it_is_gone(read: str) 
         del got
         assert_equal(run(model), expected)
         assert_packed(handle)
+
+
+def test_parameter_made_of_a_weight_is_an_alias_of_it() -> None:
+    model = llama()
+    with packed(model):
+        weight = model.model.layers[1].mlp.up_proj.weight
+        made = nn.Parameter(weight)
+        assert made.is_leaf
+        assert made.requires_grad
+        assert made.data_ptr() == weight.data_ptr()
+        assert type(copy.deepcopy(made)) is nn.Parameter
+        with torch.no_grad():
+            made.mul_(2)
+        assert_equal(run(model), expected_now(model))
+
+
+class _OwnParameter(nn.Parameter):
+    pass
+
+
+REFUSED: dict[str, tuple[Callable[[torch.Tensor], Any], type[Exception]]] = {
+    "make_subclass": (lambda w: torch.Tensor._make_subclass(nn.Parameter, w), RuntimeError),
+    "subclass": (lambda w: _OwnParameter(w), TypeError),
+}
+
+
+@pytest.mark.parametrize("make", REFUSED)
+def test_parameter_that_cannot_be_made_of_a_weight_is_made_of_its_data(make: str) -> None:
+    model = llama()
+    expected = run(model)
+    plain = llama().model.layers[1].mlp.up_proj.weight
+    function, error = REFUSED[make]
+    with packed(model) as handle:
+        weight = model.model.layers[1].mlp.up_proj.weight
+        with pytest.raises(error):
+            function(weight)
+        handle.refresh()
+        assert_packed(handle)
+        got = function(weight.data)
+        assert type(got) is type(function(plain.data))
+        assert torch.equal(got, plain)
+        assert_equal(run(model), expected)
+
+
+def test_data_that_is_a_weight_without_memory_fails_at_its_use() -> None:
+    model = llama()
+    expected = run(model)
+    plain = llama().model.layers[1].mlp.up_proj.weight
+    with packed(model) as handle:
+        weight = model.model.layers[1].mlp.up_proj.weight
+        other = nn.Parameter(torch.zeros_like(plain))
+        other.data = weight
+        with pytest.raises(RuntimeError, match=r"masters='plain'"):
+            other.sum()
+        assert_packed(handle)
+        other.data = weight.data
+        assert torch.equal(other, plain)
+        assert_equal(run(model), expected)
 
 
 def test_tensor_without_memory_gives_no_null_pointer() -> None:
@@ -495,6 +556,7 @@ EDITS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*travel raw from now on:UserWarning")
 @pytest.mark.parametrize("depth", [0, "1GiB"])
 @pytest.mark.parametrize("edit", EDITS)
 def test_edit_between_forwards_is_seen(edit: Callable[[nn.Parameter], None], depth: Any) -> None:
@@ -525,6 +587,7 @@ def test_edit_between_forwards_is_seen(edit: Callable[[nn.Parameter], None], dep
     assert torch.equal(weight, edited)
 
 
+@pytest.mark.filterwarnings("ignore:.*travel raw from now on:UserWarning")
 def test_unit_that_came_to_be_plain_is_edited_as_any() -> None:
     model = llama()
     with packed(model) as handle:
@@ -805,6 +868,7 @@ def test_packed_and_resident_forward_is_equal_and_copies_nothing(
     assert_equal(run(model), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*travel raw from now on:UserWarning")
 @pytest.mark.parametrize("edit", EDITS)
 def test_edit_of_a_unit_that_stays_packed_is_seen(edit: Callable[[nn.Parameter], None]) -> None:
     model = llama()

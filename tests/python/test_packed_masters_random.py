@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -158,6 +159,7 @@ ACTIONS: dict[str, Callable[[_Twins, str], None]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*travel raw from now on:UserWarning")
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     steps=st.lists(

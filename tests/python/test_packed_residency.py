@@ -245,6 +245,7 @@ def test_budget_below_the_packed_weights_fails_and_names_the_least() -> None:
 # --- edits ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*travel raw from now on:UserWarning")
 @pytest.mark.parametrize("edit", [_in_place, _by_data, _by_data_replaced, _beyond_packing])
 def test_edit_between_forwards_is_seen(edit: Callable[[nn.Parameter], None]) -> None:
     model = llama()

@@ -139,6 +139,7 @@ def _beyond_packing(weight: nn.Parameter) -> None:
         _many_exponents(weight)
 
 
+@pytest.mark.filterwarnings("ignore:.*travel raw from now on:UserWarning")
 @pytest.mark.parametrize("depth", [None, "1GiB"])
 @pytest.mark.parametrize("edit", [_in_place, _by_data, _by_data_replaced, _beyond_packing])
 def test_edit_between_forwards_is_seen(

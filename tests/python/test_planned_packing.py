@@ -228,6 +228,48 @@ def test_each_unit_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ways.packable(cut.specs) == first
 
 
+def test_edited_units_are_counted_anew_when_that_is_asked_for() -> None:
+    cut, ways = _llama_cut(), Packing("auto")
+    first = ways.packable(cut.specs).packed_bytes
+    with torch.no_grad():
+        weight = cut.specs[1].parameters[0][1]
+        weight.mul_(torch.exp2(torch.randint(-6, 6, weight.shape)))
+    assert ways.packable(cut.specs).packed_bytes == first
+    ways.count_anew(cut.specs, {})
+    second = ways.packable(cut.specs).packed_bytes
+    assert second == Packing("auto").packable(cut.specs).packed_bytes
+    assert [index for index, size in enumerate(second) if size != first[index]] == [1]
+    assert ways.take_counts({name: 0 for name, _ in cut.specs[1].parameters}) == [None] * 3
+
+
+def test_unit_whose_weights_are_in_its_blob_alone_is_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cut, ways = _CUT(), Packing("auto")
+    ways.packable(cut.specs)
+    monkeypatch.setattr(packing, "packed_bytes_of", lambda *_: pytest.fail("read"))
+    units = cut.units[: len(cut.specs)]
+    sizes = {spec.name: u.size_bytes // 2 for spec, u in zip(cut.specs, units, strict=True)}
+    sizes[cut.specs[0].name] = units[0].size_bytes
+    ways.count_anew(cut.specs, sizes)
+    found = ways.packable(cut.specs).packed_bytes
+    assert found[0] == 0, "it would not pay"
+    assert list(found[1:]) == [_C.packed_room_bytes(u.size_bytes // 2) for u in units[1:]]
+
+
+def test_weights_that_no_memory_is_left_to_count_keep_their_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> int:
+        raise torch.OutOfMemoryError
+
+    cut, ways = _CUT(), Packing("auto")
+    first = ways.packable(cut.specs)
+    monkeypatch.setattr(packing, "packed_bytes_of", fail)
+    ways.count_anew(cut.specs, {})
+    assert ways.packable(cut.specs) == first
+
+
 # --- predictions ---------------------------------------------------------------------------------
 
 _UNITS = [_C.Unit(f"{i}", 2**22, i, "ffn") for i in range(12)]
