@@ -127,21 +127,23 @@ class Packing:
         """
         if self.transport == "raw":
             return
-        former = dict(self._known)
-        self._known.clear()
-        self._counts.clear()
+        known: dict[tuple[str, ...], int] = {}
         for spec in specs:
             key = _key_of(spec)
             tensors = [parameter for _, parameter in spec.parameters]
             try:
                 if spec.name in blob_bytes:
                     room = _C.packed_room_bytes(blob_bytes[spec.name])
-                    self._known[key] = _where_it_pays(room, tensors)
+                    known[key] = _where_it_pays(room, tensors)
                 else:
-                    self._known[key] = packed_bytes_of(spec.parameters, {})
+                    known[key] = packed_bytes_of(spec.parameters, {})
             except torch.OutOfMemoryError:  # weights are counted on the device that they lie on
-                if key in former:
-                    self._known[key] = former[key]
+                if key in self._known:
+                    known[key] = self._known[key]
+        # In place, as plans in which units must be free to travel share it; see `streaming`.
+        self._known.clear()
+        self._known.update(known)
+        self._counts.clear()
 
     def take_counts(self, positions: Mapping[str, int]) -> list[torch.Tensor | None]:
         """What was counted, by the position of each parameter, for weights that are unchanged.

@@ -1080,7 +1080,8 @@ def test_replan_that_cannot_pack_again_says_why(capfd: pytest.CaptureFixture[str
         run(model)
         model.model.layers[1].mlp.up_proj.weight.data *= 2
         expected = expected_now(model)
-        with pytest.raises(RuntimeError, match="planted failure"), FailingForGood(5, RuntimeError):
+        # Behind those that count what the edited unit takes.
+        with pytest.raises(RuntimeError, match="planted failure"), FailingForGood(15, RuntimeError):
             handle.replan(gpu_budget=roomy)
         assert "they could not be packed again: RuntimeError: planted" in capfd.readouterr().err
         assert_equal(run(model), expected)
