@@ -223,6 +223,8 @@ def _opened(path: Path) -> tuple[_Kept, str]:
     except _UnusableError as error:
         return _Kept(), str(error)
     except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, ValueError) and not os.path.exists(path):
+            return _Kept(), ""  # another process has removed it meanwhile
         return _Kept(), f"it cannot be read: {error}"
 
 

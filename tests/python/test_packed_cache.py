@@ -687,6 +687,23 @@ def test_two_processes_write_at_once(runs: Runs, tmp_path: Path) -> None:
     assert runs(llama(), tmp_path) == 6
 
 
+def test_file_that_is_removed_while_it_is_opened_is_none_yet(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    runs(model, tmp_path)
+    mapped = _C.FileMapping
+
+    def removed(path: str) -> Any:
+        Path(path).unlink()
+        return mapped(path)
+
+    monkeypatch.setattr(_C, "FileMapping", removed)
+    assert runs(model, tmp_path) == 0
+    monkeypatch.undo()
+    assert runs(model, tmp_path) == 6
+
+
 def test_full_disk_is_a_warning(tmp_path: Path) -> None:
     process = _start(tmp_path, "a", "full")
     out, err = process.communicate(timeout=300)
