@@ -167,6 +167,7 @@ class _Installation:
             lock_limit_bytes=lock_limit_bytes,
             residents=list(files.views.values()),
             packed_class_of=packed_class_of if config.masters == "packed" else None,
+            tensors_of_model=partial(_tensors_of, weakref.ref(model)),
         )
         self._recorder = Recorder(self._engine)
         self._table_views = {
@@ -530,3 +531,8 @@ def _shown_again(view: _C.FileView | None, tensor: torch.Tensor) -> torch.Tensor
         torch.equal(part.cpu().view(torch.uint8), known.view(torch.uint8)) for part, known in parts
     )
     return shown if is_same else None
+
+
+def _tensors_of(model: weakref.ref[nn.Module]) -> list[torch.Tensor]:
+    alive = model()
+    return [] if alive is None else [*alive.parameters(), *alive.buffers()]

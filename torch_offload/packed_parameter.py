@@ -71,8 +71,12 @@ class PackedParameter:
         return unpack(self).data
 
     @data.setter
-    def data(self, value: torch.Tensor) -> None:
-        unpack(self).data = value
+    def data(self: Any, value: torch.Tensor) -> None:
+        if is_packed(value):  # it is to be an alias of memory
+            value = unpack(value)
+        if is_packed(self):  # else it was the value
+            unpack(self)
+        self.data = value
 
 
 def _unpacking(name: str) -> Callable[..., Any]:

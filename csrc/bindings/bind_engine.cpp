@@ -66,7 +66,8 @@ void bind_engine(py::module_& module) {
                        const std::vector<RangePair>& ranges, bool wait_for_each,
                        std::optional<std::size_t> lock_limit_bytes,
                        const std::vector<std::shared_ptr<FileView>>& residents,
-                       const std::optional<py::function>& packed_class_of) {
+                       const std::optional<py::function>& packed_class_of,
+                       const std::optional<py::function>& tensors_of_model) {
              std::vector<ParameterSpec> specs;
              for (auto& [name, parameter, slots, view] : parameters) {
                ParameterSpec& spec = specs.emplace_back();
@@ -86,13 +87,14 @@ void bind_engine(py::module_& module) {
              return std::make_shared<Engine>(
                  std::move(device), torch_device, options, std::move(specs), std::move(plan),
                  ranges_from(ranges), lock_limit_bytes.value_or(LockedFiles::kNoLimit), residents,
-                 packed_class_of ? py::object(*packed_class_of) : py::object());
+                 packed_class_of ? py::object(*packed_class_of) : py::object(),
+                 tensors_of_model ? py::object(*tensors_of_model) : py::object());
            }),
            py::arg("device"), py::arg("torch_device"), py::arg("mode"), py::arg("streams"),
            py::arg("poison_on_release"), py::arg("parameters"), py::arg("plan"), py::arg("ranges"),
            py::arg("wait_for_each") = false, py::arg("lock_limit_bytes") = py::none(),
            py::arg("residents") = std::vector<std::shared_ptr<FileView>>{},
-           py::arg("packed_class_of") = py::none())
+           py::arg("packed_class_of") = py::none(), py::arg("tensors_of_model") = py::none())
       .def("move_in", &Engine::move_in, py::arg("unit"))
       .def("copy_resident", &Engine::copy_resident, py::arg("view"), py::arg("destination"))
       .def("lock_files", &Engine::lock_files, py::arg("unit"))

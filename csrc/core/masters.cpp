@@ -62,6 +62,7 @@ Masters::Masters(const std::shared_ptr<Device>& device, std::vector<std::size_t>
     : device_(device),
       views_(std::move(views)),
       is_own_(views_.size(), 0),
+      nothing_(std::make_shared<PinnedArena>(device, std::vector<std::size_t>(views_.size(), 0))),
       arenas_(views_.size(),
               std::make_shared<PinnedArena>(device, without_views(std::move(sizes), views_),
                                             PinnedArena::kMaxChunkBytes, run_begins)),

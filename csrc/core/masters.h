@@ -44,6 +44,10 @@ class Masters {
   ///
   /// Throws: MemoryError; what is there stays.
   void reserve(std::vector<std::size_t> sizes);
+  /// Gives back the piece of a parameter whose master is elsewhere from now on. Its memory goes
+  /// with the last piece of its arena, and once no tensor shows it.
+  /// Blocking: while pages are unlocked. Lifetime: nothing may be in flight from it.
+  void release(PieceIndex index) { arenas_.at(index) = nothing_; }
   /// Page-locks the pieces of [begin, end), which are filled. Blocks. Throws: MemoryError.
   void seal(PieceIndex begin, PieceIndex end);
   bool has_view(PieceIndex index) const { return views_.at(index) != nullptr; }
@@ -81,6 +85,7 @@ class Masters {
   std::shared_ptr<Device> device_;
   std::vector<std::shared_ptr<FileView>> views_;  // by parameter; or none
   std::vector<char> is_own_;
+  std::shared_ptr<PinnedArena> nothing_;  // with an empty piece for every parameter
   // By parameter. A piece of each arena for every parameter, empty for those whose master is
   // elsewhere or that have none.
   std::vector<std::shared_ptr<PinnedArena>> arenas_;

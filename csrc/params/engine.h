@@ -48,7 +48,8 @@ class Engine : private Loader {
   /// Allocates the window, reserves the arena and prepares streams; moves no parameter.
   ///
   /// With `packed_class_of`, the Python function that gives the class of a parameter at rest,
-  /// masters are packed: see Note [Packed masters].
+  /// masters are packed: see Note [Packed masters]. `tensors_of_model` is another one, without
+  /// arguments, which lists all that the model has.
   ///
   /// Throws: ValueError for a parameter that cannot be streamed, or if `ranges` and `plan` do not
   ///         fit together; MemoryError.
@@ -57,7 +58,7 @@ class Engine : private Loader {
          const std::vector<ParameterRange>& ranges,
          std::size_t lock_limit_bytes = LockedFiles::kNoLimit,
          const std::vector<std::shared_ptr<FileView>>& residents = {},
-         pybind11::object packed_class_of = {});
+         pybind11::object packed_class_of = {}, pybind11::object tensors_of_model = {});
   ~Engine() override;
 
   /// Moves a streamed unit's parameters into their masters; units in order, each once. Those of a
@@ -275,6 +276,8 @@ class Engine : private Loader {
   void pack_masters(bool keeps_shared);
   void make_masters_ready();
   bool hold(UnitIndex unit, bool keeps_shared);
+  void show_packed(const UnitParameters& entry, bool keeps_shared);
+  std::vector<at::Tensor> our_tensors() const;
   bool adopt_blob(UnitIndex unit);
   void load_from_blob(UnitIndex unit);
   void drop_blob(UnitIndex unit);
@@ -284,6 +287,7 @@ class Engine : private Loader {
   void pack_anew(UnitIndex unit);
   void note_content(UnitParameters& entry);
   void drop_packed();
+  void drop_blobs_if_unused();
   void pack_as_before(const std::vector<Transport>& transports) noexcept;
   std::vector<UnitParameters> cut(const Plan& plan,
                                   const std::vector<ParameterRange>& ranges) const;
@@ -295,6 +299,7 @@ class Engine : private Loader {
   void release_after_failure(CallToken& token) noexcept;
   void let_go();
   void move_parameter_in(std::size_t index);
+  void look_at_found(const Plan& plan, const std::vector<ParameterRange>& ranges);
   static void adopt_at_the_end(StreamedParameter& parameter);
   bool leave_file_if_edited(std::size_t index);
   const std::vector<CopySegment>& segments_of(UnitParameters& entry);
@@ -320,6 +325,7 @@ class Engine : private Loader {
   std::vector<std::size_t> most_packed_bytes_;  // of the last pack()
   std::vector<at::Tensor> counts_;              // by parameter, during a pack() that was given any
   pybind11::object packed_class_of_;            // none: masters are plain
+  pybind11::object tensors_of_model_;           // or none
   bool are_masters_ready_ = false;              // packed, or plain, as copies need them
   std::vector<at::Tensor> offered_blobs_;       // by unit, while they are packed
   std::vector<UnitIndex> blobs_taken_;

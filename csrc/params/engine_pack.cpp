@@ -202,8 +202,19 @@ void Engine::pack_anew(UnitIndex unit) {
     std::vector<at::Tensor> unpacked;  // none: masters are plain here
     UnitPacker packer = packer_of(unit, unpacked);
     write_packed(unit, packer);
+    drop_blobs_if_unused();
   }
   note_content(units_[unit]);
+}
+
+/// Once all units have come to be raw, nothing is packed before there is another plan.
+void Engine::drop_blobs_if_unused() {
+  for (UnitIndex unit = 0; unit < units_.size(); ++unit) {
+    if (is_packed(unit)) {
+      return;
+    }
+  }
+  blobs_.reset();
 }
 
 /// All units are raw from now on. Nothing may be in flight.

@@ -16,13 +16,17 @@
 // Before a unit is used all its parameters are looked at. What is unpacked is compared with the
 // blob, all of it: if they are equal it becomes packed again, else the unit is packed anew. Where
 // somebody else still shows the unpacked memory, a parameter stays unpacked and is compared before
-// every use: an edit through that alias must not be lost.
+// every use: an edit through that alias must not be lost. Other weights of the model that lie
+// elsewhere in the same storage, as slices of one buffer do, are nobody else.
 //
 // Memory: units are packed one by one, each into an arena of its own, and the former bytes of one
 // are freed before the next is packed. So there is never more than the weights and one packed unit.
 
 #include <algorithm>
+#include <functional>
+#include <optional>
 #include <utility>
+#include <vector>
 
 #include "params/engine.h"
 
@@ -166,11 +170,53 @@ bool Engine::hold(UnitIndex unit, bool keeps_shared) {
   for (StreamedParameter& parameter : parameters_of(entry)) {
     parameter.hold_packed(blob, *offset++, packed_class_of_);
   }
-  for (StreamedParameter& parameter : parameters_of(entry)) {
-    parameter.show_packed_unless_shared(keeps_shared);
-  }
+  show_packed(entry, keeps_shared);
   entry.blob = std::move(blob);
   return true;
+}
+
+/// Lets the unit's parameters show what is packed; where `keeps_shared`, those stay unpacked whose
+/// memory somebody else shows. What they had in the arena is given back.
+void Engine::show_packed(const UnitParameters& entry, bool keeps_shared) {
+  std::optional<std::vector<at::Tensor>> ours;  // asked for where it matters
+  for (StreamedParameter& parameter : parameters_of(entry)) {
+    bool is_shared = keeps_shared && parameter.is_shared_beside({});
+    if (is_shared && parameter.is_part_of_storage()) {
+      if (!ours) {
+        ours = our_tensors();
+      }
+      is_shared = parameter.is_shared_beside(*ours);
+    }
+    if (is_shared) {
+      parameter.stay_unpacked();
+    } else {
+      parameter.show_packed();
+    }
+  }
+  const py::gil_scoped_release no_gil;
+  for (std::size_t i = entry.range.begin; i < entry.range.end; ++i) {
+    masters_->release(i);
+  }
+}
+
+/// What the model and we show, each tensor once.
+std::vector<at::Tensor> Engine::our_tensors() const {
+  std::vector<at::Tensor> ours = tensors_of_model_
+                                     ? tensors_of_model_().cast<std::vector<at::Tensor>>()
+                                     : std::vector<at::Tensor>{};
+  for (const StreamedParameter& parameter : parameters_) {
+    ours.push_back(parameter.parameter());
+    if (parameter.master().defined()) {
+      ours.push_back(parameter.master());
+    }
+  }
+  const auto impl = [](const at::Tensor& tensor) { return tensor.unsafeGetTensorImpl(); };
+  std::sort(ours.begin(), ours.end(),
+            [&](const auto& a, const auto& b) { return std::less<>()(impl(a), impl(b)); });
+  ours.erase(std::unique(ours.begin(), ours.end(),
+                         [&](const auto& a, const auto& b) { return impl(a) == impl(b); }),
+             ours.end());
+  return ours;
 }
 
 /// Whether the parameters are packed as this unit already, as they are where another plan has left
@@ -260,9 +306,7 @@ void Engine::adopt_packed_edits(UnitIndex unit) {
     }
     are_masters_ready_ = true;
   } else if (is_touched) {
-    for (StreamedParameter& parameter : parameters_of(entry)) {
-      parameter.show_packed_unless_shared(/*keeps_shared=*/true);
-    }
+    show_packed(entry, /*keeps_shared=*/true);
   }
 }
 

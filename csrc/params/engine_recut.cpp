@@ -11,8 +11,26 @@ namespace py = pybind11;
 
 namespace torch_offload {
 
+/// Refuses by name, before anything is touched, weights of another shape or dtype than those that
+/// are to move, or have moved; of residents that are to move takes strides as they are now.
+void Engine::look_at_found(const Plan& plan, const std::vector<ParameterRange>& ranges) {
+  for (const StreamedParameter& parameter : parameters_) {
+    if (parameter.is_moved_in()) {
+      parameter.check_found();
+    }
+  }
+  for (UnitIndex unit = 0; unit < std::min(ranges.size(), plan.units.size()); ++unit) {
+    for (std::size_t i = ranges[unit].begin; !plan.is_resident(unit) && i < ranges[unit].end; ++i) {
+      if (!parameters_.at(i).is_moved_in()) {
+        parameters_[i].take_found_at_home();
+      }
+    }
+  }
+}
+
 std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges) {
   const Rest rest(*this, "recut()");
+  look_at_found(plan, ranges);
   std::vector<UnitParameters> units = cut(plan, ranges);
   const std::vector<std::size_t> sizes = master_sizes(plan, ranges);
   std::vector<std::size_t> leaving;  // the device
@@ -81,6 +99,12 @@ std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges)
   for (std::size_t k = 0; k < coming.size(); ++k) {
     parameters_[coming[k]].move_out(plain[k]);
     bytes_moved += static_cast<std::int64_t>(parameters_[coming[k]].size_bytes());
+  }
+  if (packs_masters()) {  // the way back takes memory anyway, to pack
+    const py::gil_scoped_release no_gil;
+    for (const std::size_t i : coming) {
+      masters_->release(i);
+    }
   }
   for (const std::size_t i : leaving) {
     bytes_moved -= static_cast<std::int64_t>(parameters_[i].size_bytes());

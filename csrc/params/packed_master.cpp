@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <memory>
 #include <utility>
 
 #include "codec/decoder.h"
@@ -33,6 +34,20 @@ bool has_grad_accumulator(const at::Tensor& parameter) {
   const auto* const meta = static_cast<const torch::autograd::AutogradMeta*>(
       parameter.unsafeGetTensorImpl()->autograd_meta());
   return meta != nullptr && !meta->grad_accumulator_.expired();
+}
+
+/// The storage of a packed master has no memory, and keeps this: it goes by `tensor.data = weight`
+/// to tensors that know no master.
+void delete_layout(void* layout) { delete static_cast<PackedMaster::Layout*>(layout); }
+
+const PackedMaster::Layout* layout_shown_by(const at::Tensor& tensor) {
+  if (!tensor.has_storage()) {
+    return nullptr;
+  }
+  const at::DataPtr& data = tensor.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks();
+  return data.get_deleter() == &delete_layout
+             ? static_cast<const PackedMaster::Layout*>(data.get_context())
+             : nullptr;
 }
 
 }  // namespace
@@ -92,8 +107,11 @@ PackedMaster::PackedMaster(Layout layout, const at::Tensor& parameter,
   nothing_ = at::from_blob(
       nullptr, layout_.sizes, layout_.strides, [](void*) {},
       at::TensorOptions().dtype(layout_.dtype).device(at::kCPU), at::Device(at::kCPU));
+  c10::StorageImpl* const storage = nothing_.storage().unsafeGetStorageImpl();
+  storage->set_data_ptr_noswap(
+      at::DataPtr(nullptr, std::make_unique<Layout>(layout_).release(), &delete_layout, at::kCPU));
   // For whoever goes by the operators: an error, not a null pointer.
-  nothing_.storage().unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(
+  storage->release_data_and_set_meta_custom_data_ptr_error_msg_(
       "torch_offload: expected a weight with memory of its own, got one whose master is packed; "
       "read it by an operator (weight.clone()), or offload with masters='plain'");
 }
@@ -146,12 +164,22 @@ std::shared_ptr<PackedMaster> PackedMaster::shown_by(const at::Tensor& parameter
   return object.attr(kAttribute).cast<std::shared_ptr<PackedMaster>>();
 }
 
-at::Tensor PackedMaster::unpacked() const {
+void PackedMaster::give_memory(const at::Tensor& tensor) {
+  if (const std::shared_ptr<PackedMaster> master = shown_by(tensor)) {
+    master->unpack(tensor);
+  } else if (const Layout* const layout = layout_shown_by(tensor)) {
+    const c10::InferenceMode no_inference(false);
+    const c10::NoGradGuard no_grad;
+    show_data(tensor, layout->unpacked().as_strided(tensor.sizes(), tensor.strides(),
+                                                    tensor.storage_offset()));
+  }
+}
+
+at::Tensor PackedMaster::Layout::unpacked() const {
   const c10::InferenceMode no_inference(false);
-  at::Tensor plain = at::empty_strided(layout_.sizes, layout_.strides,
-                                       at::TensorOptions().dtype(layout_.dtype).device(at::kCPU));
-  layout_.blob->unpack(layout_.place_offset, layout_.size_bytes,
-                       static_cast<std::byte*>(plain.mutable_data_ptr()));
+  at::Tensor plain =
+      at::empty_strided(sizes, strides, at::TensorOptions().dtype(dtype).device(at::kCPU));
+  blob->unpack(place_offset, size_bytes, static_cast<std::byte*>(plain.mutable_data_ptr()));
   return plain;
 }
 

@@ -63,6 +63,9 @@ class PackedMaster : public std::enable_shared_from_this<PackedMaster> {
     std::vector<std::int64_t> sizes;
     std::vector<std::int64_t> strides;
     at::ScalarType dtype = at::kBFloat16;
+
+    /// The weights in ordinary memory of their own. Blocks until they are unpacked.
+    at::Tensor unpacked() const;
   };
 
   /// `packed_class_of` gives the class that a parameter of some class has at rest.
@@ -83,9 +86,13 @@ class PackedMaster : public std::enable_shared_from_this<PackedMaster> {
   bool is_shown_by(const at::Tensor& parameter) const;
   /// The master that a parameter shows; or none.
   static std::shared_ptr<PackedMaster> shown_by(const at::Tensor& parameter);
+  /// Lets a tensor that shows a packed master have those weights in memory of its own: a parameter
+  /// at rest, or any tensor that was given what one shows, by `tensor.data = weight`. Does nothing
+  /// to others. Blocks until they are unpacked.
+  static void give_memory(const at::Tensor& tensor);
 
-  /// Its weights in ordinary memory of their own. Blocks until they are unpacked.
-  at::Tensor unpacked() const;
+  /// As of its layout.
+  at::Tensor unpacked() const { return layout_.unpacked(); }
   /// Lets the parameter show them.
   void unpack(const at::Tensor& parameter);
 

@@ -16,6 +16,37 @@
 
 namespace torch_offload {
 
+namespace {
+
+/// Where a tensor's data begins, whether or not it may be read; null without any.
+const void* data_address(const at::Tensor& tensor) {
+  if (!tensor.has_storage()) {
+    return nullptr;
+  }
+  const auto* const begin = static_cast<const std::byte*>(
+      tensor.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get());
+  return begin == nullptr
+             ? nullptr
+             : begin + static_cast<std::size_t>(tensor.storage_offset()) * tensor.itemsize();
+}
+
+/// Whether a dense tensor's storage is as large as the tensor says. One that was freed by
+/// `untyped_storage().resize_(0)` is not.
+bool has_all_bytes(const at::Tensor& dense) {
+  const auto end = static_cast<std::size_t>(dense.storage_offset() + dense.numel());
+  return dense.numel() == 0 || end * dense.itemsize() <= dense.storage().nbytes();
+}
+
+/// Whether two dense tensors of one storage show a byte of it both.
+bool overlap(const at::Tensor& one, const at::Tensor& other) {
+  const auto begin = [](const at::Tensor& tensor) {
+    return static_cast<std::size_t>(tensor.storage_offset()) * tensor.itemsize();
+  };
+  return begin(one) < begin(other) + other.nbytes() && begin(other) < begin(one) + one.nbytes();
+}
+
+}  // namespace
+
 StreamedParameter::StreamedParameter(std::string name, at::Tensor parameter,
                                      std::vector<ParameterSlot> slots)
     : name_(std::move(name)),
@@ -67,6 +98,7 @@ void StreamedParameter::move_into(
     filled.copy_(parameter_);
   }
   // Only now: after a failure above there must be nothing to move out.
+  let_go_of_packed();
   owner_ = std::move(owner);
   master_ = std::move(filled);
   was_moved_in_ = true;
@@ -74,6 +106,9 @@ void StreamedParameter::move_into(
 }
 
 at::Tensor StreamedParameter::plain_copy(const at::Device& device) const {
+  if (!is_moved_in()) {
+    PackedMaster::give_memory(parameter_);
+  }
   return copy_of(is_moved_in() ? plain_bytes() : parameter_, device);
 }
 
@@ -87,11 +122,15 @@ at::Tensor StreamedParameter::copy_of(const at::Tensor& source, const at::Device
   return copy;
 }
 
-void StreamedParameter::move_out(const at::Tensor& plain) {
+void StreamedParameter::let_go_of_packed() {
   if (packed_ != nullptr) {
     packed_->take_back(parameter_);
     packed_.reset();
   }
+}
+
+void StreamedParameter::move_out(const at::Tensor& plain) {
+  let_go_of_packed();
   parameter_.set_data(plain);
   master_.reset();
   place_.reset();
@@ -150,12 +189,35 @@ const at::Tensor& StreamedParameter::found_parameter() const {
   return *found;
 }
 
+/// The parameter that is in the slots, which fits and can be read.
+at::Tensor StreamedParameter::found_with_memory() const {
+  const at::Tensor found = found_parameter();
+  PackedMaster::give_memory(found);  // a streamed weight that was put here from elsewhere
+  check_fits(found);
+  return found;
+}
+
+void StreamedParameter::check_found() const {
+  const at::Tensor& found = found_parameter();
+  if (PackedMaster::shown_by(found) == nullptr) {
+    check_fits(found);
+  }
+}
+
+void StreamedParameter::take_found_at_home() {
+  parameter_ = found_with_memory();
+  if (parameter_.strides() != at::IntArrayRef(strides_)) {
+    strides_ = parameter_.strides().vec();
+    place_.reset();
+  }
+}
+
 StreamedParameter::Edit StreamedParameter::edit_since_copy() const {
   if (is_packed()) {
     return is_packed_at_rest() ? Edit::kNone : Edit::kReplaced;
   }
   if (!found_parameter().is_same(parameter_) ||
-      parameter_.const_data_ptr() != shown_ ||  // at rest its master
+      data_address(parameter_) != shown_ ||  // at rest its master
       parameter_.scalar_type() != dtype_ || parameter_.sizes() != at::IntArrayRef(sizes_) ||
       parameter_.strides() != at::IntArrayRef(strides_)) {
     return Edit::kReplaced;
@@ -168,7 +230,8 @@ void StreamedParameter::check_fits(const at::Tensor& replacement) const {
                     replacement.sizes() == at::IntArrayRef(sizes_) &&
                     replacement.layout() == at::kStrided && !replacement.is_inference() &&
                     !replacement.unsafeGetTensorImpl()->is_python_dispatch() &&  // DTensor, torchao
-                    replacement.is_non_overlapping_and_dense();
+                    replacement.is_non_overlapping_and_dense() && replacement.has_storage() &&
+                    has_all_bytes(replacement);
   if (!fits) {
     const auto describe = [](at::ScalarType dtype, at::IntArrayRef sizes) {
       std::string listed;
@@ -177,11 +240,13 @@ void StreamedParameter::check_fits(const at::Tensor& replacement) const {
       }
       return std::string("torch.") + torch::getTHPDtype(dtype)->name + " of shape (" + listed + ")";
     };
-    throw StateError("expected parameter '" + name_ + "' to be replaced by a dense " +
-                     describe(dtype_, sizes_) + " as before, got " +
-                     describe(replacement.scalar_type(), replacement.sizes()) +
-                     (replacement.is_meta() ? " on meta" : "") +
-                     "; call handle.remove() before changing it, and offload() again afterwards");
+    throw StateError(
+        "expected parameter '" + name_ + "' to be replaced by a dense " + describe(dtype_, sizes_) +
+        " as before, got " + describe(replacement.scalar_type(), replacement.sizes()) +
+        (replacement.is_meta() ? " on meta" : "") +
+        (replacement.has_storage() && !has_all_bytes(replacement) ? " whose memory was freed"
+                                                                  : "") +
+        "; call handle.remove() before changing it, and offload() again afterwards");
   }
 }
 
@@ -190,17 +255,13 @@ void StreamedParameter::adopt_replacement() {
     take_found();
     return;
   }
-  const at::Tensor replacement = found_parameter();
-  if (const std::shared_ptr<PackedMaster> other = PackedMaster::shown_by(replacement)) {
-    other->unpack(replacement);  // as in take_found
-  }
-  check_fits(replacement);
+  const at::Tensor replacement = found_with_memory();
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
   const at::Tensor data = replacement.detach();
   const bool has_own_bytes = data.const_data_ptr() != master_.const_data_ptr();
   const bool shows_master = !parameter_.unsafeGetTensorImpl()->is_python_dispatch() &&
-                            parameter_.const_data_ptr() == master_.const_data_ptr();
+                            data_address(parameter_) == master_.const_data_ptr();
   if (has_own_bytes && !replacement.is_same(parameter_) && shows_master) {
     parameter_.set_data(master_.clone());  // whoever still holds the former object keeps its values
   }
@@ -258,11 +319,28 @@ void StreamedParameter::hold_packed(std::shared_ptr<const PackedBlob> blob,
   }
 }
 
-void StreamedParameter::show_packed_unless_shared(bool keeps_shared) {
-  // Two are ours: the parameter's own and the master's.
-  if (master_.defined() && keeps_shared && is_shown_by_others(master_.storage(), 2)) {
-    return;
+bool StreamedParameter::is_shared_beside(const std::vector<at::Tensor>& ours) const {
+  if (!master_.defined()) {
+    return false;
   }
+  const at::Storage& storage = master_.storage();
+  std::size_t num_ours = 2;  // the parameter's own and the master's
+  for (const at::Tensor& one : ours) {
+    const bool is_in_storage =
+        one.has_storage() && one.storage().unsafeGetStorageImpl() == storage.unsafeGetStorageImpl();
+    if (is_in_storage && !one.is_same(parameter_) && !one.is_same(master_) &&
+        one.is_non_overlapping_and_dense() && !overlap(one, master_)) {
+      ++num_ours;
+    }
+  }
+  return is_shown_by_others(storage, num_ours);
+}
+
+bool StreamedParameter::is_part_of_storage() const {
+  return master_.defined() && master_.storage().nbytes() > size_bytes_;
+}
+
+void StreamedParameter::show_packed() {
   master_.reset();
   owner_.reset();
   show_master();
@@ -282,11 +360,7 @@ void StreamedParameter::unpack() {
 }
 
 bool StreamedParameter::take_found() {
-  const at::Tensor found = found_parameter();
-  if (const std::shared_ptr<PackedMaster> other = PackedMaster::shown_by(found)) {
-    other->unpack(found);  // a streamed parameter that was put here from elsewhere
-  }
-  check_fits(found);
+  const at::Tensor found = found_with_memory();
   const bool is_same = found.is_same(parameter_);
   if (!is_same && packed_ != nullptr && packed_->is_shown_by(parameter_)) {
     packed_->unpack(parameter_);  // whoever still holds the former object keeps its values
@@ -305,7 +379,7 @@ bool StreamedParameter::take_found() {
 }
 
 bool StreamedParameter::was_changed_in_forward() const {
-  return version() != acquired_version_ || parameter_.const_data_ptr() != shown_;
+  return version() != acquired_version_ || data_address(parameter_) != shown_;
 }
 
 void StreamedParameter::take_sample() {

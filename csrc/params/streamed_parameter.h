@@ -59,19 +59,34 @@ class StreamedParameter {
   /// Shows its master for good, as ordinary memory that lives on with whoever shows it.
   void keep_master();
 
+  /// Takes what is found in its slots for itself, and how that lies in memory, while it has no
+  /// master: it is what moves into one next. Needs the GIL.
+  /// Throws: StateError as adopt_replacement.
+  void take_found_at_home();
+  /// Throws: StateError as adopt_replacement would for what is found in its slots. Needs the GIL.
+  void check_found() const;
+
   // Note [Packed masters] (engine_packed_masters.cpp) says when which of these holds.
 
   /// Takes what the parameter shows as its master, where it is; what lies on a device comes to the
   /// CPU. It is ordinary memory until it is packed or moved.
   void take_in_place();
   /// Takes a part of this blob for its master from now on. It shows that from the next call of
-  /// show_packed_unless_shared() on. Needs the GIL.
+  /// show_packed() on. Needs the GIL.
   void hold_packed(std::shared_ptr<const PackedBlob> blob, std::size_t place_offset,
                    const pybind11::object& packed_class_of);
   const PackedMaster* packed_master() const { return packed_.get(); }
-  /// Lets go of the unpacked bytes and shows its packed master. Where `keeps_shared`, not if
-  /// somebody else shows those bytes as well: he may write to them. Needs the GIL.
-  void show_packed_unless_shared(bool keeps_shared);
+  /// Whether somebody else shows its unpacked bytes as well: he may write to them. Tensors of
+  /// `ours` that lie elsewhere in the same storage are nobody else's. Needs the GIL.
+  bool is_shared_beside(const std::vector<at::Tensor>& ours) const;
+  /// Whether its unpacked bytes are a part of a storage, in which others may lie.
+  bool is_part_of_storage() const;
+  /// Lets go of the unpacked bytes and shows its packed master. Needs the GIL.
+  void show_packed();
+  /// Goes on showing the unpacked bytes, as memory of whoever else shows them: no copy reads it.
+  void stay_unpacked() { owner_.reset(); }
+  /// Its bytes, where they are not packed only; or undefined.
+  const at::Tensor& master() const { return master_; }
   /// Whether it shows a packed master that nobody has unpacked or replaced. Needs the GIL.
   /// Throws: StateError if the parameter is gone.
   bool is_packed_at_rest() const;
@@ -139,7 +154,9 @@ class StreamedParameter {
   at::Tensor view_of(void* memory, const at::Device& device, std::shared_ptr<void> owner) const;
   const at::Tensor& found_parameter() const;  // as long as the slots stay as they are
   void show(const at::Tensor& data);
+  at::Tensor found_with_memory() const;
   void check_fits(const at::Tensor& replacement) const;
+  void let_go_of_packed();
 
   std::string name_;
   std::vector<ParameterSlot> slots_;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -94,6 +95,73 @@ class TestReplan:
                     for name in unit.parameters
                 )
                 assert same == (homes[unit.name] == (unit.place is None)), unit.name
+
+    @pytest.mark.parametrize("transport", ["raw", "auto", "packed"])
+    @torch.no_grad()
+    def test_resident_weight_of_other_strides_streams_as_it_is(self, transport: Any) -> None:
+        model, plain = blocks_of().bfloat16(), blocks_of().bfloat16()
+        x = rows().bfloat16()
+        roomy = 2 * weights_of(model)
+        with torch_offload.offload(model, HOST, gpu_budget=roomy, transport=transport) as handle:
+            for one in (model, plain):
+                mlp, attn = one.blocks[1].mlp, one.blocks[2].attn
+                mlp.up.weight.data = mlp.up.weight.data.t().contiguous().t()
+                attn.weight = nn.Parameter((attn.weight * 2).t().contiguous().t())
+            assert torch.equal(model(x), plain(x))
+            handle.replan(gpu_budget=None)
+            assert torch.equal(model(x), plain(x))
+            expect.assert_at_rest(handle)
+        for name, value in plain.named_parameters():
+            assert torch.equal(model.get_parameter(name), value), name
+            assert model.get_parameter(name).stride() == value.stride(), name
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            pytest.param(lambda data: data.half(), id="same size"),
+            pytest.param(lambda data: data.double(), id="larger"),
+            pytest.param(lambda data: data[:9].clone(), id="shape"),
+        ],
+    )
+    @pytest.mark.parametrize("masters", ["plain", "packed"])
+    @torch.no_grad()
+    def test_resident_weight_of_another_kind_is_refused_by_name_and_stays(
+        self, change: Callable[[torch.Tensor], torch.Tensor], masters: Any
+    ) -> None:
+        model = blocks_of().bfloat16()
+        x = rows().bfloat16()
+        must = model(x)
+        roomy = 16 * weights_of(model)
+        transport: Any = "raw" if masters == "plain" else "packed"
+        with torch_offload.offload(
+            model, HOST, gpu_budget=roomy, transport=transport, masters=masters
+        ) as handle:
+            weight = model.blocks[1].mlp.up.weight
+            former = weight.data
+            weight.data = given = change(former)
+            with pytest.raises(torch_offload.StateError, match=r"'blocks\.1\.mlp\.up\.weight'"):
+                handle.replan(gpu_budget=None)
+            handle.replan(gpu_budget=roomy + 1)  # what stays where it is may be of any kind
+            assert all(unit.place is None for unit in handle.units)
+            assert weight.data_ptr() == given.data_ptr()
+            assert (weight.dtype, weight.shape) == (given.dtype, given.shape)
+            weight.data = former
+            handle.replan(gpu_budget=None)
+            assert all(unit.place is not None for unit in handle.units)
+            assert torch.equal(model(x), must)
+        assert torch.equal(model(x), must)
+
+    @torch.no_grad()
+    def test_streamed_weight_of_another_size_is_refused_by_name(self) -> None:
+        model = blocks_of()
+        with torch_offload.offload(model, HOST, gpu_budget=None) as handle:
+            weight = model.blocks[1].mlp.up.weight
+            former = weight.data
+            weight.data = former.double()
+            with pytest.raises(torch_offload.StateError, match=r"'blocks\.1\.mlp\.up\.weight'"):
+                handle.replan(gpu_budget=None)
+            weight.data = former
+            handle.replan(gpu_budget=None)
 
     @torch.no_grad()
     def test_edits_at_rest_survive_a_replan(self) -> None:

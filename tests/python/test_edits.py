@@ -182,6 +182,27 @@ def test_replaced_parameter_of_another_kind_fails(
         assert torch.equal(model(x), plain(x))
 
 
+@pytest.mark.parametrize("size_bytes", [0, 64])
+def test_weight_whose_memory_was_freed_fails(device: torch.device, size_bytes: int) -> None:
+    model = tiny_stack()
+    plain = plain_on(model, device)
+    x = rows(device)
+    with streamed(model, device) as handle, torch.no_grad():
+        model(x)
+        weight = model.blocks[1].attn.weight
+        values = weight.clone()
+        weight.data = weight.data.clone()
+        weight.untyped_storage().resize_(size_bytes)
+        for call in (lambda: model(x), lambda: handle.replan(gpu_budget=None)):
+            with pytest.raises(
+                torch_offload.StateError, match=r"blocks\.1\.attn\.weight.* whose memory was freed"
+            ):
+                call()
+        weight.data = values
+        assert torch.equal(model(x), plain(x))
+        expect.assert_at_rest(handle)
+
+
 def test_parameter_taken_away_fails(device: torch.device) -> None:
     model = tiny_stack()
     x = rows(device)

@@ -604,6 +604,233 @@ def test_unit_that_came_to_be_plain_is_edited_as_any() -> None:
         assert_packed(handle)
 
 
+def locked_by_a_fresh_one(model: nn.Module) -> int:
+    twin = llama()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            twin.get_parameter(name).copy_(parameter.clone())
+    with packed(twin) as handle:
+        return handle.stats.host_bytes
+
+
+def test_unit_that_turns_plain_and_back_locks_as_much_as_a_fresh_one() -> None:
+    model = llama()
+    with packed(model) as handle:
+        begin = handle.stats.host_bytes
+        weights = [layer.mlp.up_proj.weight for layer in model.model.layers]
+        values = [weight.clone() for weight in weights]
+        for weight in weights:
+            _beyond_packing(weight)
+            run(model)
+            assert handle.stats.host_bytes == locked_by_a_fresh_one(model)
+        with torch.no_grad():
+            for weight, value in zip(weights, values, strict=True):
+                weight.copy_(value)
+        handle.replan(gpu_budget=None)
+        assert_packed(handle)
+        assert handle.stats.host_bytes == begin
+        assert_equal(run(model), expected_now(model))
+
+
+@pytest.mark.parametrize("turns_plain", [False, True])
+def test_units_that_become_resident_lock_nothing(turns_plain: bool) -> None:
+    model = llama()
+    with packed(model) as handle:
+        if turns_plain:
+            _beyond_packing(model.model.layers[1].mlp.up_proj.weight)
+            run(model)
+        expected = expected_now(model)
+        begin = handle.stats.host_bytes
+        for _ in range(2):
+            handle.replan(gpu_budget="1GiB")
+            assert handle.stats.host_bytes == 0
+            assert_equal(run(model), expected)
+            handle.replan(gpu_budget=None)
+            assert handle.stats.host_bytes == begin
+            assert_equal(run(model), expected)
+
+
+def test_plain_unit_that_is_shown_by_others_is_packed_again_once_they_are_gone() -> None:
+    model = llama()
+    with packed(model) as handle, torch.no_grad():
+        begin = handle.stats.host_bytes
+        weight = model.model.layers[1].mlp.up_proj.weight
+        values = weight.clone()
+        _beyond_packing(weight)
+        run(model)
+        state = model.state_dict()
+        weight.copy_(values)
+        handle.replan(gpu_budget=None)
+        for factor in (1, 2, 0.5):
+            state["model.layers.1.mlp.up_proj.weight"].mul_(factor)
+            assert_equal(run(model), expected_now(model))
+        del state
+        handle.refresh()
+        assert_packed(handle)
+        assert handle.stats.host_bytes == begin
+        assert_equal(run(model), expected_now(model))
+
+
+def test_weight_whose_memory_was_freed_fails() -> None:
+    model = llama()
+    expected = run(model)
+    with packed(model) as handle:
+        weight = model.model.layers[1].mlp.up_proj.weight
+        values = weight.clone()
+        weight.untyped_storage().resize_(0)
+        for call in (handle.refresh, lambda: handle.replan(gpu_budget=None)):
+            with pytest.raises(StateError, match=r"layers\.1\.mlp\.up_proj.* memory was freed"):
+                call()
+        weight.data = values
+        del values
+        assert_equal(run(model), expected)
+        handle.refresh()
+        assert_packed(handle)
+        weight.untyped_storage().resize_(0)  # remove() does not read it
+
+
+# --- data of one weight for another, and weights that share memory -------------------------------
+
+
+@pytest.mark.parametrize("left", ["packed", "unpacked", "plain", "packed itself"])
+@pytest.mark.parametrize("then", ["run", "refresh", "replan", "remove"])
+def test_weight_that_is_given_another_ones_data_holds_it(left: str, then: str) -> None:
+    model = llama()
+    with packed(model) as handle:
+        run(model)
+        first, second = (model.model.layers[i].mlp.up_proj.weight for i in (0, 1))
+        values = second.clone()
+        if left == "unpacked":
+            first.detach()
+        elif left == "plain":
+            _beyond_packing(first)
+            run(model)
+        elif left == "packed itself":
+            first = second
+        first.data = second
+        if then == "refresh":
+            handle.refresh()
+        elif then == "replan":
+            handle.replan(gpu_budget="1GiB")
+            handle.replan(gpu_budget=None)
+        if then != "remove":
+            got = run(model)
+            assert torch.equal(first, values)
+            assert torch.equal(second, values)
+            assert_equal(got, expected_now(model))
+            assert_equal(run(model), got)
+    assert type(first) is nn.Parameter
+    assert torch.equal(first, values)
+    assert torch.equal(second, values)
+    assert_equal(run(model), expected_now(model))
+
+
+def test_resident_that_is_given_a_packed_ones_data_streams_it() -> None:
+    model, other = llama(), llama()
+    with packed(other), packed(model, gpu_budget="1GiB") as handle:
+        assert all(unit.place is None for unit in handle.units)
+        weight = other.model.layers[0].mlp.up_proj.weight
+        model.model.layers[1].mlp.up_proj.weight.data = weight
+        handle.replan(gpu_budget=None)
+        assert_packed(handle)
+        assert torch.equal(model.model.layers[1].mlp.up_proj.weight, weight)
+        assert_equal(run(model), expected_now(model))
+
+
+def test_weight_of_a_plain_model_that_is_given_a_packed_ones_data_fails() -> None:
+    model, plain = llama(), llama()
+    with packed(model) as handle:
+        weight = plain.model.layers[1].mlp.up_proj.weight
+        weight.data = model.model.layers[0].mlp.up_proj.weight
+        with pytest.raises(RuntimeError, match="whose master is packed"):
+            run(plain)
+        weight.data = model.model.layers[0].mlp.up_proj.weight.data
+        run(plain)
+        del weight, plain
+        gc.collect()
+        run(model)
+        assert_packed(handle)
+
+
+def _one_buffer_by_vector(model: Any, names: list[str]) -> torch.Tensor:
+    tensors = [*map(model.get_parameter, names), model.spare]
+    with torch.no_grad():
+        buffer = nn.utils.parameters_to_vector(tensors) * 1.5
+        nn.utils.vector_to_parameters(buffer, tensors)
+    return buffer
+
+
+def _one_buffer_by_state_dict(model: Any, names: list[str]) -> torch.Tensor:
+    tensors = {name: model.get_parameter(name) for name in names} | {"spare": model.spare}
+    with torch.no_grad():
+        buffer = torch.cat([tensor.reshape(-1) for tensor in tensors.values()]) * 1.5
+    parts = buffer.split([tensor.numel() for tensor in tensors.values()])
+    pairs = zip(tensors.items(), parts, strict=True)
+    # Detached, as a view that becomes a buffer holds all of what it was made from.
+    state = {name: part.view(tensor.shape).detach() for (name, tensor), part in pairs}
+    model.load_state_dict(state, strict=False, assign=True)
+    return buffer
+
+
+@pytest.mark.parametrize("share", [_one_buffer_by_vector, _one_buffer_by_state_dict])
+def test_weights_that_share_one_buffer_are_packed_again_once_it_is_theirs_alone(
+    share: Callable[[Any, list[str]], torch.Tensor],
+) -> None:
+    model = llama()
+    model.register_buffer("spare", torch.ones(64).bfloat16())  # stays, and is of the buffer, too
+    with packed(model) as handle:
+        run(model)
+        begin = handle.stats.host_bytes
+        names = list(streamed_parameters(handle))
+        buffer = share(model, names)
+        got = run(model)
+        assert_equal(got, expected_now(model))
+        assert unpacked_names(handle) == names
+        with torch.no_grad():
+            buffer[7] = 3.0  # one element
+        got = run(model)
+        assert model.get_parameter(names[0]).view(-1)[7] == 3.0
+        assert_equal(got, expected_now(model))
+        del buffer
+        gc.collect()
+        assert_equal(run(model), got)
+        assert_packed(handle)
+        assert handle.stats.host_bytes <= begin + 4096 * len(handle.units)
+        assert_equal(run(model), got)
+    assert_equal(run(model), got)
+
+
+def test_slices_of_one_tensor_are_packed_as_weights_of_their_own() -> None:
+    model = llama()
+    with packed(model) as handle:
+        run(model)
+        fused = torch.randn(3, *model.model.layers[0].self_attn.q_proj.weight.shape) * 0.02
+        fused = fused.bfloat16()
+        attention = model.model.layers[1].self_attn
+        attention.q_proj.weight = nn.Parameter(fused[0])
+        model.model.layers[0].self_attn.q_proj.weight = nn.Parameter(fused[1])
+        model.model.layers[2].self_attn.q_proj.weight = nn.Parameter(fused[2])
+        run(model)
+        assert len(unpacked_names(handle)) == 3
+        del fused
+        got = run(model)
+        assert_packed(handle)
+        assert_equal(got, expected_now(model))
+
+
+def test_edit_of_one_of_two_weights_with_the_same_memory_is_seen_in_both() -> None:
+    model = llama()
+    with packed(model) as handle, torch.no_grad():
+        first, second = (model.model.layers[i].mlp.up_proj.weight for i in (0, 1))
+        first.data = second.data
+        run(model)
+        second[1, 2] = 5.0
+        got = run(model)
+        assert first[1, 2] == 5.0
+        assert_equal(got, expected_now(model))
+        assert len(unpacked_names(handle)) == 2
+
+
 def test_edit_through_a_storage_that_outlives_a_forward_is_seen() -> None:
     model = llama()
     with packed(model) as handle:

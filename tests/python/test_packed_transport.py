@@ -105,6 +105,26 @@ def _many_exponents(weight: torch.Tensor) -> None:
     weight.copy_(bits.view(torch.bfloat16))
 
 
+@pytest.mark.parametrize("transport", ["packed", "packed_resident"])
+def test_packed_copies_are_given_back_once_no_unit_is_packed(transport: Any) -> None:
+    model = llama()
+    with offload(model, HOST) as handle:
+        raw_bytes = handle.stats.host_bytes
+    with offload(model, HOST, transport=transport) as handle:
+        assert handle.stats.host_bytes > raw_bytes
+        run(model)
+        with torch.no_grad():
+            for unit in handle.units:
+                for name in unit.parameters if unit.place else ():
+                    _many_exponents(model.get_parameter(name))
+        expected = expected_now(model)
+        assert_equal(run(model), expected)
+        assert {unit.transport for unit in handle.units} == {"raw"}
+        assert handle.stats.host_bytes == raw_bytes
+        assert_equal(run(model), expected)
+    assert_equal(run(model), expected)
+
+
 def test_units_of_both_sorts_travel_each_in_its_way() -> None:
     model = llama()
     with torch.no_grad():
