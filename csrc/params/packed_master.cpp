@@ -47,6 +47,15 @@ void show_data(const at::Tensor& parameter, const at::Tensor& data) {
   }
 }
 
+void LazyBits::set_on(const at::Tensor& tensor) const {
+  if (is_conj) {
+    tensor._set_conj(true);
+  }
+  if (is_neg) {
+    tensor._set_neg(true);
+  }
+}
+
 PackedBlob::PackedBlob(std::shared_ptr<PinnedArena> memory, std::size_t size_bytes,
                        std::size_t place_bytes)
     : memory_(std::move(memory)),
@@ -92,6 +101,7 @@ PackedMaster::PackedMaster(Layout layout, const at::Tensor& parameter,
   nothing_ = at::from_blob(
       nullptr, layout_.sizes, layout_.strides, [](void*) {},
       at::TensorOptions().dtype(layout_.dtype).device(at::kCPU), at::Device(at::kCPU));
+  layout_.bits.set_on(nothing_);
   // For whoever goes by the operators: an error, not a null pointer.
   nothing_.storage().unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(
       "torch_offload: expected a weight with memory of its own, got one whose master is packed; "
@@ -152,6 +162,7 @@ at::Tensor PackedMaster::unpacked() const {
                                        at::TensorOptions().dtype(layout_.dtype).device(at::kCPU));
   layout_.blob->unpack(layout_.place_offset, layout_.size_bytes,
                        static_cast<std::byte*>(plain.mutable_data_ptr()));
+  layout_.bits.set_on(plain);
   return plain;
 }
 

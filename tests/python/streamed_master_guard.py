@@ -89,7 +89,10 @@ class _Masters:
                 if isinstance(parameter, PackedParameter):
                     self.packed[id(parameter)] = name
                 elif parameter is not None and not parameter.is_meta:
-                    begin = parameter.data_ptr()
+                    try:
+                        begin = parameter.data_ptr()
+                    except RuntimeError:
+                        continue  # a transform's wrapper, or a view of a place: no master
                     # Another thread's pass may have begun just now: a place is no master.
                     if not window_begin <= begin < window_end:
                         self.spans.append((begin, begin + parameter.nbytes, name))
