@@ -36,7 +36,8 @@ Engine::Engine(std::shared_ptr<Device> device, const at::Device& torch_device,
     : device_(std::move(device)),
       torch_device_(torch_device),
       packed_class_of_(std::move(packed_class_of)),
-      tensors_of_model_(std::move(tensors_of_model)) {
+      tensors_of_model_(std::move(tensors_of_model)),
+      samples_places_(torch_device.is_cpu() || options.wait_for_each) {
   std::vector<std::shared_ptr<FileView>> views;
   for (ParameterSpec& spec : parameters) {
     views.push_back(std::move(spec.view));
@@ -210,29 +211,38 @@ void Engine::move_in(UnitIndex unit) {
 }
 
 /// Data that the parameter was given at rest, and that no forward has seen, is not lost either.
-/// What does not fit the master stays with the object that shows it.
-void Engine::adopt_at_the_end(StreamedParameter& parameter) {
+/// What does not fit the master stays with the object that shows it: false where that is ours.
+bool Engine::adopt_at_the_end(StreamedParameter& parameter) {
   try {
     if (parameter.is_moved_in() &&
         parameter.edit_since_copy() == StreamedParameter::Edit::kReplaced) {
       parameter.adopt_replacement();
     }
-  } catch (const StateError&) {  // which says: remove() first, and here we are
-    return;
+  } catch (const StateError&) {
+    // Which says: remove() first, and here we are.
+  } catch (const c10::OutOfMemoryError&) {
+    throw;
+  } catch (const c10::Error&) {
+    // It shows what nobody may read: a view of a place.
   }
+  return !parameter.shows_other_data();
 }
 
 std::vector<std::string> Engine::move_out() {
   const Rest rest(*this, "remove()");
   std::vector<std::string> moved_elsewhere;
   std::vector<std::size_t> moved_out;
+  std::vector<StreamedParameter*> left_alone;
   try {
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
       StreamedParameter& parameter = parameters_[i];
       if (!parameter.is_moved()) {
         continue;
       }
-      adopt_at_the_end(parameter);
+      if (!adopt_at_the_end(parameter)) {
+        left_alone.push_back(&parameter);
+        continue;
+      }
       const bool was_in = parameter.is_moved_in();
       if (was_in && parameter.former_device().is_cpu() && masters_->has_view(i)) {
         parameter.keep_master();  // as a model that was loaded the usual way shows its file
@@ -259,6 +269,9 @@ std::vector<std::string> Engine::move_out() {
     }
     are_masters_ready_ = false;
     throw;
+  }
+  for (StreamedParameter* const parameter : left_alone) {
+    parameter->let_go();  // only now: what has failed above goes on with its masters
   }
   return moved_elsewhere;
 }

@@ -122,7 +122,8 @@ class Engine : private Loader {
   /// Unlocks the pages that only those copies needed. Blocks until they are done.
   void unlock_residents();
   /// Moves all parameters back into ordinary memory, where they were if they fit. Returns the names
-  /// of those which did not fit there and are on the CPU now. Blocks while copying.
+  /// of those which did not fit there and are on the CPU now. What shows data of another shape or
+  /// dtype by now keeps that. Blocks while copying.
   std::vector<std::string> move_out();
 
   /// Goes on with another plan, and units cut anew where `ranges` are others. Parameters that are
@@ -146,7 +147,9 @@ class Engine : private Loader {
   /// Warns once if a backward could follow: it will raise.
   /// Blocking: as the mode says (Policy), and at the first use of a parameter that was replaced.
   /// Throws:   what the call raised; StateError on a second thread, if a parameter was replaced by
-  ///           another kind, or if the call has changed its own weights or keeps a view of them.
+  ///           another kind, if the call has changed its own weights, or, outside grad mode, if it
+  ///           keeps a view of them. A view that is kept in grad mode, where a graph may hold it
+  ///           rightfully, is an error to read.
   pybind11::object call(UnitIndex unit, const pybind11::handle& call_plain,
                         const pybind11::handle& module, const pybind11::tuple& args,
                         const pybind11::dict& kwargs);
@@ -300,15 +303,15 @@ class Engine : private Loader {
   void let_go();
   void move_parameter_in(std::size_t index);
   void look_at_found(const Plan& plan, const std::vector<ParameterRange>& ranges);
-  static void adopt_at_the_end(StreamedParameter& parameter);
+  static bool adopt_at_the_end(StreamedParameter& parameter);
   bool leave_file_if_edited(std::size_t index);
   const std::vector<CopySegment>& segments_of(UnitParameters& entry);
   bool is_there(const UnitParameters& entry) const;
+  void note_acquired(StreamedParameter& parameter) const;
   void warn_of_backward(const UnitParameters& entry);
   static void refuse_kept_views(std::vector<DroppedPlace> dropped);
   void adopt_edits(UnitIndex unit);
   void end_pass();
-  pybind11::object outside_window(const pybind11::handle& output, bool& has_graph) const;
   void detach_log();
 
   std::shared_ptr<Device> device_;
@@ -334,6 +337,9 @@ class Engine : private Loader {
   mutable std::uint32_t rests_ = 0;
   mutable std::thread::id rests_of_;  // while there are any
   std::uint64_t cpu_ns_ = 0;
+  // Whether forwards that write to a place past all counters are looked for: where the host may
+  // read a place without waiting, or waits for everything anyway.
+  bool samples_places_ = false;
   bool has_warned_of_backward_ = false;
 };
 

@@ -12,6 +12,7 @@
 
 #include "core/error.h"
 #include "params/engine.h"
+#include "params/outputs.h"
 #include "params/python_errors.h"
 #include "params/user_warning.h"
 
@@ -57,7 +58,9 @@ py::object Engine::call(UnitIndex unit, const py::handle& call_plain, const py::
     }
     if (unit != kNoUnit) {
       const Stopwatch stopwatch(cpu_ns_);
-      output = outside_window(output, token.has_graph);
+      OutputGuard guard(*pipeline_, unit);
+      output = guard.outside_window(output);
+      token.has_graph = guard.has_graph();
     }
     token.completed = true;
   } catch (...) {
@@ -108,8 +111,8 @@ void Engine::acquire(CallToken& token, UnitIndex unit) {
   if (entry.uses++ == 0) {
     auto offset = entry.offsets.begin();
     for (StreamedParameter& parameter : parameters_of(entry)) {
-      parameter.note_acquired();
       parameter.show_place(place + *offset++, torch_device_);
+      note_acquired(parameter);
     }
   }
   if (at::autocast::is_autocast_cache_enabled()) {
@@ -117,6 +120,14 @@ void Engine::acquire(CallToken& token, UnitIndex unit) {
     // edits of the masters go unseen.
     token.restores_autocast_cache = true;
     at::autocast::set_autocast_cache_enabled(false);
+  }
+}
+
+/// Takes note of what the forward of the unit must leave alone. The parameter shows its place.
+void Engine::note_acquired(StreamedParameter& parameter) const {
+  parameter.note_acquired();
+  if (samples_places_) {
+    parameter.take_place_sample();
   }
 }
 
@@ -241,15 +252,20 @@ void Engine::release(CallToken& token) {
       // A graph keeps views rightfully: a backward through them raises.
       const bool refuses_views = token.completed && !token.has_graph && !at::GradMode::is_enabled();
       for (StreamedParameter& parameter : parameters_of(entry)) {
-        if (edited.empty() && parameter.was_changed_in_forward()) {
-          edited = parameter.name();
+        try {
+          if (parameter.was_changed_in_forward() && edited.empty()) {
+            edited = parameter.name();
+          }
+        } catch (...) {  // the device has failed
+          failure = std::current_exception();
         }
         parameter.show_master();
         if (bumps) {
           parameter.bump_version();
         }
         if (parameter.place_may_be_shared()) {
-          // The next use gets a tensor of its own, so that it does not see the views of this one.
+          // The next use gets a tensor of its own, so that it does not see the views of this one,
+          // which nobody can read from now on: the next units overwrite what they show.
           DroppedPlace place{&parameter, parameter.drop_place()};
           if (refuses_views) {
             dropped.push_back(std::move(place));
@@ -260,6 +276,9 @@ void Engine::release(CallToken& token) {
     try {
       const py::gil_scoped_release no_gil;
       pipeline_->release(unit);
+      if (!edited.empty() && pipeline_->is_whole(unit)) {
+        pipeline_->invalidate(unit);  // else the next use finds its place as this one has left it
+      }
     } catch (...) {
       failure = std::current_exception();
     }
@@ -283,8 +302,8 @@ void Engine::release(CallToken& token) {
   refuse_kept_views(std::move(dropped));
 }
 
-/// Raises if somebody keeps a tensor over a place of one of these: the next units overwrite it, and
-/// nobody would notice.
+/// Raises if somebody keeps a tensor over a place of one of these. To read it raises as well, but
+/// here the forward that keeps it is still known.
 void Engine::refuse_kept_views(std::vector<DroppedPlace> dropped) {
   const auto forget_what_is_gone = [&] {
     const auto is_gone = [](const DroppedPlace& one) { return one.place.expired(); };
@@ -335,58 +354,6 @@ void Engine::end_pass() {
       entry.is_sampled = true;
     }
   }
-}
-
-// --- outputs -----------------------------------------------------------------------------------
-
-/// The same output, tensors whose storage lies in the window replaced by clones: the next unit
-/// would overwrite them. Looks into tuples, lists and dicts; notes whether a graph hangs on one.
-py::object Engine::outside_window(const py::handle& output, bool& has_graph) const {
-  if (THPVariable_Check(output.ptr())) {
-    const at::Tensor& tensor = THPVariable_Unpack(output.ptr());
-    has_graph = has_graph || (tensor.requires_grad() && !tensor.is_leaf());
-    if (tensor.has_storage()) {
-      if (pipeline_->owns(tensor.storage().data())) {
-        return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor.clone()));
-      }
-    }
-  } else if (PyTuple_Check(output.ptr())) {
-    const auto tuple = py::reinterpret_borrow<py::tuple>(output);
-    py::list items;
-    bool is_changed = false;
-    for (const py::handle item : tuple) {
-      py::object outside = outside_window(item, has_graph);
-      is_changed = is_changed || !outside.is(item);
-      items.append(std::move(outside));
-    }
-    if (is_changed) {
-      return PyTuple_CheckExact(output.ptr()) ? py::object(py::tuple(items))
-                                              : output.attr("_make")(items);
-    }
-  } else if (PyList_Check(output.ptr())) {
-    const auto list = py::reinterpret_borrow<py::list>(output);
-    std::size_t index = 0;
-    for (const py::handle item : list) {
-      const py::object outside = outside_window(item, has_graph);
-      if (!outside.is(item)) {
-        list[index] = outside;
-      }
-      ++index;
-    }
-  } else if (PyDict_Check(output.ptr())) {
-    const auto dict = py::reinterpret_borrow<py::dict>(output);
-    py::dict changed;
-    for (const auto& [key, value] : dict) {
-      py::object outside = outside_window(value, has_graph);
-      if (!outside.is(value)) {
-        changed[key] = outside;
-      }
-    }
-    for (const auto& [key, value] : changed) {
-      output.attr("__setitem__")(key, value);
-    }
-  }
-  return py::reinterpret_borrow<py::object>(output);
 }
 
 }  // namespace torch_offload

@@ -62,6 +62,15 @@ void show_data(const at::Tensor& parameter, const at::Tensor& data) {
   }
 }
 
+void LazyBits::set_on(const at::Tensor& tensor) const {
+  if (is_conj) {
+    tensor._set_conj(true);
+  }
+  if (is_neg) {
+    tensor._set_neg(true);
+  }
+}
+
 PackedBlob::PackedBlob(std::shared_ptr<PinnedArena> memory, std::size_t size_bytes,
                        std::size_t place_bytes)
     : memory_(std::move(memory)),
@@ -110,6 +119,7 @@ PackedMaster::PackedMaster(Layout layout, const at::Tensor& parameter,
   c10::StorageImpl* const storage = nothing_.storage().unsafeGetStorageImpl();
   storage->set_data_ptr_noswap(
       at::DataPtr(nullptr, std::make_unique<Layout>(layout_).release(), &delete_layout, at::kCPU));
+  layout_.bits.set_on(nothing_);
   // For whoever goes by the operators: an error, not a null pointer.
   storage->release_data_and_set_meta_custom_data_ptr_error_msg_(
       "torch_offload: expected a weight with memory of its own, got one whose master is packed; "
@@ -180,6 +190,7 @@ at::Tensor PackedMaster::Layout::unpacked() const {
   at::Tensor plain =
       at::empty_strided(sizes, strides, at::TensorOptions().dtype(dtype).device(at::kCPU));
   blob->unpack(place_offset, size_bytes, static_cast<std::byte*>(plain.mutable_data_ptr()));
+  bits.set_on(plain);
   return plain;
 }
 

@@ -15,6 +15,20 @@ namespace torch_offload {
 /// Lets a parameter show other data: what `parameter.data = data` does, without its questions.
 void show_data(const at::Tensor& parameter, const at::Tensor& data);
 
+/// What torch does to the bytes of a tensor only when they are read: `t.conj()` and its like. A
+/// part of how it is laid out in memory, as its strides are.
+struct LazyBits {
+  bool is_conj = false;
+  bool is_neg = false;
+
+  static LazyBits of(const at::Tensor& tensor) { return {tensor.is_conj(), tensor.is_neg()}; }
+  bool operator==(const LazyBits& other) const {
+    return is_conj == other.is_conj && is_neg == other.is_neg;
+  }
+  /// Sets them on a tensor that is ours alone. Its bytes stay as they are.
+  void set_on(const at::Tensor& tensor) const;
+};
+
 /// A packed unit in page-locked memory: the one place where its weights are.
 ///
 /// Lifetime: kept by the engine, for what it copies, and by every parameter that shows a part of
@@ -63,6 +77,7 @@ class PackedMaster : public std::enable_shared_from_this<PackedMaster> {
     std::vector<std::int64_t> sizes;
     std::vector<std::int64_t> strides;
     at::ScalarType dtype = at::kBFloat16;
+    LazyBits bits;
 
     /// The weights in ordinary memory of their own. Blocks until they are unpacked.
     at::Tensor unpacked() const;

@@ -7,8 +7,6 @@
 #include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "core/error.h"
@@ -16,15 +14,17 @@
 
 namespace torch_offload {
 
+const void* storage_address(const at::Tensor& tensor) {
+  return tensor.has_storage()
+             ? tensor.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get()
+             : nullptr;
+}
+
 namespace {
 
-/// Where a tensor's data begins, whether or not it may be read; null without any.
+/// Where a tensor's data begins, whether or not it may be read.
 const void* data_address(const at::Tensor& tensor) {
-  if (!tensor.has_storage()) {
-    return nullptr;
-  }
-  const auto* const begin = static_cast<const std::byte*>(
-      tensor.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get());
+  const auto* const begin = static_cast<const std::byte*>(storage_address(tensor));
   return begin == nullptr
              ? nullptr
              : begin + static_cast<std::size_t>(tensor.storage_offset()) * tensor.itemsize();
@@ -54,6 +54,7 @@ StreamedParameter::StreamedParameter(std::string name, at::Tensor parameter,
       parameter_(std::move(parameter)),
       sizes_(parameter_.sizes().vec()),
       strides_(parameter_.strides().vec()),
+      bits_(LazyBits::of(parameter_)),
       dtype_(parameter_.scalar_type()),
       former_device_(parameter_.device()),
       size_bytes_(parameter_.nbytes()) {
@@ -72,9 +73,11 @@ at::Tensor StreamedParameter::view_of(void* memory, const at::Device& device,
                                       std::shared_ptr<void> owner) const {
   const c10::InferenceMode no_inference(false);
   // A storage of its own: what is saved or shared of a master is its bytes, not the arena's.
-  return at::from_blob(
+  at::Tensor view = at::from_blob(
       memory, sizes_, strides_, [owner = std::move(owner)](void*) {},
       at::TensorOptions().dtype(dtype_).device(device), device);
+  bits_.set_on(view);
+  return view;
 }
 
 std::int64_t StreamedParameter::version() const {
@@ -90,6 +93,9 @@ void StreamedParameter::bump_version() {
 void StreamedParameter::move_into(
     std::byte* master, std::shared_ptr<void> owner,
     const std::function<void(const void* source, std::size_t size_bytes)>& fill) {
+  if (fits(parameter_)) {
+    take_layout_of(parameter_);  // on the device it may have been given other data
+  }
   at::Tensor filled = view_of(master, at::kCPU, owner);
   if (parameter_.device().is_cpu()) {
     fill(parameter_.const_data_ptr(), size_bytes_);
@@ -118,6 +124,7 @@ at::Tensor StreamedParameter::copy_of(const at::Tensor& source, const at::Device
   const c10::NoGradGuard no_grad;
   at::Tensor copy =
       at::empty_strided(sizes_, strides_, at::TensorOptions().dtype(dtype_).device(device));
+  bits_.set_on(copy);
   copy.copy_(source);
   return copy;
 }
@@ -132,9 +139,22 @@ void StreamedParameter::let_go_of_packed() {
 void StreamedParameter::move_out(const at::Tensor& plain) {
   let_go_of_packed();
   parameter_.set_data(plain);
+  let_go();
+}
+
+void StreamedParameter::let_go() {
+  let_go_of_packed();
   master_.reset();
   place_.reset();
   owner_.reset();
+}
+
+bool StreamedParameter::shows_other_data() const {
+  if (!is_moved_in()) {
+    return !fits(parameter_);  // on the device: nobody has noted which data that is
+  }
+  return is_packed() ? !packed_->is_shown_by(parameter_)
+                     : data_address(parameter_) != shown_ || !has_layout_of(parameter_);
 }
 
 void StreamedParameter::keep_master() {
@@ -162,6 +182,14 @@ void StreamedParameter::show_master() {
 }
 
 StreamedParameter::PlaceRef StreamedParameter::drop_place() {
+  // Kernels that are under way keep reading: it is the storage that forgets where it lies.
+  place_.storage().unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(
+      "torch_offload: expected streamed weights to be read while their unit runs, got a view of '" +
+      name_ +
+      "' that is read afterwards, in a backward perhaps (which is not supported): other weights "
+      "lie there by then; keep a clone (weight.clone()) or the weight itself on the device with "
+      "resident=['" +
+      name_ + "']");
   PlaceRef place(place_.storage().getWeakStorageImpl());
   place_.reset();
   return place;
@@ -169,7 +197,7 @@ StreamedParameter::PlaceRef StreamedParameter::drop_place() {
 
 void StreamedParameter::show(const at::Tensor& data) {
   show_data(parameter_, data);
-  shown_ = data.const_data_ptr();
+  shown_ = data_address(data);
 }
 
 const at::Tensor& StreamedParameter::found_parameter() const {
@@ -218,21 +246,43 @@ StreamedParameter::Edit StreamedParameter::edit_since_copy() const {
   }
   if (!found_parameter().is_same(parameter_) ||
       data_address(parameter_) != shown_ ||  // at rest its master
-      parameter_.scalar_type() != dtype_ || parameter_.sizes() != at::IntArrayRef(sizes_) ||
-      parameter_.strides() != at::IntArrayRef(strides_)) {
+      !has_layout_of(parameter_)) {
     return Edit::kReplaced;
   }
   return version() == copied_version_ ? Edit::kNone : Edit::kInPlace;
 }
 
+/// Whether the bytes of such a tensor mean the same as ours.
+bool StreamedParameter::has_layout_of(const at::Tensor& data) const {
+  return data.scalar_type() == dtype_ && data.sizes() == at::IntArrayRef(sizes_) &&
+         data.strides() == at::IntArrayRef(strides_) && LazyBits::of(data) == bits_;
+}
+
+/// From now on the bytes are laid out as those of this tensor, which fits.
+void StreamedParameter::take_layout_of(const at::Tensor& data) {
+  if (!has_layout_of(data)) {
+    strides_ = data.strides().vec();
+    bits_ = LazyBits::of(data);
+    place_.reset();
+  }
+}
+
+bool StreamedParameter::fits(const at::Tensor& replacement) const {
+  return replacement.has_storage() && replacement.scalar_type() == dtype_ &&
+         !replacement.is_meta() && replacement.sizes() == at::IntArrayRef(sizes_) &&
+         replacement.layout() == at::kStrided && !replacement.is_inference() &&
+         !replacement.unsafeGetTensorImpl()->is_python_dispatch() &&  // DTensor, torchao
+         replacement.is_non_overlapping_and_dense() && has_all_bytes(replacement);
+}
+
 void StreamedParameter::check_fits(const at::Tensor& replacement) const {
-  const bool fits = replacement.scalar_type() == dtype_ && !replacement.is_meta() &&
-                    replacement.sizes() == at::IntArrayRef(sizes_) &&
-                    replacement.layout() == at::kStrided && !replacement.is_inference() &&
-                    !replacement.unsafeGetTensorImpl()->is_python_dispatch() &&  // DTensor, torchao
-                    replacement.is_non_overlapping_and_dense() && replacement.has_storage() &&
-                    has_all_bytes(replacement);
-  if (!fits) {
+  if (!replacement.has_storage() && replacement.layout() == at::kStrided) {
+    throw StateError("expected parameter '" + name_ +
+                     "' to be replaced by a tensor with memory of its own, got one that a "
+                     "transform of torch.func (vmap, jvp) has wrapped; ensembling or "
+                     "differentiating over streamed weights: call handle.remove() first");
+  }
+  if (!fits(replacement)) {
     const auto describe = [](at::ScalarType dtype, at::IntArrayRef sizes) {
       std::string listed;
       for (const std::int64_t size : sizes) {
@@ -265,9 +315,8 @@ void StreamedParameter::adopt_replacement() {
   if (has_own_bytes && !replacement.is_same(parameter_) && shows_master) {
     parameter_.set_data(master_.clone());  // whoever still holds the former object keeps its values
   }
-  strides_ = data.strides().vec();
+  take_layout_of(data);
   master_ = view_of(master_.mutable_data_ptr(), at::kCPU, owner_);
-  place_.reset();  // its strides may have changed
   if (has_own_bytes) {
     master_.copy_(data);
   }
@@ -308,7 +357,8 @@ void StreamedParameter::hold_packed(std::shared_ptr<const PackedBlob> blob,
                                     const pybind11::object& packed_class_of) {
   const bool was_packed = is_packed();
   const auto master = std::make_shared<PackedMaster>(
-      PackedMaster::Layout{std::move(blob), place_offset, size_bytes_, sizes_, strides_, dtype_},
+      PackedMaster::Layout{std::move(blob), place_offset, size_bytes_, sizes_, strides_, dtype_,
+                           bits_},
       parameter_, packed_class_of);
   if (packed_ != nullptr) {
     packed_->take_back(parameter_);
@@ -366,41 +416,34 @@ bool StreamedParameter::take_found() {
     packed_->unpack(parameter_);  // whoever still holds the former object keeps its values
   }
   parameter_ = found;
-  const bool has_same_strides = found.strides() == at::IntArrayRef(strides_);
-  if (!has_same_strides) {
-    strides_ = found.strides().vec();
-    place_.reset();
-  }
+  const bool has_same_layout = has_layout_of(found);
+  take_layout_of(found);
   take_in_place();
-  if (!is_same || !has_same_strides) {
+  if (!is_same || !has_same_layout) {
     packed_.reset();
   }
   return packed_ != nullptr;
 }
 
-bool StreamedParameter::was_changed_in_forward() const {
-  return version() != acquired_version_ || data_address(parameter_) != shown_;
+bool StreamedParameter::was_changed_in_forward() {
+  const bool was_sampled = std::exchange(is_place_sampled_, false);
+  return version() != acquired_version_ || data_address(parameter_) != shown_ ||
+         (was_sampled && !place_sample_->is_equal(place_));
+}
+
+void StreamedParameter::take_place_sample() {
+  if (place_sample_ == nullptr) {
+    place_sample_ = std::make_unique<ByteSample>();
+  }
+  place_sample_->take(place_);
+  is_place_sampled_ = true;
 }
 
 void StreamedParameter::take_sample() {
   if (sample_ == nullptr) {
-    sample_ = std::make_unique<Sample>();
+    sample_ = std::make_unique<ByteSample>();
   }
-  *sample_ = sampled_lines();
-}
-
-StreamedParameter::Sample StreamedParameter::sampled_lines() const {
-  // Evenly spread; of a small parameter every byte, and some of them several times.
-  Sample sample{};
-  const auto* bytes = static_cast<const std::byte*>(master_.const_data_ptr());
-  const std::size_t line_bytes = std::min(size_bytes_, kLineBytes);
-  const std::size_t last = size_bytes_ - line_bytes;
-  for (std::size_t i = 0; i < kSampleLines; ++i) {
-    const std::size_t position = last * i / (kSampleLines - 1);
-    const std::size_t begin = i + 1 < kSampleLines ? position / kLineBytes * kLineBytes : last;
-    std::memcpy(sample.data() + i * kLineBytes, bytes + begin, line_bytes);
-  }
-  return sample;
+  sample_->take(master_);
 }
 
 }  // namespace torch_offload

@@ -2,7 +2,6 @@
 
 #include <torch/csrc/utils/pybind.h>
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -11,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "params/byte_sample.h"
 #include "params/packed_master.h"
 
 namespace torch_offload {
@@ -20,6 +20,9 @@ struct ParameterSlot {
   pybind11::dict parameters;
   pybind11::str key;
 };
+
+/// Where a tensor's storage begins, whether or not it may be read; null without one.
+const void* storage_address(const at::Tensor& tensor);
 
 /// A parameter whose bytes wait in a master and pass through a place.
 ///
@@ -55,6 +58,11 @@ class StreamedParameter {
   at::Tensor plain_copy(const at::Device& device) const;
   /// Shows such a copy from now on, and lets go of the master.
   void move_out(const at::Tensor& plain);
+
+  /// Whether it has been given other data, which is not taken as its master.
+  bool shows_other_data() const;
+  /// Lets go of the master, and leaves what it shows as it is.
+  void let_go();
 
   /// Shows its master for good, as ordinary memory that lives on with whoever shows it.
   void keep_master();
@@ -111,7 +119,8 @@ class StreamedParameter {
   /// Whether more than our own tensor shows the place, or Python has once looked at its storage.
   /// Asked while the parameter does not show it.
   bool place_may_be_shared() const { return place_.defined() && place_.storage().use_count() > 1; }
-  /// Lets go of our tensor; what is returned lives on as long as anybody else's does.
+  /// Lets go of our tensor, and makes it an error to read anybody else's: by then the place may
+  /// hold another unit. What is returned lives on as long as those do. Needs the GIL.
   PlaceRef drop_place();
 
   /// What an edit between two forwards did to the parameter.
@@ -120,7 +129,8 @@ class StreamedParameter {
     kInPlace,   ///< The version has moved: the master's bytes are new.
     kReplaced,  ///< Another Parameter object, or other data: they must be adopted first.
   };
-  /// Compares object, pointer, shape, strides, dtype, version. Needs the GIL.
+  /// Compares object, pointer, shape, strides, dtype, conjugate and negative bits, version. Needs
+  /// the GIL.
   /// Throws: StateError if the parameter is gone.
   Edit edit_since_copy() const;
   /// Makes the replaced parameter's bytes the master's. Needs the GIL.
@@ -132,29 +142,30 @@ class StreamedParameter {
   /// Takes a sample of the master's bytes, to be compared later.
   void take_sample();
   /// False as well where there is no sample: one was not taken of what was read from a file.
-  bool sample_is_equal() const { return sample_ != nullptr && *sample_ == sampled_lines(); }
+  bool sample_is_equal() const { return sample_ != nullptr && sample_->is_equal(master_); }
 
   /// Notes what the forward of the unit must leave alone.
   void note_acquired() { acquired_version_ = version(); }
-  /// Whether anyone but us changed the parameter's version since, or the data that it shows.
-  bool was_changed_in_forward() const;
+  /// Takes a sample of the place's bytes, to be compared at the end of this use: it finds what
+  /// moves no version, as `weight.data *= 2`. Waits for the current stream unless that is the host.
+  void take_place_sample();
+  /// Whether anyone but us changed the parameter's version since, the data that it shows, or
+  /// sampled bytes of its place. Asked once, while it is still shown.
+  bool was_changed_in_forward();
   /// Counts as an in-place change for autograd, so that a backward through this use raises instead
   /// of reading whatever the place holds by then. It is not an edit.
   void bump_version();
 
  private:
-  // Whole cache lines: one is read as soon as a word of it is.
-  static constexpr std::size_t kSampleLines = 16;
-  static constexpr std::size_t kLineBytes = 64;
-  using Sample = std::array<std::byte, kSampleLines * kLineBytes>;
-
   std::int64_t version() const;
-  Sample sampled_lines() const;
+  bool has_layout_of(const at::Tensor& data) const;
   at::Tensor copy_of(const at::Tensor& source, const at::Device& device) const;
   at::Tensor view_of(void* memory, const at::Device& device, std::shared_ptr<void> owner) const;
   const at::Tensor& found_parameter() const;  // as long as the slots stay as they are
   void show(const at::Tensor& data);
   at::Tensor found_with_memory() const;
+  void take_layout_of(const at::Tensor& data);
+  bool fits(const at::Tensor& replacement) const;
   void check_fits(const at::Tensor& replacement) const;
   void let_go_of_packed();
 
@@ -168,13 +179,17 @@ class StreamedParameter {
   const void* shown_ = nullptr;  // the data that we let the parameter show last
   std::vector<std::int64_t> sizes_;
   std::vector<std::int64_t> strides_;
+  LazyBits bits_;  // of a tensor that shows its bytes
   at::ScalarType dtype_;
   at::Device former_device_;
   bool was_moved_in_ = false;
   std::size_t size_bytes_ = 0;
   std::int64_t copied_version_ = -1;
   std::int64_t acquired_version_ = -1;
-  std::unique_ptr<Sample> sample_;  // apart: every use of the unit reads what is above
+  bool is_place_sampled_ = false;
+  // Apart: every use of the unit reads what is above.
+  std::unique_ptr<ByteSample> sample_;        // of the master
+  std::unique_ptr<ByteSample> place_sample_;  // at the beginning of this use
 };
 
 }  // namespace torch_offload

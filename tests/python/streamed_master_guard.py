@@ -97,8 +97,8 @@ class _Masters:
                 elif parameter is not None and not parameter.is_meta:
                     try:
                         begin = parameter.data_ptr()
-                    except RuntimeError:  # it was given the data of a packed one
-                        continue
+                    except RuntimeError:
+                        continue  # a transform's wrapper, or a view of a place: no master
                     # Another thread's pass may have begun just now: a place is no master.
                     if not window_begin <= begin < window_end:
                         self.spans.append((begin, begin + parameter.nbytes, name))

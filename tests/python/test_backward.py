@@ -197,6 +197,39 @@ def test_transforms_that_go_forward_equal_plain(device: torch.device) -> None:
         assert_streams_like_plain(model, plain, handle, lambda m: torch.func.jvp(m, (x,), (x,)))
 
 
+def _over_weights(model: Any, x: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """An ensemble, and derivatives by the weights."""
+    weights = {name: one.detach().clone() for name, one in model.named_parameters()}
+    weights = {name: one.to(x.device) for name, one in weights.items()}
+    stacked = {name: torch.stack([one, one * 2]) for name, one in weights.items()}
+
+    def call(replaced: dict[str, torch.Tensor]) -> Any:
+        return torch.func.functional_call(model, replaced, (x,))
+
+    return {
+        "vmap": lambda: torch.vmap(call)(stacked),
+        "jvp": lambda: torch.func.jvp(call, (weights,), (weights,)),
+        "grad": lambda: torch.func.grad(lambda w: call(w).sum())(weights),
+    }
+
+
+@pytest.mark.filterwarnings(_JIT_WARNING)
+@pytest.mark.filterwarnings(_GRAD_WARNING)
+@pytest.mark.parametrize("what", ["vmap", "jvp", "grad"])
+def test_transform_over_streamed_weights_raises(device: torch.device, what: str) -> None:
+    model = tiny_stack().requires_grad_(False)
+    plain = plain_on(model, device)
+    x = rows(device)
+    over = _over_weights(model, x)[what]
+    with streamed(model, device) as handle:
+        with pytest.raises(StateError, match=r"handle\.remove\(\)"):
+            over()
+        expect.assert_at_rest(handle)
+        assert_streams_like_plain(model, plain, handle, lambda m: m(x))
+    model.to(device)
+    over()
+
+
 class _KeepsItsOwn(torch.autograd.Function):
     """A function that saves as it should, and one of its inputs is a weight."""
 

@@ -101,7 +101,7 @@ class TestReplan:
     def test_resident_weight_of_other_strides_streams_as_it_is(self, transport: Any) -> None:
         model, plain = blocks_of().bfloat16(), blocks_of().bfloat16()
         x = rows().bfloat16()
-        roomy = 2 * weights_of(model)
+        roomy = 2 * planned_bytes(model)
         with torch_offload.offload(model, HOST, gpu_budget=roomy, transport=transport) as handle:
             for one in (model, plain):
                 mlp, attn = one.blocks[1].mlp, one.blocks[2].attn
@@ -131,7 +131,7 @@ class TestReplan:
         model = blocks_of().bfloat16()
         x = rows().bfloat16()
         must = model(x)
-        roomy = 16 * weights_of(model)
+        roomy = 16 * planned_bytes(model)
         transport: Any = "raw" if masters == "plain" else "packed"
         with torch_offload.offload(
             model, HOST, gpu_budget=roomy, transport=transport, masters=masters
