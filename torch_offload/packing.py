@@ -137,7 +137,9 @@ class Packing:
                     known[key] = _where_it_pays(room, tensors)
                 else:
                     known[key] = packed_bytes_of(spec.parameters, {})
-            except torch.OutOfMemoryError:  # weights are counted on the device that they lie on
+            except RuntimeError:
+                # No memory where they lie, or weights that nobody can read as they are now: these
+                # the engine takes, or refuses by name.
                 if key in self._known:
                     known[key] = self._known[key]
         # In place, as plans in which units must be free to travel share it; see `streaming`.

@@ -230,7 +230,8 @@ def test_place_kept_beyond_release_reads_as_nan_with_poison(
     model, kwargs = models.fresh("stack", device), models.inputs("stack", device)
     kept: list[torch.Tensor] = []
     leaf = model.blocks[-1].mlp.down  # of the unit used last: nobody copies over it in this mode
-    keep: Callable[..., None] = lambda *_: kept.append(leaf.weight.detach())  # noqa: E731
+    # Through DLPack, whose memory nobody can take back: torch's own views could not be read.
+    keep: Callable[..., None] = lambda *_: kept.append(torch.from_dlpack(leaf.weight.detach()))  # noqa: E731
     with offloaded(model, device, mode="streams", depth=0, poison=poison):
         hook = leaf.register_forward_pre_hook(keep)
         with pytest.raises(StateError, match="keeps no view"):

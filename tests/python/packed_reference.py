@@ -124,7 +124,7 @@ def decode(blob: bytes, place_bytes: int, filler: int = 0) -> bytes:
     magic, version, num_tensors, size, unpacked, num_tiles, zero, found, *_ = HEADER.unpack_from(
         blob
     )
-    assert (magic, version, size, unpacked, zero) == (MAGIC, 2, len(blob), place_bytes, 0)
+    assert (magic, version, size, unpacked, zero) == (MAGIC, 3, len(blob), place_bytes, 0)
     assert found == blob_checksum(blob)
     place = bytearray([filler]) * place_bytes
     tiles = 0

@@ -613,6 +613,7 @@ def locked_by_a_fresh_one(model: nn.Module) -> int:
         return handle.stats.host_bytes
 
 
+@pytest.mark.filterwarnings("ignore:.*travel raw from now on:UserWarning")
 def test_unit_that_turns_plain_and_back_locks_as_much_as_a_fresh_one() -> None:
     model = llama()
     with packed(model) as handle:
@@ -632,6 +633,7 @@ def test_unit_that_turns_plain_and_back_locks_as_much_as_a_fresh_one() -> None:
         assert_equal(run(model), expected_now(model))
 
 
+@pytest.mark.filterwarnings("ignore:.*travel raw from now on:UserWarning")
 @pytest.mark.parametrize("turns_plain", [False, True])
 def test_units_that_become_resident_lock_nothing(turns_plain: bool) -> None:
     model = llama()
@@ -650,6 +652,7 @@ def test_units_that_become_resident_lock_nothing(turns_plain: bool) -> None:
             assert_equal(run(model), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*travel raw from now on:UserWarning")
 def test_plain_unit_that_is_shown_by_others_is_packed_again_once_they_are_gone() -> None:
     model = llama()
     with packed(model) as handle, torch.no_grad():
@@ -692,6 +695,7 @@ def test_weight_whose_memory_was_freed_fails() -> None:
 # --- data of one weight for another, and weights that share memory -------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*travel raw from now on:UserWarning")
 @pytest.mark.parametrize("left", ["packed", "unpacked", "plain", "packed itself"])
 @pytest.mark.parametrize("then", ["run", "refresh", "replan", "remove"])
 def test_weight_that_is_given_another_ones_data_holds_it(left: str, then: str) -> None:

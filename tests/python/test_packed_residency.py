@@ -11,11 +11,10 @@ from torch import nn
 
 import torch_offload
 from tests.python import expect
-from tests.python.dropin import assert_equal, tiny_llama
+from tests.python.dropin import assert_equal
 from tests.python.test_packed_transport import (
     HOST,
     LAYOUTS,
-    SIZES,
     _beyond_packing,
     _by_data,
     _by_data_replaced,
@@ -32,7 +31,7 @@ from torch_offload.packing import MAX_SHARE
 
 def deep_llama() -> Any:
     """Layers enough that their places are used in turn."""
-    return tiny_llama(**SIZES, num_hidden_layers=6).bfloat16()
+    return llama(num_hidden_layers=6)
 
 
 def weights_bytes(model: nn.Module) -> int:
@@ -175,7 +174,7 @@ def test_weights_that_packing_would_not_shrink_travel_raw_and_the_handle_says_so
         raw = [unit.name for unit in handle.units if unit.transport == "raw"]
         assert raw == ["model.layers.1.mlp"]
         assert handle.stats.bytes_copied > 0
-    model = tiny_llama(**SIZES)  # float32
+    model = llama().float()
     expected = expected_of(model)
     with offload(model, HOST, transport="packed_resident") as handle:
         assert_equal(run(model), expected)
@@ -216,7 +215,7 @@ def test_units_travel_and_stay_within_every_budget_to_the_byte() -> None:
 
 
 def test_packed_residency_streams_less_than_the_best_raw_plan() -> None:
-    model = tiny_llama(**SIZES, num_hidden_layers=16).bfloat16()
+    model = llama(num_hidden_layers=16)
     budget = int(0.6 * weights_bytes(model))
     copied = {}
     for transport in ("raw", "packed"):

@@ -105,6 +105,7 @@ def _many_exponents(weight: torch.Tensor) -> None:
     weight.copy_(bits.view(torch.bfloat16))
 
 
+@pytest.mark.filterwarnings("ignore:.*travel raw from now on:UserWarning")
 @pytest.mark.parametrize("transport", ["packed", "packed_resident"])
 def test_packed_copies_are_given_back_once_no_unit_is_packed(transport: Any) -> None:
     model = llama()

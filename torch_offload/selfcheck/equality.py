@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from torch_offload import _C
+from torch_offload._C import StateError
 from torch_offload.calls import unwrap
 from torch_offload.config import Config
 from torch_offload.devices import devices_made_by
@@ -387,12 +388,20 @@ class VisibleRaces(Lane):
             ) as streamed:
                 before = streamed.forwards(2)
                 twin = streamed.forward_with_fault(fault.held, 98, armed=False)
-                output, must = streamed.forward_with_fault(fault.held, 99, armed=armed)
-            tally.must(not torch.equal(output, must), f"{fault}: the numbers are right")
+                is_visible = _is_visible(streamed, fault, armed)
+            tally.must(is_visible, f"{fault}: the numbers are right")
             if not all(torch.equal(*pair) for pair in (*before, twin)):
                 tally.add_fault(f"{fault}: numbers are wrong without it")
             if effort is not None:
                 effort.progress(number, len(faults))
+
+
+def _is_visible(streamed: StreamedModel, fault: PlantedFault, armed: bool) -> bool:
+    try:
+        output, must = streamed.forward_with_fault(fault.held, 99, armed=armed)
+    except StateError:  # a copy came so late that it was taken for an edit by the forward
+        return True
+    return not torch.equal(output, must)
 
 
 def why_no_gpu() -> str | None:
