@@ -103,9 +103,9 @@ void Pipeline::onload_on_demand(UnitIndex unit) {
   onload(unit);
 }
 
-// Units that are copied and units that stay packed run ahead each for itself where each kind has its
-// own ring; in one ring all come in the order of their use, as a unit brought ahead of others would
-// hold bytes that these need first. See Note [Two rings, or one] in docs/design.md.
+// Units that are copied and units that stay packed run ahead each for itself where each kind has
+// its own ring; in one ring all come in the order of their use, as a unit brought ahead of others
+// would hold bytes that these need first. See Note [Two rings, or one] in docs/design.md.
 
 void Pipeline::prefetch_ahead() {
   if (policy_.lookahead == Lookahead::kNone) {
