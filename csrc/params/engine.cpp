@@ -213,19 +213,20 @@ void Engine::move_in(UnitIndex unit) {
 /// Data that the parameter was given at rest, and that no forward has seen, is not lost either.
 /// What does not fit the master stays with the object that shows it: false where that is ours.
 bool Engine::adopt_at_the_end(StreamedParameter& parameter) {
+  const auto is_ours = [&] { return !parameter.shows_other_data(); };
   try {
     if (parameter.is_moved_in() &&
         parameter.edit_since_copy() == StreamedParameter::Edit::kReplaced) {
       parameter.adopt_replacement();
     }
   } catch (const StateError&) {
-    // Which says: remove() first, and here we are.
+    return is_ours();  // it says: remove() first, and here we are
   } catch (const c10::OutOfMemoryError&) {
     throw;
   } catch (const c10::Error&) {
-    // It shows what nobody may read: a view of a place.
+    return is_ours();  // what nobody may read: a view of a place
   }
-  return !parameter.shows_other_data();
+  return is_ours();
 }
 
 std::vector<std::string> Engine::move_out() {

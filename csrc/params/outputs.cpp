@@ -51,7 +51,7 @@ py::object OutputGuard::walk(const py::handle& output, std::size_t depth) {
 }
 
 py::object OutputGuard::walk_into(const py::handle& output, std::size_t depth) {
-  const auto container = py::reinterpret_borrow<py::object>(output);
+  auto container = py::reinterpret_borrow<py::object>(output);
   if (PyTuple_Check(output.ptr())) {
     py::object outside = walk_tuple(py::reinterpret_borrow<py::tuple>(output), depth);
     seen_.emplace(output.ptr(), std::make_pair(container, outside));
@@ -61,12 +61,13 @@ py::object OutputGuard::walk_into(const py::handle& output, std::size_t depth) {
   seen_.emplace(output.ptr(), std::make_pair(container, container));
   if (PyList_Check(output.ptr())) {
     const auto list = py::reinterpret_borrow<py::list>(output);
-    for (std::size_t index = 0; index < list.size(); ++index) {
-      const py::object item = list[index];
+    std::size_t index = 0;
+    for (const py::handle item : list) {
       const py::object outside = walk(item, depth);
       if (!outside.is(item)) {
         list[index] = outside;
       }
+      ++index;
     }
     return container;
   }
