@@ -30,6 +30,15 @@ const void* data_address(const at::Tensor& tensor) {
              : begin + static_cast<std::size_t>(tensor.storage_offset()) * tensor.itemsize();
 }
 
+/// Whether a transform of torch.func has wrapped the tensor. Some wrappers have a storage, with
+/// some releases of torch.
+bool is_wrapped(const at::Tensor& tensor) {
+  const c10::DispatchKeySet keys = tensor.key_set();
+  return keys.has(c10::DispatchKey::FuncTorchGradWrapper) ||
+         keys.has(c10::DispatchKey::FuncTorchBatched) ||
+         (!tensor.has_storage() && tensor.layout() == at::kStrided);
+}
+
 /// Whether a dense tensor's storage is as large as the tensor says. One that was freed by
 /// `untyped_storage().resize_(0)` is not.
 bool has_all_bytes(const at::Tensor& dense) {
@@ -276,7 +285,7 @@ bool StreamedParameter::fits(const at::Tensor& replacement) const {
 }
 
 void StreamedParameter::check_fits(const at::Tensor& replacement) const {
-  if (!replacement.has_storage() && replacement.layout() == at::kStrided) {
+  if (is_wrapped(replacement)) {
     throw StateError("expected parameter '" + name_ +
                      "' to be replaced by a tensor with memory of its own, got one that a "
                      "transform of torch.func (vmap, jvp) has wrapped; ensembling or "

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 from tests.python import expect
@@ -181,7 +182,10 @@ def test_transform_that_differentiates_raises(
     plain = plain_on(model, device)
     x = rows(device)
     with streamed(model, device) as handle:
-        with pytest.raises(StateError, match=r"torch\.func\.grad.*handle\.remove\(\)"):
+        with (
+            _disable_current_modes(),  # newer torch cannot make duals of batches below any mode
+            pytest.raises(StateError, match=r"torch\.func\.grad.*handle\.remove\(\)"),
+        ):
             _TRANSFORMS[what](model, x)
         expect.assert_at_rest(handle)
         assert_streams_like_plain(model, plain, handle, lambda m: m(x))
