@@ -220,6 +220,7 @@ def test_float8_weights_in_buffers_fail(dtype: torch.dtype) -> None:
         torch_offload.offload(model, HOST)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("make", [tiny_llama, tiny_stack])
 def test_dynamically_quantized_modules_fail_by_name(make: Callable[[], Any]) -> None:
