@@ -276,7 +276,7 @@ void Engine::release(CallToken& token) {
     try {
       const py::gil_scoped_release no_gil;
       pipeline_->release(unit);
-      if (!edited.empty() && pipeline_->is_whole(unit)) {
+      if (!edited.empty()) {
         pipeline_->invalidate(unit);  // else the next use finds its place as this one has left it
       }
     } catch (...) {
