@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+from torch.overrides import _get_current_function_mode_stack
 
 from tests.python.streamed_master_guard import LiveMasters, StreamedMasterGuard
 
@@ -51,6 +52,15 @@ def master_guard(live_masters: LiveMasters) -> Iterator[StreamedMasterGuard]:
     assert not guard.reads, f"masters were read during a forward: {guard.reads}"
 
 
+def _leave_function_modes() -> list[str]:
+    """Leaves ``torch.device("meta")`` and the like, so that no later test builds in it."""
+    left = []
+    while stack := _get_current_function_mode_stack():
+        left.append(type(stack[-1]).__name__)
+        stack[-1].__exit__(None, None, None)
+    return left
+
+
 @pytest.fixture(autouse=True)
 def restored_state() -> Iterator[None]:
     """Puts back the global state that models, libraries and tests change."""
@@ -65,11 +75,13 @@ def restored_state() -> Iterator[None]:
     leaked = [
         device for device, was in autocast.items() if torch.is_autocast_enabled(device) != was
     ]
+    modes = _leave_function_modes()
     cache_now = torch.is_autocast_cache_enabled()
     grad_now = torch.is_grad_enabled()
     torch.set_default_dtype(dtype)
     torch.set_grad_enabled(grad)
     torch.set_autocast_cache_enabled(cache)
+    assert not modes, f"the test left modes entered: {modes}"
     assert not leaked, f"the test left autocast changed for {leaked}"
     assert cache_now == cache, "the test left the autocast cache changed"
     assert grad_now == grad, "the test left grad mode changed"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
@@ -14,23 +16,55 @@ from typing import Any, TypeAlias
 import pytest
 import torch
 
+import torch_offload
+
 needs_timer = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
 
 # Calls something, and returns whether it was interrupted so many seconds after it began.
 Interrupting: TypeAlias = Callable[[Callable[[], Any], float], bool]
 
+_PACKAGE = Path(torch_offload.__file__).parent
+_LIBRARIES = [Path(torch.__file__).parents[1] / name for name in ("torch", "transformers")]
+
+
+def _is_ours(frame: FrameType) -> bool:
+    """Whether it runs the package, or contextlib for a `with` of the package."""
+    file = Path(frame.f_code.co_filename)
+    if file == Path(contextlib.__file__):
+        return frame.f_back is not None and _is_ours(frame.f_back)
+    return file.is_relative_to(_PACKAGE)
+
+
+def _is_of_library(frame: FrameType) -> bool:
+    file = Path(frame.f_code.co_filename)
+    return any(file.is_relative_to(library) for library in _LIBRARIES)
+
+
+def _enters_or_leaves(frame: FrameType) -> bool:
+    return frame.f_code.co_name in ("__enter__", "__exit__")
+
 
 def _swallows(frame: FrameType) -> bool:
-    """Whether Python would print the interrupt and go on: in a callback, or what ends an object."""
     code = frame.f_code
-    return (
-        "weakref" in Path(code.co_filename).name
-        or "weakref" in code.co_name
-        or code.co_name == "__del__"
-    )
+    return code.co_name == "__del__" or "weakref" in f"{Path(code.co_filename).name} {code.co_name}"
 
 
-@contextmanager
+def _waits(frame: FrameType | None) -> bool:
+    """Whether an interrupt that strikes here would come too late, be lost or do harm elsewhere.
+
+    In a frame of the tests the call may be over. Thread pools and progress bars are not made for
+    one, nor are torch's context managers and transformers' stack of them while they are entered or
+    left: the default device may stay ``meta``, gradients may stay off. In a callback, or in what
+    ends an object, Python prints it and goes on.
+    """
+    frames = [one for one, _ in traceback.walk_stack(frame)] if frame else []
+    if not frames or not (_is_ours(frames[0]) or _is_of_library(frames[0])):
+        return True
+    outside = itertools.takewhile(lambda one: not _is_ours(one), frames)
+    return any(map(_enters_or_leaves, outside)) or any(map(_swallows, frames))
+
+
+@contextlib.contextmanager
 def interrupting() -> Iterator[Interrupting]:
     """In the main thread, once a call, a moment after it began."""
     is_armed = False
@@ -39,7 +73,7 @@ def interrupting() -> Iterator[Interrupting]:
         nonlocal is_armed
         if not is_armed:
             return
-        if frame is not None and _swallows(frame):
+        if _waits(frame):
             signal.setitimer(signal.ITIMER_REAL, 1e-4)
             return
         is_armed = False
@@ -47,14 +81,12 @@ def interrupting() -> Iterator[Interrupting]:
 
     def interrupts(call: Callable[[], Any], seconds: float) -> bool:
         nonlocal is_armed
-        grad = torch.is_grad_enabled()
         try:
             is_armed = True
             signal.setitimer(signal.ITIMER_REAL, seconds)
             call()
             is_armed = False
         except KeyboardInterrupt:
-            torch.set_grad_enabled(grad)  # it may strike within the exit of torch.no_grad()
             return True
         finally:
             is_armed = False

@@ -102,6 +102,41 @@ def test_thousand_forwards_interrupted_at_random_moments(device: torch.device, m
     assert_equal_weights(model, plain)
 
 
+_SLOW_MANAGER = """
+class Slow:
+    def __enter__(self):
+        changes.append("default device")
+        wait(0.01)
+
+    def __exit__(self, *_):
+        wait(0.01)
+        changes.clear()
+
+def wait(seconds):
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass
+
+def call():
+    with Slow():
+        pass
+    wait(60)
+"""
+
+
+@needs_timer
+@pytest.mark.parametrize("seconds", [0.005, 0.015, 0.03], ids=["entered", "left", "after"])
+def test_interrupts_wait_while_context_managers_of_torch_are_entered_or_left(
+    seconds: float,
+) -> None:
+    changes: list[str] = []
+    scope: dict[str, Any] = {"changes": changes, "time": time}
+    exec(compile(_SLOW_MANAGER, torch.__file__, "exec"), scope)  # passes for torch's own
+    with interrupting() as interrupts:
+        assert interrupts(scope["call"], seconds)
+    assert changes == []
+
+
 def test_interrupt_from_another_thread_leaves_the_model_at_rest(device: torch.device) -> None:
     import ctypes
 
