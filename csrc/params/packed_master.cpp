@@ -38,15 +38,15 @@ bool has_grad_accumulator(const at::Tensor& parameter) {
 
 /// The storage of a packed master has no memory, and keeps this: it goes by `tensor.data = weight`
 /// to tensors that know no master.
-void delete_layout(void* layout) { delete static_cast<PackedMaster::Layout*>(layout); }
+void delete_part(void* part) { delete static_cast<PackedMaster::Part*>(part); }
 
-const PackedMaster::Layout* layout_shown_by(const at::Tensor& tensor) {
+const PackedMaster::Part* part_shown_by(const at::Tensor& tensor) {
   if (!tensor.has_storage()) {
     return nullptr;
   }
   const at::DataPtr& data = tensor.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks();
-  return data.get_deleter() == &delete_layout
-             ? static_cast<const PackedMaster::Layout*>(data.get_context())
+  return data.get_deleter() == &delete_part
+             ? static_cast<const PackedMaster::Part*>(data.get_context())
              : nullptr;
 }
 
@@ -59,15 +59,6 @@ void show_data(const at::Tensor& parameter, const at::Tensor& data) {
     // What set_data does otherwise, without a dispatched question whether the two are of a kind:
     // both are dense strided tensors.
     parameter.unsafeGetTensorImpl()->shallow_copy_from(data.getIntrusivePtr());
-  }
-}
-
-void LazyBits::set_on(const at::Tensor& tensor) const {
-  if (is_conj) {
-    tensor._set_conj(true);
-  }
-  if (is_neg) {
-    tensor._set_neg(true);
   }
 }
 
@@ -105,21 +96,17 @@ bool PackedBlob::holds(std::size_t place_offset, const std::byte* bytes,
   return torch_offload::holds(view_, place_offset, bytes, size_bytes, default_num_threads());
 }
 
-PackedMaster::PackedMaster(Layout layout, const at::Tensor& parameter,
+PackedMaster::PackedMaster(Part part, const at::Tensor& parameter,
                            const py::object& packed_class_of)
-    : layout_(std::move(layout)) {
+    : part_(std::move(part)) {
   const std::shared_ptr<PackedMaster> former = shown_by(parameter);
   plain_class_ =
       former != nullptr ? former->plain_class_ : py::object(py::type::of(object_of(parameter)));
   packed_class_ = packed_class_of(plain_class_);
-  const c10::InferenceMode no_inference(false);
-  nothing_ = at::from_blob(
-      nullptr, layout_.sizes, layout_.strides, [](void*) {},
-      at::TensorOptions().dtype(layout_.dtype).device(at::kCPU), at::Device(at::kCPU));
+  nothing_ = part_.layout.view_of(nullptr, at::kCPU, nullptr);
   c10::StorageImpl* const storage = nothing_.storage().unsafeGetStorageImpl();
   storage->set_data_ptr_noswap(
-      at::DataPtr(nullptr, std::make_unique<Layout>(layout_).release(), &delete_layout, at::kCPU));
-  layout_.bits.set_on(nothing_);
+      at::DataPtr(nullptr, std::make_unique<Part>(part_).release(), &delete_part, at::kCPU));
   // For whoever goes by the operators: an error, not a null pointer.
   storage->release_data_and_set_meta_custom_data_ptr_error_msg_(
       "torch_offload: expected a weight with memory of its own, got one whose master is packed; "
@@ -127,7 +114,7 @@ PackedMaster::PackedMaster(Layout layout, const at::Tensor& parameter,
 }
 
 bool PackedMaster::holds(const at::Tensor& bytes) const {
-  return layout_.blob->holds(layout_.place_offset, bytes_of(bytes), layout_.size_bytes);
+  return part_.blob->holds(part_.place_offset, bytes_of(bytes), part_.layout.size_bytes());
 }
 
 void PackedMaster::set_class(const at::Tensor& parameter, const py::object& type) const {
@@ -177,20 +164,18 @@ std::shared_ptr<PackedMaster> PackedMaster::shown_by(const at::Tensor& parameter
 void PackedMaster::give_memory(const at::Tensor& tensor) {
   if (const std::shared_ptr<PackedMaster> master = shown_by(tensor)) {
     master->unpack(tensor);
-  } else if (const Layout* const layout = layout_shown_by(tensor)) {
+  } else if (const Part* const part = part_shown_by(tensor)) {
     const c10::InferenceMode no_inference(false);
     const c10::NoGradGuard no_grad;
-    show_data(tensor, layout->unpacked().as_strided(tensor.sizes(), tensor.strides(),
-                                                    tensor.storage_offset()));
+    show_data(tensor, part->unpacked().as_strided(tensor.sizes(), tensor.strides(),
+                                                  tensor.storage_offset()));
   }
 }
 
-at::Tensor PackedMaster::Layout::unpacked() const {
-  const c10::InferenceMode no_inference(false);
-  at::Tensor plain =
-      at::empty_strided(sizes, strides, at::TensorOptions().dtype(dtype).device(at::kCPU));
-  blob->unpack(place_offset, size_bytes, static_cast<std::byte*>(plain.mutable_data_ptr()));
-  bits.set_on(plain);
+at::Tensor PackedMaster::Part::unpacked() const {
+  at::Tensor plain = layout.empty_on(at::kCPU);
+  blob->unpack(place_offset, layout.size_bytes(),
+               static_cast<std::byte*>(plain.mutable_data_ptr()));
   return plain;
 }
 

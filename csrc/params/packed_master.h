@@ -5,29 +5,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <vector>
 
 #include "codec/blob.h"
 #include "core/pinned_arena.h"
+#include "params/tensor_layout.h"
 
 namespace torch_offload {
 
 /// Lets a parameter show other data: what `parameter.data = data` does, without its questions.
 void show_data(const at::Tensor& parameter, const at::Tensor& data);
-
-/// What torch does to the bytes of a tensor only when they are read: `t.conj()` and its like. A
-/// part of how it is laid out in memory, as its strides are.
-struct LazyBits {
-  bool is_conj = false;
-  bool is_neg = false;
-
-  static LazyBits of(const at::Tensor& tensor) { return {tensor.is_conj(), tensor.is_neg()}; }
-  bool operator==(const LazyBits& other) const {
-    return is_conj == other.is_conj && is_neg == other.is_neg;
-  }
-  /// Sets them on a tensor that is ours alone. Its bytes stay as they are.
-  void set_on(const at::Tensor& tensor) const;
-};
 
 /// A packed unit in page-locked memory: the one place where its weights are.
 ///
@@ -70,24 +56,21 @@ class PackedBlob {
 /// Threads:  every call needs the GIL, its destructor too, but for `unpacked`.
 class PackedMaster : public std::enable_shared_from_this<PackedMaster> {
  public:
-  struct Layout {
+  /// Where in which blob the weight lies, and how it lies in memory once unpacked.
+  struct Part {
     std::shared_ptr<const PackedBlob> blob;
-    std::size_t place_offset = 0;
-    std::size_t size_bytes = 0;
-    std::vector<std::int64_t> sizes;
-    std::vector<std::int64_t> strides;
-    at::ScalarType dtype = at::kBFloat16;
-    LazyBits bits;
+    std::size_t place_offset;
+    TensorLayout layout;
 
-    /// The weights in ordinary memory of their own. Blocks until they are unpacked.
+    /// The weight in ordinary memory of its own. Blocks until it is unpacked.
     at::Tensor unpacked() const;
   };
 
   /// `packed_class_of` gives the class that a parameter of some class has at rest.
-  PackedMaster(Layout layout, const at::Tensor& parameter, const pybind11::object& packed_class_of);
+  PackedMaster(Part part, const at::Tensor& parameter, const pybind11::object& packed_class_of);
 
-  const std::shared_ptr<const PackedBlob>& blob() const { return layout_.blob; }
-  std::size_t place_offset() const { return layout_.place_offset; }
+  const std::shared_ptr<const PackedBlob>& blob() const { return part_.blob; }
+  std::size_t place_offset() const { return part_.place_offset; }
   /// Whether these bytes are what is packed.
   bool holds(const at::Tensor& bytes) const;
 
@@ -106,15 +89,15 @@ class PackedMaster : public std::enable_shared_from_this<PackedMaster> {
   /// to others. Blocks until they are unpacked.
   static void give_memory(const at::Tensor& tensor);
 
-  /// As of its layout.
-  at::Tensor unpacked() const { return layout_.unpacked(); }
+  /// As of its part.
+  at::Tensor unpacked() const { return part_.unpacked(); }
   /// Lets the parameter show them.
   void unpack(const at::Tensor& parameter);
 
  private:
   void set_class(const at::Tensor& parameter, const pybind11::object& type) const;
 
-  Layout layout_;
+  Part part_;
   pybind11::object plain_class_;
   pybind11::object packed_class_;
   at::Tensor nothing_;                       // of the right shape

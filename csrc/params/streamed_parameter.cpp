@@ -3,8 +3,6 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
-#include <torch/csrc/Dtype.h>
-#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <utility>
@@ -30,28 +28,21 @@ const void* data_address(const at::Tensor& tensor) {
              : begin + static_cast<std::size_t>(tensor.storage_offset()) * tensor.itemsize();
 }
 
-/// Whether a transform of torch.func has wrapped the tensor. Some wrappers have a storage, with
-/// some releases of torch.
-bool is_wrapped(const at::Tensor& tensor) {
-  const c10::DispatchKeySet keys = tensor.key_set();
-  return keys.has(c10::DispatchKey::FuncTorchGradWrapper) ||
-         keys.has(c10::DispatchKey::FuncTorchBatched) ||
-         (!tensor.has_storage() && tensor.layout() == at::kStrided);
-}
-
-/// Whether a dense tensor's storage is as large as the tensor says. One that was freed by
-/// `untyped_storage().resize_(0)` is not.
-bool has_all_bytes(const at::Tensor& dense) {
-  const auto end = static_cast<std::size_t>(dense.storage_offset() + dense.numel());
-  return dense.numel() == 0 || end * dense.itemsize() <= dense.storage().nbytes();
-}
-
 /// Whether two dense tensors of one storage show a byte of it both.
 bool overlap(const at::Tensor& one, const at::Tensor& other) {
   const auto begin = [](const at::Tensor& tensor) {
     return static_cast<std::size_t>(tensor.storage_offset()) * tensor.itemsize();
   };
   return begin(one) < begin(other) + other.nbytes() && begin(other) < begin(one) + one.nbytes();
+}
+
+/// Whether anybody shows this memory beside `num_ours` tensors. A storage that Python has once
+/// looked at has an object, which is one more reference, and lives on with only ours.
+bool is_shown_by_others(const at::Storage& storage, std::size_t num_ours) {
+  const c10::impl::PyObjectSlot& slot = *storage.unsafeGetStorageImpl()->pyobj_slot();
+  const std::size_t num_by_python = slot.load_pyobj() == nullptr ? 0 : 1;
+  return storage.use_count() > num_ours + num_by_python ||
+         (num_by_python != 0 && !slot.has_unique_reference());
 }
 
 }  // namespace
@@ -61,12 +52,8 @@ StreamedParameter::StreamedParameter(std::string name, at::Tensor parameter,
     : name_(std::move(name)),
       slots_(std::move(slots)),
       parameter_(std::move(parameter)),
-      sizes_(parameter_.sizes().vec()),
-      strides_(parameter_.strides().vec()),
-      bits_(LazyBits::of(parameter_)),
-      dtype_(parameter_.scalar_type()),
-      former_device_(parameter_.device()),
-      size_bytes_(parameter_.nbytes()) {
+      layout_(parameter_),
+      former_device_(parameter_.device()) {
   if (parameter_.layout() != at::kStrided || parameter_.is_inference() ||
       !parameter_.is_non_overlapping_and_dense()) {
     throw ValueError("expected parameter '" + name_ +
@@ -74,19 +61,6 @@ StreamedParameter::StreamedParameter(std::string name, at::Tensor parameter,
                      "not; keep it on the device with resident=['" +
                      name_ + "']");
   }
-}
-
-// The views are made outside inference mode, whatever mode the caller is in: an inference tensor
-// has no version counter, and a normal parameter cannot show its data.
-at::Tensor StreamedParameter::view_of(void* memory, const at::Device& device,
-                                      std::shared_ptr<void> owner) const {
-  const c10::InferenceMode no_inference(false);
-  // A storage of its own: what is saved or shared of a master is its bytes, not the arena's.
-  at::Tensor view = at::from_blob(
-      memory, sizes_, strides_, [owner = std::move(owner)](void*) {},
-      at::TensorOptions().dtype(dtype_).device(device), device);
-  bits_.set_on(view);
-  return view;
 }
 
 std::int64_t StreamedParameter::version() const {
@@ -102,12 +76,12 @@ void StreamedParameter::bump_version() {
 void StreamedParameter::move_into(
     std::byte* master, std::shared_ptr<void> owner,
     const std::function<void(const void* source, std::size_t size_bytes)>& fill) {
-  if (fits(parameter_)) {
+  if (layout_.fits(parameter_)) {
     take_layout_of(parameter_);  // on the device it may have been given other data
   }
-  at::Tensor filled = view_of(master, at::kCPU, owner);
+  at::Tensor filled = layout_.view_of(master, at::kCPU, owner);
   if (parameter_.device().is_cpu()) {
-    fill(parameter_.const_data_ptr(), size_bytes_);
+    fill(parameter_.const_data_ptr(), size_bytes());
   } else {
     const c10::NoGradGuard no_grad;
     filled.copy_(parameter_);
@@ -124,18 +98,7 @@ at::Tensor StreamedParameter::plain_copy(const at::Device& device) const {
   if (!is_moved_in()) {
     PackedMaster::give_memory(parameter_);
   }
-  return copy_of(is_moved_in() ? plain_bytes() : parameter_, device);
-}
-
-/// Ordinary memory on `device` with the same bytes, laid out as the parameter is.
-at::Tensor StreamedParameter::copy_of(const at::Tensor& source, const at::Device& device) const {
-  const c10::InferenceMode no_inference(false);
-  const c10::NoGradGuard no_grad;
-  at::Tensor copy =
-      at::empty_strided(sizes_, strides_, at::TensorOptions().dtype(dtype_).device(device));
-  bits_.set_on(copy);
-  copy.copy_(source);
-  return copy;
+  return layout_.copy_of(is_moved_in() ? plain_bytes() : parameter_, device);
 }
 
 void StreamedParameter::let_go_of_packed() {
@@ -146,9 +109,8 @@ void StreamedParameter::let_go_of_packed() {
 }
 
 void StreamedParameter::move_out(const at::Tensor& plain) {
-  let_go_of_packed();
-  parameter_.set_data(plain);
   let_go();
+  parameter_.set_data(plain);
 }
 
 void StreamedParameter::let_go() {
@@ -160,10 +122,10 @@ void StreamedParameter::let_go() {
 
 bool StreamedParameter::shows_other_data() const {
   if (!is_moved_in()) {
-    return !fits(parameter_);  // on the device: nobody has noted which data that is
+    return !layout_.fits(parameter_);  // on the device: nobody has noted which data that is
   }
   return is_packed() ? !packed_->is_shown_by(parameter_)
-                     : data_address(parameter_) != shown_ || !has_layout_of(parameter_);
+                     : data_address(parameter_) != shown_ || !layout_.is_of(parameter_);
 }
 
 void StreamedParameter::keep_master() {
@@ -173,7 +135,7 @@ void StreamedParameter::keep_master() {
 
 void StreamedParameter::show_place(std::byte* place, const at::Device& device) {
   if (!place_.defined() || place_.const_data_ptr() != place) {
-    place_ = view_of(place, device, nullptr);
+    place_ = layout_.view_of(place, device, nullptr);
   }
   if (is_packed()) {
     packed_->make_plain(parameter_);
@@ -230,23 +192,20 @@ const at::Tensor& StreamedParameter::found_parameter() const {
 at::Tensor StreamedParameter::found_with_memory() const {
   const at::Tensor found = found_parameter();
   PackedMaster::give_memory(found);  // a streamed weight that was put here from elsewhere
-  check_fits(found);
+  layout_.check_fits(found, name_);
   return found;
 }
 
 void StreamedParameter::check_found() const {
   const at::Tensor& found = found_parameter();
   if (PackedMaster::shown_by(found) == nullptr) {
-    check_fits(found);
+    layout_.check_fits(found, name_);
   }
 }
 
 void StreamedParameter::take_found_at_home() {
   parameter_ = found_with_memory();
-  if (parameter_.strides() != at::IntArrayRef(strides_)) {
-    strides_ = parameter_.strides().vec();
-    place_.reset();
-  }
+  take_layout_of(parameter_);
 }
 
 StreamedParameter::Edit StreamedParameter::edit_since_copy() const {
@@ -255,57 +214,17 @@ StreamedParameter::Edit StreamedParameter::edit_since_copy() const {
   }
   if (!found_parameter().is_same(parameter_) ||
       data_address(parameter_) != shown_ ||  // at rest its master
-      !has_layout_of(parameter_)) {
+      !layout_.is_of(parameter_)) {
     return Edit::kReplaced;
   }
   return version() == copied_version_ ? Edit::kNone : Edit::kInPlace;
 }
 
-/// Whether the bytes of such a tensor mean the same as ours.
-bool StreamedParameter::has_layout_of(const at::Tensor& data) const {
-  return data.scalar_type() == dtype_ && data.sizes() == at::IntArrayRef(sizes_) &&
-         data.strides() == at::IntArrayRef(strides_) && LazyBits::of(data) == bits_;
-}
-
 /// From now on the bytes are laid out as those of this tensor, which fits.
 void StreamedParameter::take_layout_of(const at::Tensor& data) {
-  if (!has_layout_of(data)) {
-    strides_ = data.strides().vec();
-    bits_ = LazyBits::of(data);
+  if (!layout_.is_of(data)) {
+    layout_.take_order_of(data);
     place_.reset();
-  }
-}
-
-bool StreamedParameter::fits(const at::Tensor& replacement) const {
-  return replacement.has_storage() && replacement.scalar_type() == dtype_ &&
-         !replacement.is_meta() && replacement.sizes() == at::IntArrayRef(sizes_) &&
-         replacement.layout() == at::kStrided && !replacement.is_inference() &&
-         !replacement.unsafeGetTensorImpl()->is_python_dispatch() &&  // DTensor, torchao
-         replacement.is_non_overlapping_and_dense() && has_all_bytes(replacement);
-}
-
-void StreamedParameter::check_fits(const at::Tensor& replacement) const {
-  if (is_wrapped(replacement)) {
-    throw StateError("expected parameter '" + name_ +
-                     "' to be replaced by a tensor with memory of its own, got one that a "
-                     "transform of torch.func (vmap, jvp) has wrapped; ensembling or "
-                     "differentiating over streamed weights: call handle.remove() first");
-  }
-  if (!fits(replacement)) {
-    const auto describe = [](at::ScalarType dtype, at::IntArrayRef sizes) {
-      std::string listed;
-      for (const std::int64_t size : sizes) {
-        listed += (listed.empty() ? "" : ", ") + std::to_string(size);
-      }
-      return std::string("torch.") + torch::getTHPDtype(dtype)->name + " of shape (" + listed + ")";
-    };
-    throw StateError(
-        "expected parameter '" + name_ + "' to be replaced by a dense " + describe(dtype_, sizes_) +
-        " as before, got " + describe(replacement.scalar_type(), replacement.sizes()) +
-        (replacement.is_meta() ? " on meta" : "") +
-        (replacement.has_storage() && !has_all_bytes(replacement) ? " whose memory was freed"
-                                                                  : "") +
-        "; call handle.remove() before changing it, and offload() again afterwards");
   }
 }
 
@@ -325,26 +244,13 @@ void StreamedParameter::adopt_replacement() {
     parameter_.set_data(master_.clone());  // whoever still holds the former object keeps its values
   }
   take_layout_of(data);
-  master_ = view_of(master_.mutable_data_ptr(), at::kCPU, owner_);
+  master_ = layout_.view_of(master_.mutable_data_ptr(), at::kCPU, owner_);
   if (has_own_bytes) {
     master_.copy_(data);
   }
   parameter_ = replacement;
   show_master();
 }
-
-namespace {
-
-/// Whether anybody shows this memory beside `num_ours` tensors. A storage that Python has once
-/// looked at has an object, which is one more reference, and lives on with only ours.
-bool is_shown_by_others(const at::Storage& storage, std::size_t num_ours) {
-  const c10::impl::PyObjectSlot& slot = *storage.unsafeGetStorageImpl()->pyobj_slot();
-  const std::size_t num_by_python = slot.load_pyobj() == nullptr ? 0 : 1;
-  return storage.use_count() > num_ours + num_by_python ||
-         (num_by_python != 0 && !slot.has_unique_reference());
-}
-
-}  // namespace
 
 // --- packed masters ----------------------------------------------------------------------------
 
@@ -354,7 +260,7 @@ void StreamedParameter::take_in_place() {
     const c10::NoGradGuard no_grad;
     master_ = parameter_.detach();
   } else {
-    master_ = copy_of(parameter_, at::kCPU);  // what it shows, whatever was packed before
+    master_ = layout_.copy_of(parameter_, at::kCPU);  // what it shows, whatever was packed before
   }
   owner_.reset();
   was_moved_in_ = true;
@@ -366,9 +272,7 @@ void StreamedParameter::hold_packed(std::shared_ptr<const PackedBlob> blob,
                                     const pybind11::object& packed_class_of) {
   const bool was_packed = is_packed();
   const auto master = std::make_shared<PackedMaster>(
-      PackedMaster::Layout{std::move(blob), place_offset, size_bytes_, sizes_, strides_, dtype_,
-                           bits_},
-      parameter_, packed_class_of);
+      PackedMaster::Part{std::move(blob), place_offset, layout_}, parameter_, packed_class_of);
   if (packed_ != nullptr) {
     packed_->take_back(parameter_);
   }
@@ -396,7 +300,7 @@ bool StreamedParameter::is_shared_beside(const std::vector<at::Tensor>& ours) co
 }
 
 bool StreamedParameter::is_part_of_storage() const {
-  return master_.defined() && master_.storage().nbytes() > size_bytes_;
+  return master_.defined() && master_.storage().nbytes() > size_bytes();
 }
 
 void StreamedParameter::show_packed() {
@@ -425,7 +329,7 @@ bool StreamedParameter::take_found() {
     packed_->unpack(parameter_);  // whoever still holds the former object keeps its values
   }
   parameter_ = found;
-  const bool has_same_layout = has_layout_of(found);
+  const bool has_same_layout = layout_.is_of(found);
   take_layout_of(found);
   take_in_place();
   if (!is_same || !has_same_layout) {

@@ -12,6 +12,7 @@
 
 #include "params/byte_sample.h"
 #include "params/packed_master.h"
+#include "params/tensor_layout.h"
 
 namespace torch_offload {
 
@@ -39,7 +40,7 @@ class StreamedParameter {
   StreamedParameter(std::string name, at::Tensor parameter, std::vector<ParameterSlot> slots);
 
   const std::string& name() const { return name_; }
-  std::size_t size_bytes() const { return size_bytes_; }
+  std::size_t size_bytes() const { return layout_.size_bytes(); }
   const at::Tensor& parameter() const { return parameter_; }
 
   /// Moves the bytes into `master` and shows it from now on.
@@ -158,15 +159,10 @@ class StreamedParameter {
 
  private:
   std::int64_t version() const;
-  bool has_layout_of(const at::Tensor& data) const;
-  at::Tensor copy_of(const at::Tensor& source, const at::Device& device) const;
-  at::Tensor view_of(void* memory, const at::Device& device, std::shared_ptr<void> owner) const;
   const at::Tensor& found_parameter() const;  // as long as the slots stay as they are
   void show(const at::Tensor& data);
   at::Tensor found_with_memory() const;
   void take_layout_of(const at::Tensor& data);
-  bool fits(const at::Tensor& replacement) const;
-  void check_fits(const at::Tensor& replacement) const;
   void let_go_of_packed();
 
   std::string name_;
@@ -177,13 +173,9 @@ class StreamedParameter {
   std::shared_ptr<void> owner_;  // of the master's memory; none while that is ordinary
   std::shared_ptr<PackedMaster> packed_;
   const void* shown_ = nullptr;  // the data that we let the parameter show last
-  std::vector<std::int64_t> sizes_;
-  std::vector<std::int64_t> strides_;
-  LazyBits bits_;  // of a tensor that shows its bytes
-  at::ScalarType dtype_;
+  TensorLayout layout_;
   at::Device former_device_;
   bool was_moved_in_ = false;
-  std::size_t size_bytes_ = 0;
   std::int64_t copied_version_ = -1;
   std::int64_t acquired_version_ = -1;
   bool is_place_sampled_ = false;
