@@ -4,7 +4,6 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -23,7 +22,7 @@ std::vector<std::thread> start_threads(std::size_t count, const std::function<vo
     while (threads.size() < count) {
       threads.emplace_back(run);
     }
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {
     return threads;
   }
   return threads;

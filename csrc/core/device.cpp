@@ -326,8 +326,12 @@ void Device::register_read_only(const std::vector<AddressRange>& ranges,
   });
   if (has_failed) {
     for (std::size_t i = 0; i < ranges.size(); ++i) {
-      if (locked[i] != 0) {
-        do_unregister_host(memory_of(ranges[i]));
+      try {
+        if (locked[i] != 0) {
+          do_unregister_host(memory_of(ranges[i]));
+        }
+      } catch (const std::exception&) {
+        // What failed first is what is told of; the others are unlocked all the same.
       }
     }
     std::rethrow_exception(*std::find_if(failures.begin(), failures.end(),

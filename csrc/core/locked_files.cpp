@@ -112,8 +112,10 @@ std::vector<CopySegment> LockedFiles::cut(const std::vector<CopySegment>& segmen
 
 void LockedFiles::unlock(Chunk& chunk) {
   // The device may still be reading it; mostly that is long done, as the oldest goes first.
-  if (chunk.copied != kNoEvent && !device_->is_done(chunk.copied)) {
-    steps_.synchronize(chunk.stream, Step::kChunkDrain);
+  for (const Read& read : chunk.reads) {
+    if (!device_->is_done(read.copied)) {
+      steps_.synchronize(read.stream, Step::kChunkDrain);
+    }
   }
   device_->unregister_host(chunk.begin);
   chunk.is_locked = chunk.is_for_once = false;
@@ -284,17 +286,32 @@ void LockedFiles::note_copied(const std::vector<CopySegment>& segments, StreamId
     if (chunk == nullptr || chunk == last) {
       continue;
     }
-    if (chunk->copied == kNoEvent) {
-      chunk->copied = device_->create_event();
+    auto read = std::find_if(chunk->reads.begin(), chunk->reads.end(),
+                             [&](const Read& one) { return one.stream == stream; });
+    if (read == chunk->reads.end()) {
+      read = chunk->reads.insert(read, {stream, device_->create_event()});
     }
-    steps_.record(chunk->copied, stream, Step::kChunkRecord);
-    chunk->stream = stream;
+    steps_.record(read->copied, stream, Step::kChunkRecord);
     last = chunk;
   }
 }
 
+void LockedFiles::submit(const std::vector<CopySegment>& segments, StreamId stream,
+                         const Submit& submit) {
+  auto next = segments.begin();
+  try {
+    for (; next != segments.end(); ++next) {
+      submit(*next);
+    }
+  } catch (...) {
+    note_copied({segments.begin(), next}, stream);
+    throw;
+  }
+  note_copied(segments, stream);
+}
+
 void LockedFiles::load(const std::vector<CopySegment>& segments, StreamId stream,
-                       const std::function<void(const CopySegment&)>& submit) {
+                       const Submit& submit) {
   for (std::size_t begin = 0, end = 0; begin < segments.size(); begin = end) {
     // Chunks that take turns are all needed at once: one batch must not unlock another's.
     const std::size_t most_bytes = takes_turns() ? SIZE_MAX : batch_bytes_;
@@ -304,22 +321,19 @@ void LockedFiles::load(const std::vector<CopySegment>& segments, StreamId stream
       batch.push_back(segments[end]);
     }
     lock(batch);
-    std::for_each(batch.begin(), batch.end(), submit);
-    note_copied(batch, stream);
+    this->submit(batch, stream, submit);
   }
 }
 
 void LockedFiles::unlock_once() {
   synchronize_streams(Step::kOnceDrain);
-  for (std::deque<Chunk*>* queue : {&in_turn_, &for_good_}) {
-    for (Chunk* chunk : *queue) {
-      if (chunk->is_for_once) {  // none of those for good is
-        unlock(*chunk);
-      }
+  for (auto next = in_turn_.begin(); next != in_turn_.end();) {  // none of those for good is
+    if ((*next)->is_for_once) {
+      unlock(**next);
+      next = in_turn_.erase(next);
+    } else {
+      ++next;
     }
-    queue->erase(std::remove_if(queue->begin(), queue->end(),
-                                [](const Chunk* chunk) { return !chunk->is_locked; }),
-                 queue->end());
   }
 }
 

@@ -62,6 +62,8 @@ class LockedFiles {
   /// what goes to the device for good.
   enum class Hold { kForPasses, kOnce };
 
+  using Submit = std::function<void(const CopySegment&)>;
+
   /// Page-locks all that these copies, as cut, read from the files.
   ///
   /// Blocking:  while pages are read from the disk and locked; beyond the limit also until the
@@ -76,13 +78,13 @@ class LockedFiles {
   ///
   /// Blocking:  as lock().
   /// Throws:    as lock(), and what `submit` throws; copies of earlier batches are then under way.
-  void load(const std::vector<CopySegment>& segments, StreamId stream,
-            const std::function<void(const CopySegment&)>& submit);
+  void load(const std::vector<CopySegment>& segments, StreamId stream, const Submit& submit);
   /// Unlocks what was locked for one copy only. Blocks until those copies are done.
   void unlock_once();
-  /// Notes that the copies were submitted to `stream`, so that their chunks stay until they are
-  /// done.
-  void note_copied(const std::vector<CopySegment>& segments, StreamId stream);
+  /// Has each of these copies, as cut and locked, submitted to `stream`, and notes it, so that
+  /// their chunks stay until they are done: where one cannot be submitted, those before it.
+  /// Throws: what `submit` throws.
+  void submit(const std::vector<CopySegment>& segments, StreamId stream, const Submit& submit);
 
   /// Has what these copies, as cut, read from the files brought into memory, since it will be
   /// locked soon. Returns whether all of it is asked for: more than read_ahead_bytes() are not, as
@@ -106,6 +108,10 @@ class LockedFiles {
   bool takes_turns() const { return total_bytes_ > limit_bytes_; }
 
  private:
+  struct Read {
+    StreamId stream = kNoStream;
+    EventId copied = kNoEvent;  // recorded behind the last copy from the chunk to that stream
+  };
   struct Chunk {
     std::byte* begin = nullptr;
     std::size_t size_bytes = 0;  // whole pages
@@ -113,8 +119,7 @@ class LockedFiles {
     bool is_locked = false;
     bool is_for_once = false;   // since it was last locked
     bool is_asked_for = false;  // ahead, since it was last unlocked
-    EventId copied = kNoEvent;  // recorded behind the last copy from it, while chunks take turns
-    StreamId stream = kNoStream;
+    std::vector<Read> reads;    // one for each stream, while chunks take turns
   };
   using Chunks = std::vector<Chunk*>;
 
@@ -122,6 +127,7 @@ class LockedFiles {
   const Chunk* chunk_of(const std::byte* source) const;
   void make_room(std::size_t size_bytes, const Chunks& needed);
   void unlock(Chunk& chunk);
+  void note_copied(const std::vector<CopySegment>& segments, StreamId stream);
   bool try_lock(const Chunks& missing, Hold hold);
   void note_arrived(Chunk& chunk);
   std::size_t most_for_good() const;

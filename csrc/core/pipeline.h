@@ -88,6 +88,9 @@ class Pipeline {
   ///            the former window's memory meanwhile there is no window, and every acquire throws
   ///            until a plan is found for which there is room.
   void replan(Plan plan);
+  /// As replan, of a plan that there was before, to undo another one: where that fails there is no
+  /// window, as above.
+  void return_to(Plan plan);
 
   /// Makes the calling thread's stream wait for the unit's bytes, and lets copies run ahead.
   /// Returns where the bytes are; until the matching release they stay there.

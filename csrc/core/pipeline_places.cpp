@@ -65,6 +65,16 @@ void Pipeline::replan(Plan plan) {
   adopt(std::move(plan));
 }
 
+void Pipeline::return_to(Plan plan) {
+  try {
+    replan(plan);
+  } catch (const std::exception&) {
+    own_places_.clear();
+    window_.reset();
+    adopt(std::move(plan));
+  }
+}
+
 void Pipeline::adopt(Plan plan) {
   std::vector<UnitState> states = states_of(plan);
   order_ = std::make_unique<Order>(streamed_units(plan));

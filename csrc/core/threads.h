@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -21,7 +21,7 @@ void run_by_threads(std::size_t num_threads, const Run& run) {
   while (may_have_more && helpers.size() < num_helpers) {
     try {
       helpers.emplace_back(run);
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
       may_have_more = false;  // slower, not broken: those there are do it all
     }
   }

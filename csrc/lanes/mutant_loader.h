@@ -131,11 +131,10 @@ class MutantLoader : public Loader {
     const std::vector<CopySegment> segments = files_->cut({{source_in_file(unit), 0, size_bytes}});
     files_->lock(segments, LockedFiles::Hold::kOnce);
     order_after(copies, device_.current_stream());
-    for (const CopySegment& segment : segments) {
+    files_->submit(segments, copies, [&](const CopySegment& segment) {
       device_.copy(copies,
                    {memory + segment.offset, segment.source, segment.size_bytes, kNoUnit, 0});
-    }
-    files_->note_copied(segments, copies);
+    });
     order_after(device_.current_stream(), copies);
     return memory;
   }

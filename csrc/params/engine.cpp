@@ -287,8 +287,7 @@ void Engine::refresh() {
         adopt_packed_edits(unit);  // finds every edit, and packs what was unpacked
         continue;
       }
-      units_[unit].is_to_be_packed = is_packed(unit);
-      pipeline_->invalidate(unit);
+      mark_stale(unit);
     }
   }
 }

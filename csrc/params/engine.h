@@ -310,6 +310,7 @@ class Engine : private Loader {
   void note_acquired(StreamedParameter& parameter) const;
   void warn_of_backward(const UnitParameters& entry);
   static void refuse_kept_views(std::vector<DroppedPlace> dropped);
+  void mark_stale(UnitIndex unit);
   void adopt_edits(UnitIndex unit);
   void end_pass();
   void detach_log();

@@ -147,6 +147,13 @@ void Engine::warn_of_backward(const UnitParameters& entry) {
   }
 }
 
+/// What was copied or packed of the unit is older than its masters. At once where they are given
+/// other bytes: what fails later must not leave an edit that nobody sees any more.
+void Engine::mark_stale(UnitIndex unit) {
+  units_[unit].is_to_be_packed = is_packed(unit);
+  pipeline_->invalidate(unit);
+}
+
 /// Brings the masters up to date with what the user did to the parameters at rest.
 void Engine::adopt_edits(UnitIndex unit) {
   UnitParameters& entry = units_[unit];
@@ -170,6 +177,7 @@ void Engine::adopt_edits(UnitIndex unit) {
       }
       device_->host_write(masters_->memory(index), parameter.size_bytes(), unit);
       parameter.adopt_replacement();
+      mark_stale(unit);
     }
     if (masters_->is_in_file(index)) {
       // A copy from the file is never newer than an edit, whenever it was made.
@@ -177,6 +185,7 @@ void Engine::adopt_edits(UnitIndex unit) {
                                  (!entry.is_checked && masters_->looks_edited(index));
       if (may_be_edited && leave_file_if_edited(index)) {
         entry.segments.clear();
+        mark_stale(unit);
         is_stale = true;
       } else if (may_be_edited) {
         parameter.note_copied();
@@ -188,11 +197,11 @@ void Engine::adopt_edits(UnitIndex unit) {
   }
   entry.is_compared = true;
   entry.is_checked = true;
-  if (is_stale && is_packed(unit)) {
-    pack_anew(unit);
-  }
   if (is_stale) {
-    pipeline_->invalidate(unit);
+    mark_stale(unit);
+    if (is_packed(unit)) {
+      pack_anew(unit);
+    }
   }
 }
 
@@ -215,8 +224,7 @@ StreamId Engine::load(UnitIndex unit, std::byte* place, StreamId copy_stream,
   };
   LockedFiles& files = masters_->files();
   if (is_there(entry)) {
-    std::for_each(segments.begin(), segments.end(), submit);
-    files.note_copied(segments, copy_stream);
+    files.submit(segments, copy_stream, submit);
   } else {
     entry.is_announced = false;
     files.load(segments, copy_stream, submit);

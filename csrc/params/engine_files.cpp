@@ -77,11 +77,10 @@ bool Engine::copy_resident(const std::shared_ptr<FileView>& view, const at::Tens
   };
   order_after(copies, current);  // whoever had the destination before may still use it
   auto* const memory = static_cast<std::byte*>(destination.mutable_data_ptr());
-  for (const CopySegment& segment : segments) {
+  files.submit(segments, copies, [&](const CopySegment& segment) {
     device_->copy(copies,
                   {memory + segment.offset, segment.source, segment.size_bytes, kNoUnit, 0});
-  }
-  files.note_copied(segments, copies);
+  });
   order_after(current, copies);  // kernels read it behind the copy
   return true;
 }
@@ -111,8 +110,7 @@ std::vector<std::string> Engine::find_edits() {
     for (std::size_t i = entry.range.begin; i < entry.range.end; ++i) {
       if (parameters_[i].is_moved_in() && leave_file_if_edited(i)) {
         entry.segments.clear();
-        entry.is_to_be_packed = is_packed(unit);
-        pipeline_->invalidate(unit);
+        mark_stale(unit);
       }
       if (masters_->has_view(i) && !masters_->is_in_file(i)) {
         names.push_back(parameters_[i].name());

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <exception>
 #include <utility>
 
 #include "params/engine.h"
@@ -10,6 +11,21 @@
 namespace py = pybind11;
 
 namespace torch_offload {
+
+namespace {
+
+/// One step of an undo: what fails in it is less than what is being undone, and keeps no other step
+/// from being taken.
+template <typename Step>
+void try_to(const Step& step) {
+  try {
+    step();
+  } catch (const std::exception&) {
+    PyErr_Clear();  // an operator that fails in Python leaves its error set
+  }
+}
+
+}  // namespace
 
 /// Refuses by name, before anything is touched, weights of another shape or dtype than those that
 /// are to move, or have moved; of residents that are to move takes strides as they are now.
@@ -80,13 +96,15 @@ std::int64_t Engine::recut(Plan plan, const std::vector<ParameterRange>& ranges)
     plain.clear();
     if (is_replanned) {
       const py::gil_scoped_release no_gil;
-      pipeline_->replan(former);
+      pipeline_->return_to(former);
     }
     for (const std::size_t i : leaving) {
-      if (parameters_[i].is_moved_in()) {
-        // Into the memory that it has just left.
-        parameters_[i].move_out(parameters_[i].plain_copy(torch_device_));
-      }
+      try_to([&] {
+        if (parameters_[i].is_moved_in()) {
+          // Into the memory that it has just left.
+          parameters_[i].move_out(parameters_[i].plain_copy(torch_device_));
+        }
+      });
     }
     if (was_packed && packed_ == nullptr) {
       pack_as_before(former.transports);

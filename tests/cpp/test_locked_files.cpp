@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "core/host_mapping.h"
 #include "core/locked_files.h"
 #include "core/masters.h"
+#include "gated_device.h"
 #include "host/host_device.h"
 
 namespace torch_offload {
@@ -23,8 +25,15 @@ const std::size_t kPage = HostMapping::page_bytes();
 class LimitedDevice : public HostDevice {
  public:
   std::size_t limit_bytes = SIZE_MAX;
+  std::function<void(StreamId)> when_synchronized;
 
  protected:
+  void do_synchronize(StreamId stream) override {
+    if (when_synchronized) {
+      when_synchronized(stream);
+    }
+    HostDevice::do_synchronize(stream);
+  }
   void do_register_read_only(void* /*memory*/, std::size_t size_bytes) override {
     if (counters().registered_bytes + size_bytes > limit_bytes) {
       throw MemoryError("the device refuses " + std::to_string(size_bytes) + " bytes");
@@ -40,6 +49,21 @@ class LockedFilesTest : public ::testing::Test {
     stream_ = device_->create_stream(options);
   }
 
+  /// Submits copies to such a place.
+  LockedFiles::Submit copies_to(std::byte* place, StreamId stream) {
+    return [this, place, stream](const CopySegment& segment) {
+      Copy copy;
+      copy.destination = place + segment.offset;
+      copy.source = segment.source;
+      copy.size_bytes = segment.size_bytes;
+      device_->copy(stream, copy);
+    };
+  }
+
+  std::vector<CopySegment> page_at(std::size_t page) const {
+    return {{mapping_->data() + page * kPage, 0, kPage}};
+  }
+
   /// Copies one page of each of `pages` as a unit would, and compares.
   void copy_pages(LockedFiles& files, const std::vector<std::size_t>& pages) {
     std::vector<CopySegment> segments;
@@ -51,14 +75,7 @@ class LockedFilesTest : public ::testing::Test {
     segments = files.cut(segments);
     files.lock(segments);
     std::vector<std::byte> place(pages.size() * kPage);
-    for (const CopySegment& segment : segments) {
-      Copy copy;
-      copy.destination = place.data() + segment.offset;
-      copy.source = segment.source;
-      copy.size_bytes = segment.size_bytes;
-      device_->copy(stream_, copy);
-    }
-    files.note_copied(segments, stream_);
+    files.submit(segments, stream_, copies_to(place.data(), stream_));
     device_->synchronize(stream_);
     for (std::size_t i = 0; i < pages.size(); ++i) {
       EXPECT_TRUE(std::equal(place.begin() + static_cast<std::ptrdiff_t>(i * kPage),
@@ -273,12 +290,9 @@ TEST_F(LockedFilesTest, ReadAheadIsBoundedUntilPagesAreLockedAndForgottenIfGuess
 TEST_F(LockedFilesTest, WhatIsCopiedOnceIsUnlockedAndLeavesTheLimitToPasses) {
   for (const std::size_t limit : {LockedFiles::kNoLimit, 16 * kPage}) {
     LockedFiles files(device_, {mapping_}, limit, kPage);
-    const auto segment = [&](std::size_t page) {
-      return std::vector<CopySegment>{{mapping_->data() + page * kPage, 0, kPage}};
-    };
     for (std::size_t page = 0; page < 8; ++page) {
-      files.lock(segment(page), LockedFiles::Hold::kOnce);
-      files.note_copied(segment(page), stream_);
+      files.lock(page_at(page), LockedFiles::Hold::kOnce);
+      files.submit(page_at(page), stream_, [](const CopySegment&) {});
     }
     copy_pages(files, {3});  // a unit begins in that page
     EXPECT_EQ(locked(), 8 * kPage);
@@ -295,6 +309,50 @@ TEST_F(LockedFilesTest, WhatIsCopiedOnceIsUnlockedAndLeavesTheLimitToPasses) {
     }
     EXPECT_EQ(files.bytes_brought_in() - before, limit == LockedFiles::kNoLimit ? 0 : 20 * kPage);
   }
+}
+
+TEST_F(LockedFilesTest, ChunkIsUnlockedBehindItsCopiesOfEveryStream) {
+  StreamOptions options;
+  options.name = "other copies";
+  const StreamId other = device_->create_stream(options);
+  LockedFiles files(device_, {mapping_}, 4 * kPage, 2 * kPage);
+  std::vector<std::byte> place(2 * kPage);
+  files.lock(page_at(4));  // this chunk stays
+  files.lock(page_at(0));  // this one takes turns
+  testing::Gate gate;
+  gate.hold(*device_, stream_);
+  files.submit(page_at(0), stream_, copies_to(place.data(), stream_));
+  files.submit(page_at(1), other, copies_to(place.data() + kPage, other));
+  device_->synchronize(other);
+  bool is_waited_for = false;
+  device_->when_synchronized = [&](StreamId stream) {
+    is_waited_for = is_waited_for || stream == stream_;
+    gate.open();
+  };
+  files.lock(page_at(8));
+  EXPECT_TRUE(is_waited_for);
+  gate.open();
+  device_->synchronize(stream_);
+}
+
+TEST_F(LockedFilesTest, CopiesBeforeAFailedOneAreWaitedFor) {
+  LockedFiles files(device_, {mapping_}, LockedFiles::kNoLimit, kPage);
+  const std::vector<CopySegment> segments = files.cut({{mapping_->data(), 0, 2 * kPage}});
+  files.lock(segments, LockedFiles::Hold::kOnce);
+  std::vector<std::byte> place(2 * kPage);
+  const LockedFiles::Submit copy = copies_to(place.data(), stream_);
+  EXPECT_THROW(files.submit(segments, stream_,
+                            [&](const CopySegment& segment) {
+                              if (segment.offset != 0) {
+                                throw testing::InjectedFault();
+                              }
+                              copy(segment);
+                            }),
+               testing::InjectedFault);
+  const std::uint64_t waits = device_->counters().host_synchronizes;
+  files.unlock_once();
+  EXPECT_EQ(device_->counters().host_synchronizes, waits + 1);
+  EXPECT_EQ(locked(), 0U);
 }
 
 TEST_F(LockedFilesTest, LargeUnitLeavesLockedWhatItHasNoNeedOf) {

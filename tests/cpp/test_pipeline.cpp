@@ -500,6 +500,24 @@ TEST(PipelineTest, WindowLostOnTheWayLosesNoEvents) {
   rig.expect_at_rest_and_right();
 }
 
+TEST(PipelineTest, ReturnWithoutRoomLeavesThePlanWithoutAWindow) {
+  const Plan plan = plan_of(layers_of(3, 1, 2));
+  Rig rig(plan);
+  rig.pipeline->replan(with_window(plan, 2 * plan.window_bytes));
+  rig.device.is_out_of_memory = true;
+  rig.pipeline->return_to(plan);
+  EXPECT_FALSE(rig.pipeline->has_window());
+  EXPECT_EQ(rig.pipeline->plan().window_bytes, plan.window_bytes);
+  rig.pipeline->enter();
+  EXPECT_THROW(rig.pipeline->acquire(0), StateError);
+  rig.pipeline->leave(false);
+  rig.device.is_out_of_memory = false;
+  rig.pipeline->return_to(plan);
+  rig.pass(sequence_of(6));
+  rig.pass(sequence_of(6));
+  rig.expect_at_rest_and_right();
+}
+
 TEST(PipelineTest, ReplanAfterANestedCallForgetsItsPlace) {
   const std::vector<Unit> units = layers_of(2, 1, 1);
   Rig rig(plan_with_places(units, {{0, 256}, {0, 256}, {256, 512}, {256, 512}}, 0));

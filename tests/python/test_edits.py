@@ -182,6 +182,36 @@ def test_replaced_parameter_of_another_kind_fails(
         assert torch.equal(model(x), plain(x))
 
 
+def test_replacement_beside_one_that_fails_is_seen_by_the_next_forward(
+    device: torch.device,
+) -> None:
+    """Seen by the object alone: neither counters of versions nor samples of bytes tell of it."""
+    model = tiny_stack(width=32)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().clone()))  # all of version 0
+    plain = plain_on(model, device)
+    x = rows(device, width=32)
+    mlp = model.blocks[2].mlp
+    with streamed(model, device, **_ROOMY) as handle:
+        with torch.inference_mode():
+            for _ in range(2):
+                model(x)
+        change = torch.zeros(mlp.up.weight.shape)
+        change[2, :4] = 5.0  # no line of these is sampled
+        former_bias = mlp.down.bias
+        mlp.up.weight = nn.Parameter(mlp.up.weight.detach() + change)
+        mlp.down.bias = nn.Parameter(torch.zeros(3))
+        with torch.inference_mode():
+            with pytest.raises(torch_offload.StateError, match=r"of shape \(32\)"):
+                model(x)
+            mlp.down.bias = former_bias
+            with torch.no_grad():
+                plain.blocks[2].mlp.up.weight += change.to(device)
+            assert torch.equal(model(x), plain(x))
+            assert handle.stats.misses > 0
+
+
 @pytest.mark.parametrize("size_bytes", [0, 64])
 def test_weight_whose_memory_was_freed_fails(device: torch.device, size_bytes: int) -> None:
     model = tiny_stack()

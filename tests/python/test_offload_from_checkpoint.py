@@ -50,6 +50,28 @@ def _inputs(device: torch.device) -> dict[str, Any]:
     return {"x": rows(device, width=WIDTH)}
 
 
+@pytest.mark.parametrize("streams", ["shared", "split"])
+def test_pages_are_unlocked_behind_all_copies_from_them(tmp_path: Path, streams: str) -> None:
+    source = tiny_stack(num_blocks=16, width=200)
+    _save(source, tmp_path)
+    with torch.device("meta"):
+        model = tiny_stack(num_blocks=16, width=200)
+    host = torch.device("cpu")
+    options: dict[str, Any] = {"streams": streams, "gpu_budget": None, "masters": "mmap"}
+    handle = torch_offload.offload_from_checkpoint(
+        model, tmp_path, host, host_budget="6MiB", **options
+    )
+    x = rows(host, width=200)
+    with torch.no_grad():
+        must = source(x)
+        model(x)
+        with handle.record():
+            for _ in range(3):
+                assert torch.equal(model(x), must)
+    assert handle.stats.file_bytes_locked > 3 * 6 * 2**20, "no pages took turns"
+    assert handle.check() == []
+
+
 def test_model_on_meta_gets_its_weights_from_the_files(
     tmp_path: Path, device: torch.device
 ) -> None:
