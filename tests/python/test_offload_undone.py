@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_offload
 from tests.python import expect
@@ -17,6 +18,7 @@ from tests.python.dropin import (
     tiny_stack,
 )
 from torch_offload import _C
+from torch_offload.devices import devices_made_by
 from torch_offload.selfcheck.failing_operator import FailingOperator
 
 HOST = torch.device("cpu")
@@ -106,3 +108,41 @@ def test_failure_at_any_operator_of_offload_is_undone(device: torch.device, is_t
     assert k > 0
     handle.remove()
     expect.assert_unchanged(model, before, same_memory=False)
+
+
+def test_replan_that_fails_without_a_way_back_loses_no_weight() -> None:
+    """The device takes no call any more from the moment on that the new plan's weights move."""
+    failure = _C.DeviceFailure("memory")
+
+    class Failing(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten.empty_strided.default:
+                failure.is_sticky = True
+                failure.calls_until_failure = 1
+                raise MemoryError("planted")
+            return func(*args, **(kwargs or {}))
+
+    model = tiny_stack()
+    plain = plain_on(model, HOST)
+    x = rows(HOST)
+    with devices_made_by(lambda device: _C.failing_device(device, failure)):
+        handle = torch_offload.offload(model, HOST, depth=0)
+    with torch.no_grad():
+        must = plain(x)
+        assert torch.equal(model(x), must)
+        with pytest.raises(MemoryError, match="planted"), Failing():
+            handle.replan(gpu_budget="1GiB")
+        assert failure.failed_call
+        failure.is_sticky = False
+        failure.calls_until_failure = 0
+        with pytest.raises(torch_offload.StateError, match="expected a window on the device"):
+            model(x)
+        handle.replan()
+        assert torch.equal(model(x), must)
+        handle.replan(gpu_budget="1GiB")
+        assert torch.equal(model(x), must)
+    handle.remove()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name
