@@ -32,7 +32,8 @@ _OFFLOAD_OPTIONS = frozenset(inspect.signature(offload).parameters) - {"model", 
 #: Where ``packed_cache=True`` keeps the file, within the checkpoint's folder: others read every
 #: safetensors file that lies beside a checkpoint.
 CACHE_FOLDER = ".torch_offload"
-_patching = threading.Lock()  # guards what _files_stay_on_disk puts into transformers
+# Guards what _files_stay_on_disk puts into transformers; a load may hold one of a part.
+_patching = threading.RLock()
 
 
 def from_pretrained(
@@ -274,15 +275,28 @@ def _files_stay_on_disk(files: FileMasters) -> Iterator[None]:
     missing, ties weights and reports. The first two names are replaced for the time of the load,
     for this thread: slices then give `FileTensor`, and behind the conversion every parameter is an
     ordinary tensor again. All else is transformers' own. A version without these names loads as
-    always, and the weights go into the arena.
+    always, and the weights go into the arena. Loads of other threads wait; one inside this one, as
+    of a part, goes to transformers' own functions past ours, or its files would be taken for ours.
     """
-    try:
-        loading = _loading_module()
-        opens, converts = loading.safe_open, loading.convert_and_load_state_dict_in_model
-    except (ImportError, AttributeError) as error:
-        _say_arena(files, f"this version of transformers loads otherwise ({error})")
-        yield
-        return
+    with _patching:
+        try:
+            loading = _loading_module()
+            before = loading.safe_open, loading.convert_and_load_state_dict_in_model
+        except (ImportError, AttributeError) as error:
+            _say_arena(files, f"this version of transformers loads otherwise ({error})")
+            yield
+            return
+        opens, converts = (getattr(name, "plain", name) for name in before)
+        ours = _lazy(opens, converts, files)
+        try:
+            loading.safe_open, loading.convert_and_load_state_dict_in_model = ours
+            yield
+        finally:
+            loading.safe_open, loading.convert_and_load_state_dict_in_model = before
+
+
+def _lazy(opens: Any, converts: Any, files: FileMasters) -> tuple[Any, Any]:
+    """What takes the place of transformers' two functions for one load, which it keeps `plain`."""
     load = _Load()
 
     def open_lazily(file: Any, *args: Any, **kwargs: Any) -> Any:
@@ -302,12 +316,8 @@ def _files_stay_on_disk(files: FileMasters) -> Iterator[None]:
         files.views.update(read_file_tensors(model))
         return result
 
-    with _patching:
-        loading.safe_open, loading.convert_and_load_state_dict_in_model = open_lazily, convert
-        try:
-            yield
-        finally:
-            loading.safe_open, loading.convert_and_load_state_dict_in_model = opens, converts
+    open_lazily.plain, convert.plain = opens, converts  # type: ignore[attr-defined]
+    return open_lazily, convert
 
 
 def _say_arena(files: FileMasters, reason: str) -> None:
