@@ -426,13 +426,17 @@ class Handle:
         name = "a deleted model" if model is None else type(model).__name__
         if self.is_removed:
             return f"<torch_offload.Handle of {name}, removed>"
-        streamed = [unit for unit in self.units if unit.place is not None]
-        return (
-            f"<torch_offload.Handle of {name} on {self.device}: mode={self.config.mode!r}, "
-            f"{len(streamed)} units of {format_size(sum(u.size_bytes for u in streamed))} streamed "
-            f"through {format_size(self._engine.window_bytes)}, "
-            f"{format_size(self._installed.bytes_resident)} resident>"
-        )
+        start = f"<torch_offload.Handle of {name} on {self.device}: mode={self.config.mode!r}"
+        try:
+            streamed = [unit for unit in self.units if unit.place is not None]
+            return (
+                f"{start}, {len(streamed)} units of "
+                f"{format_size(sum(unit.size_bytes for unit in streamed))} streamed through "
+                f"{format_size(self._engine.window_bytes)}, "
+                f"{format_size(self._installed.bytes_resident)} resident>"
+            )
+        except StateError:  # another thread runs a forward, or has removed it just now
+            return f"{start}>"
 
 
 def handle_of(model: nn.Module) -> Handle | None:
