@@ -169,8 +169,8 @@ def parse_index(text: str | bytes, file: str) -> dict[str, str]:
 def stored_tensors(folder: Path) -> dict[Path, Mapping[str, StoredTensor]]:
     """The safetensors files of a checkpoint folder with what each holds. Reads headers, no weight.
 
-    By the folder's index where it has one: every file is there and its header fits it; the index
-    names what the files hold.
+    Of ``model.safetensors`` where there is one; else by the folder's index: every file that it
+    names is there, its header fits it, and it holds what the index says.
 
     Raises:
         CheckpointError: If that is not so, or the weights are pickled.
@@ -201,7 +201,7 @@ def _nothing_found(folder: Path) -> str:
         return (
             f"expected safetensors files in {folder}, got {pickled[0]}, a pickle: it cannot be "
             "mapped, and loading it can run any code; convert it once with "
-            "model.save_pretrained(folder, safe_serialization=True)"
+            "model.save_pretrained(folder)"
         )
     return f"expected {SINGLE_NAME} or {INDEX_NAME} in {folder}, got neither"
 
