@@ -303,9 +303,8 @@ class Handle:
 
         The results of later forwards have the same bits. Counts of single units begin anew. What
         units take packed is counted anew as well, so that those are packed again which an edit has
-        made raw. An
-        alias that you keep of a weight which moves (`detach()`, a numpy array) is a copy from then
-        on, as after `Module.to`. Blocks while weights are copied.
+        made raw. An alias that you keep of a weight which moves (`detach()`, a numpy array) is a
+        copy from then on, as after `Module.to`. Blocks while weights are copied.
 
         Args:
             gpu_budget: As in `offload`; as it is if not given.
@@ -354,7 +353,7 @@ class Handle:
         """Says what is resident and why, what bounds a forward, and what more memory would change.
 
         Predicted by running plans in virtual time; with the measured durations of `profile` where
-        one was saved, see `torch_offload.explanation`. Takes some tenths of a second.
+        one was taken, see `torch_offload.explanation`. Takes some tenths of a second.
 
         Args:
             link: Rate of copies to the device, as ``"25GB/s"``; what PCIe 5 reaches if not given.
@@ -379,7 +378,7 @@ class Handle:
 
         Edits of weights between two forwards are noticed by themselves: in-place operations,
         optimizers, ``load_state_dict``, LoRA merges, replaced parameters. What may be missed is an
-        edit of a part of a weight, up to a sixteenth of it, through ``.data`` or numpy, which moves
+        edit of a part of a weight, up to a fifteenth of it, through ``.data`` or numpy, which moves
         no counter and may touch none of the 16 cache lines that are compared: call `refresh` after
         such an edit. See Note [Edits in the dark] in docs/correctness.md.
 

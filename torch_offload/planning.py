@@ -299,8 +299,8 @@ def _without_budget(
 ) -> Planned:
     """Every unit of the layers streams, heads and tables stay.
 
-    For ``granularity="module"`` the units are still the sublayers, because leaves are proven by the
-    first pass only; the window is already as small as leaves need it, or as the largest sublayer.
+    For ``granularity="module"`` the units are still the sublayers, because only forwards prove
+    leaves; the window is already as small as leaves need it, or as the largest sublayer.
     """
     units = cut.units
     num_heads = len(cut.outsiders.heads)
