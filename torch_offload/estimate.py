@@ -126,7 +126,7 @@ def estimate(request: ModelRequest) -> Estimate:
     """Builds, plans and simulates.
 
     Raises:
-        ValueError: For options, a model or a profile that cannot be; says which.
+        ValueError: For an invalid combination of options, an invalid model or profile; says which.
         OSError: If a file cannot be read.
         ModuleNotFoundError: If transformers is missing.
     """
@@ -340,8 +340,8 @@ def times_by_name(profile: Profile, names: Sequence[str]) -> tuple[list[int], li
     position = {unit.name: index for index, unit in enumerate(measured.units)}
     if missing := [name for name in names if name not in position]:
         raise ValueError(
-            f"expected the profile to hold every unit of the model, got none of {missing[0]!r} "
-            f"({len(missing)} are missing); profile this model with the same granularity"
+            f"expected a profile with times for every unit, got none for {missing[0]!r} "
+            f"({len(missing)} units have none); profile this model with the same granularity"
         )
     found = [position[name] for name in names]
     launches = measured.launch_ns

@@ -314,8 +314,8 @@ class Handle:
                 units, if there is one.
 
         Raises:
-            ValueError: For a budget that cannot be, and the message names the least; for a profile
-                of other units.
+            ValueError: For a budget below the least, which the message names; for a profile of
+                other units.
             MemoryError: If host or device memory is missing. All is then as it was.
             StateError: During a forward, or after `remove`.
 

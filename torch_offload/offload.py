@@ -89,7 +89,8 @@ def offload(
         The handle: counters, report, `refresh`, `remove`. The model keeps it alive.
 
     Raises:
-        ValueError: For an option or a model that cannot be; says what can.
+        ValueError: For an invalid option, an invalid combination of options, or a model that cannot
+            be streamed; says what can.
         TypeError: If `model` is no module, or an option has the wrong type.
         MemoryError: If the host cannot hold or lock the weights. Nothing was touched, or it was
             undone.
