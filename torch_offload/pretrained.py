@@ -25,6 +25,7 @@ from torch_offload.debugging import LOGGER
 from torch_offload.file_masters import CheckpointMasters, FileMasters, read_file_tensors
 from torch_offload.file_tensors import FileTensor
 from torch_offload.handle import Handle
+from torch_offload.names import listed
 from torch_offload.offload import offload, offload_with
 from torch_offload.user_warning import warn_user
 
@@ -366,11 +367,12 @@ class _Slots:
         if missing:
             raise CheckpointError(
                 f"expected all weights of the model in {folder}, got none for "
-                f"{_some([*missing.values()])}; buffers that no checkpoint holds must be made "
+                f"{listed(missing.values())}; buffers that no checkpoint holds must be made "
                 "outside of torch.device('meta')"
             )
         if surplus:
-            LOGGER.warning("%s holds weights that the model has not: %s", folder, _some(surplus))
+            names = listed(surplus)
+            LOGGER.warning("%s holds weights that the model has not: %s", folder, names)
 
     def _put(self, name: str, tensor: FileTensor, path: Path) -> None:
         former = self._tensors[name]
@@ -391,7 +393,3 @@ class _Slots:
         for holders in self._holders.values():
             for slots, key, tensor in holders:
                 slots[key] = tensor
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
