@@ -202,16 +202,18 @@ class Handle:
         return check(self._recorder.last("check()", times=False))
 
     def trace(self, title: str = "") -> Trace:
-        """The last recorded run as rows, bars and arrows.
+        """The last recorded run as rows, bars and arrows, also after `remove`.
 
         Raises:
             StateError: If there is none with times; shows the line to write.
         """
         log = self._recorder.last("trace() and timeline()", times=True)
-        return trace_of(log, title=title or self.config.mode, units=self._engine.plan.units)
+        return trace_of(log, title=title or self.config.mode, units=self._recorder.units)
 
     def timeline(self, path: str | Path | None = None, *, console: Console | None = None) -> None:
         """Draws the last recorded run: the CPU and every stream, copies, computes and waits.
+
+        Like `check` and `trace` it needs no forward, and may be called after `remove`.
 
         Args:
             path: A file to write: ``.png``, ``.svg``, ``.pdf`` (by matplotlib), ``.json`` (for
