@@ -122,7 +122,7 @@ class Handle:
         """All units in their planned order, resident ones included. Does not block.
 
         Raises:
-            StateError: After `remove`.
+            StateError: After `remove`, or while another thread runs a forward.
         """
         plan = self._engine.plan
         copied = self._engine.transport_bytes
@@ -166,7 +166,7 @@ class Handle:
             console: Where to print; standard output if None.
 
         Raises:
-            StateError: After `remove`.
+            StateError: After `remove`, or while another thread runs a forward.
         """
         (console or Console()).print(report_of(self))
 
@@ -223,6 +223,8 @@ class Handle:
         Raises:
             StateError: If no run with times was recorded; shows the line to write.
             ValueError: For another suffix.
+            ModuleNotFoundError: If a picture is asked for and matplotlib is missing.
+            OSError: If the file cannot be written.
         """
         from torch_offload.timeline import check_suffix, text_of, write_timeline
 
@@ -279,7 +281,7 @@ class Handle:
         Raises:
             ValueError: If no unit has that name, or several do.
             IndexError: If there is no such position.
-            StateError: After `remove`.
+            StateError: After `remove`, or while another thread runs a forward.
         """
         units = self.units
         names = tuple(unit.name for unit in units)
@@ -362,7 +364,7 @@ class Handle:
 
         Raises:
             ValueError: For a rate of no meaning.
-            StateError: After `remove`.
+            StateError: After `remove`, or while another thread runs a forward.
 
         Example:
             >>> print(handle.explain())  # doctest: +SKIP

@@ -73,7 +73,7 @@ def from_pretrained(
 
     Raises:
         CheckpointError: If the folder holds pickled weights, or a file of it is broken.
-        ValueError, TypeError, MemoryError: As `offload`.
+        ValueError, TypeError, MemoryError, StateError, NotImplementedError: As `offload`.
 
     Example:
         >>> model = torch_offload.from_pretrained(  # doctest: +SKIP
@@ -127,7 +127,7 @@ def offload_from_checkpoint(
 
     Raises:
         CheckpointError: If a file is broken, or its tensors are not those of the model.
-        ValueError, TypeError, MemoryError: As `offload`.
+        ValueError, TypeError, MemoryError, StateError, NotImplementedError: As `offload`.
 
     Example:
         >>> with torch.device("meta"):  # doctest: +SKIP

@@ -29,11 +29,14 @@ def _aligned_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def align(model: nn.Module) -> nn.Module:
-    """Copies parameters and buffers to storage aligned to 256 bytes, in place; returns the model.
+    """Aligns parameters and buffers on the CPU to 256 bytes, in place; returns the model.
+
+    Only what does not lie so already is copied. Blocks meanwhile, and takes host memory for both
+    copies: of one tensor at a time, or of all that share a storage.
 
     The plain model to compare a streamed one with: ``from_pretrained`` maps its file, and a
     one-token forward from weights at 8 or 24 modulo 64 differs from its aligned copy in the last
-    bit, whoever computes it. Tied parameters stay tied. Blocks while copying.
+    bit, whoever computes it. Tied parameters stay tied.
     """
     with torch.inference_mode(False), torch.no_grad():
         for tensor in distinct((*model.parameters(), *model.buffers())):
