@@ -15,7 +15,7 @@ def _minor(version: str) -> str:
 
 
 def check() -> None:
-    """Imports the extension, or says why that cannot be.
+    """Imports the extension, or says why it cannot.
 
     Does not block. Costs one import of a small file more than the extension's own.
 

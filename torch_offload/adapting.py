@@ -8,6 +8,7 @@ any before makes room first, as much as its tokens let expect.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -31,10 +32,15 @@ _PRESSURE_PERIOD = 32
 
 
 def tokens_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """How many tokens a call is given: batch times length of its first tensor with both."""
+    """How many tokens a call is given: those of its first tensor with a batch and a length.
+
+    Of ``[N, L]`` and ``[N, L, H]`` that is N times L; of latents, ``[N, C, H, W]`` and
+    ``[N, C, F, H, W]``, N times the pixels of one channel.
+    """
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.dim() >= 2:
-            return int(value.shape[0] * value.shape[1])
+            batch, length, *others = value.shape
+            return batch * (math.prod(others) if len(others) > 1 else length)
     return 1
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from torch_offload.names import first_line
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # As safetensors itself: a longer header is a broken file, not a large model.
@@ -77,7 +79,9 @@ def parse_header(head: bytes, file_bytes: int, file: str) -> dict[str, StoredTen
             text.decode("utf-8"), object_pairs_hook=_checked_fields, parse_int=_count
         )
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"expected a header of JSON in {file}, got {_first(error)}") from None
+        raise CheckpointError(
+            f"expected a header of JSON in {file}, got {first_line(error)}"
+        ) from None
     if not isinstance(header, dict):
         raise CheckpointError(
             f"expected a header of named tensors in {file}, got {type(header).__name__}"
@@ -148,7 +152,9 @@ def parse_index(text: str | bytes, file: str) -> dict[str, str]:
     try:
         index = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"expected an index of JSON in {file}, got {_first(error)}") from None
+        raise CheckpointError(
+            f"expected an index of JSON in {file}, got {first_line(error)}"
+        ) from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"expected a 'weight_map' of names and files in {file}, got none")
@@ -169,8 +175,8 @@ def parse_index(text: str | bytes, file: str) -> dict[str, str]:
 def stored_tensors(folder: Path) -> dict[Path, Mapping[str, StoredTensor]]:
     """The safetensors files of a checkpoint folder with what each holds. Reads headers, no weight.
 
-    By the folder's index where it has one: every file is there and its header fits it; the index
-    names what the files hold.
+    Of ``model.safetensors`` where there is one; else by the folder's index: every file that it
+    names is there, its header fits it, and it holds what the index says.
 
     Raises:
         CheckpointError: If that is not so, or the weights are pickled.
@@ -201,7 +207,7 @@ def _nothing_found(folder: Path) -> str:
         return (
             f"expected safetensors files in {folder}, got {pickled[0]}, a pickle: it cannot be "
             "mapped, and loading it can run any code; convert it once with "
-            "model.save_pretrained(folder, safe_serialization=True)"
+            "model.save_pretrained(folder)"
         )
     return f"expected {SINGLE_NAME} or {INDEX_NAME} in {folder}, got neither"
 
@@ -252,7 +258,3 @@ def _tensor(name: str, entry: object, begin: int, file: str) -> StoredTensor:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _first(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
 from torch_offload import _C
+from torch_offload.simulate import streams_for
 
 # Between the end of one copy and the begin of the next: what copies of 1 MiB take beyond their
 # bytes, measured on PCIe 5.
@@ -112,7 +113,7 @@ def _request_for(
         packed_bytes=packable.packed_bytes,
         decode_bytes_per_second=packable.decode_bytes_per_second,
         mode=mode,
-        streams="shared" if mode == "sync" else streams,
+        streams=streams_for(mode, streams),
     )
 
 

@@ -113,7 +113,8 @@ def compare(
     """Runs the model by each method. Blocks. The model is on the CPU and plain afterwards.
 
     Raises:
-        ValueError: If the model takes inputs that we cannot make up, or options that cannot be.
+        ValueError: If the model takes inputs that we cannot make up; for an invalid combination of
+            options.
     """
     model = torch_offload.align(model)
     inputs = _inputs(model, device, batch, tokens)

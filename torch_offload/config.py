@@ -65,9 +65,9 @@ class Config:
         packed_cache: A folder that keeps the packed weights for the next run, which takes them
             from there instead of packing them, if the weights are the same. None keeps nothing.
         masters: What waits in host memory: ``"plain"``, the weights as they are; ``"packed"``,
-            nothing but their packed form, in about 0.7 of the memory, whatever `transport` but
-            ``"raw"``; ``"auto"`` is then ``"packed"``. A parameter at rest is unpacked when it is
-            read or written, see docs/packing.md.
+            nothing but their packed form, in about 0.7 of the memory, with any `transport` but
+            ``"raw"``; ``transport="auto"`` then means ``"packed"``. A parameter at rest is
+            unpacked when it is read or written, see docs/packing.md.
         depth: How many bytes copies may run ahead: ``2**30``, ``"2GiB"``, or None for the
             largest layer, or 2.5 times the largest unit where that is less.
             The next unit is always copied ahead, so ``0`` is allowed.

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch_offload.names import listed
 from torch_offload.sizes import format_size
 from torch_offload.timeline.scale import duration
 
 if TYPE_CHECKING:
     from torch_offload.counts import UnitInfo
     from torch_offload.trace import Trace
-
-_MOST_LISTED = 6
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class UnitDescription:
             f"of the window on {self.device}, which now {state}",
             f"  used {unit.acquired} times, onloaded {unit.onloads} times, "
             f"{unit.misses} of them a miss",
-            f"  shares its place with {_listed(self.overlaps) or 'nobody'}",
+            f"  shares its place with {listed(self.overlaps) or 'nobody'}",
         ]
         for what, moments in (("copied", self.copies_ms), ("used", self.uses_ms)):
             if moments:
@@ -112,13 +111,8 @@ def _find(names: Sequence[str], unit: str | int) -> int:
     problem = "several that end in it" if found else "none"
     raise ValueError(
         f"expected the name of one unit, got {unit!r}, of which there are {problem}; "
-        f"as in {_listed(close)}"
+        f"as in {listed(close)}"
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_MOST_LISTED])
-    return shown + (f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else "")
 
 
 def _moments(moments: Sequence[tuple[float, float]]) -> str:

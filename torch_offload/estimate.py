@@ -34,7 +34,7 @@ class ModelRequest:
     model: Path | None = None
     profile: Path | None = None
     batch: int | None = None
-    tokens: int = 1
+    tokens: int | None = None
     context: int | None = None
     gpu: str | None = None
     peak: str | None = None
@@ -43,10 +43,10 @@ class ModelRequest:
     link: str | None = None
     gpu_budget: str | None = None
     depth: str | None = None
-    granularity: str = "sublayer"
-    mode: str = "pipeline"
+    granularity: str | None = None
+    mode: str | None = None
     streams: str = "shared"
-    transport: str = "raw"
+    transport: str | None = None
     decode_rate: str | None = None
 
 
@@ -126,17 +126,18 @@ def estimate(request: ModelRequest) -> Estimate:
     """Builds, plans and simulates.
 
     Raises:
-        ValueError: For options, a model or a profile that cannot be; says which.
+        ValueError: For an invalid combination of options, an invalid model or profile; says which.
         OSError: If a file cannot be read.
         ModuleNotFoundError: If transformers is missing.
     """
+    _refuse_unused(request)
+    chosen: dict[str, Any] = {"granularity": request.granularity, "mode": request.mode}
     config = Config(
-        mode=request.mode,  # type: ignore[arg-type]  # checked there
-        granularity=request.granularity,  # type: ignore[arg-type]
-        streams=request.streams,  # type: ignore[arg-type]
+        streams=request.streams,  # type: ignore[arg-type]  # checked there
         depth=request.depth,
         gpu_budget=request.gpu_budget,
         transport=_transport(request),  # type: ignore[arg-type]
+        **{name: value for name, value in chosen.items() if value is not None},
     )
     profile = None if request.profile is None else read_profile(request.profile)
     if request.model is not None:
@@ -146,11 +147,35 @@ def estimate(request: ModelRequest) -> Estimate:
     return _of_profile(request, config, profile)
 
 
+def _refuse_unused(request: ModelRequest) -> None:
+    """Options that would have no effect, and a granularity that only `plan` can choose."""
+    if request.profile is not None:
+        for name in ("gpu", "peak", "memory_rate", "efficiency", "context"):
+            if getattr(request, name) is not None:
+                raise ValueError(
+                    f"expected {_flag(name)} without --profile, which has compute times, got both; "
+                    "leave one out"
+                )
+    if request.model is None:
+        for name in ("batch", "tokens", "granularity"):
+            if getattr(request, name) is not None:
+                raise ValueError(
+                    f"expected {_flag(name)} beside --model, got it with --profile alone, whose "
+                    "forwards and units are as they were; leave it out"
+                )
+    if request.granularity == "auto":
+        raise ValueError(
+            "expected --granularity sublayer, layer or module, got 'auto'; simulate one after the "
+            "other, or ask `torch-offload plan --granularity auto`"
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _of_profile(request: ModelRequest, config: Config, profile: Profile) -> Estimate:
     """The profiled model with other options."""
-    unused = {"--gpu": request.gpu, "--peak": request.peak, "--memory-rate": request.memory_rate}
-    if wrong := [name for name, value in unused.items() if value is not None]:
-        raise ValueError(f"expected {wrong[0]} beside --model only: a profile has compute times")
     measured = scenario_of(profile, units_of(profile))
     link = request.link and parse_byte_rate(request.link, "--link")
     rates = Rates.stated(link or measured.link_bytes_per_second, request.decode_rate)
@@ -183,10 +208,11 @@ def _of_model(request: ModelRequest, config: Config, profile: Profile | None) ->
     from torch_offload.model_files import build_on_meta, read_config
 
     assert request.model is not None
+    tokens = 1 if request.tokens is None else request.tokens
     work = Workload(
         batch=1 if request.batch is None else request.batch,
-        tokens=request.tokens,
-        context=request.tokens if request.context is None else request.context,
+        tokens=tokens,
+        context=tokens if request.context is None else request.context,
     )
     peak = None if profile is not None else _peak(request)
     link = _link(request, peak, profile)
@@ -272,12 +298,13 @@ def _transport(request: ModelRequest) -> str:
             "expected --transport raw, auto or packed, got 'packed_resident'; packed within a "
             "large enough --gpu-budget keeps units packed on the device"
         )
-    if request.transport == "raw" and request.decode_rate is not None:
+    transport = "raw" if request.transport is None else request.transport
+    if transport == "raw" and request.decode_rate is not None:
         raise ValueError(
             "expected --decode-rate beside --transport packed or auto, got it beside raw, which "
             "decodes nothing"
         )
-    return request.transport
+    return transport
 
 
 def _packed(plan: _C.Plan) -> str:
@@ -313,8 +340,8 @@ def times_by_name(profile: Profile, names: Sequence[str]) -> tuple[list[int], li
     position = {unit.name: index for index, unit in enumerate(measured.units)}
     if missing := [name for name in names if name not in position]:
         raise ValueError(
-            f"expected the profile to hold every unit of the model, got none of {missing[0]!r} "
-            f"({len(missing)} are missing); profile this model with the same granularity"
+            f"expected a profile with times for every unit, got none for {missing[0]!r} "
+            f"({len(missing)} units have none); profile this model with the same granularity"
         )
     found = [position[name] for name in names]
     launches = measured.launch_ns

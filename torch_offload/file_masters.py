@@ -52,7 +52,7 @@ class FileMasters:
         """Checks the two options.
 
         Raises:
-            ValueError: For one that cannot be.
+            ValueError: For an invalid one.
         """
         if masters not in get_args(CheckpointMasters):
             raise ValueError(

@@ -122,7 +122,7 @@ class Handle:
         """All units in their planned order, resident ones included. Does not block.
 
         Raises:
-            StateError: After `remove`.
+            StateError: After `remove`, or while another thread runs a forward.
         """
         plan = self._engine.plan
         copied = self._engine.transport_bytes
@@ -166,7 +166,7 @@ class Handle:
             console: Where to print; standard output if None.
 
         Raises:
-            StateError: After `remove`.
+            StateError: After `remove`, or while another thread runs a forward.
         """
         (console or Console()).print(report_of(self))
 
@@ -202,16 +202,18 @@ class Handle:
         return check(self._recorder.last("check()", times=False))
 
     def trace(self, title: str = "") -> Trace:
-        """The last recorded run as rows, bars and arrows.
+        """The last recorded run as rows, bars and arrows, also after `remove`.
 
         Raises:
             StateError: If there is none with times; shows the line to write.
         """
         log = self._recorder.last("trace() and timeline()", times=True)
-        return trace_of(log, title=title or self.config.mode, units=self._engine.plan.units)
+        return trace_of(log, title=title or self.config.mode, units=self._recorder.units)
 
     def timeline(self, path: str | Path | None = None, *, console: Console | None = None) -> None:
         """Draws the last recorded run: the CPU and every stream, copies, computes and waits.
+
+        Like `check` and `trace` it needs no forward, and may be called after `remove`.
 
         Args:
             path: A file to write: ``.png``, ``.svg``, ``.pdf`` (by matplotlib), ``.json`` (for
@@ -221,6 +223,8 @@ class Handle:
         Raises:
             StateError: If no run with times was recorded; shows the line to write.
             ValueError: For another suffix.
+            ModuleNotFoundError: If a picture is asked for and matplotlib is missing.
+            OSError: If the file cannot be written.
         """
         from torch_offload.timeline import check_suffix, text_of, write_timeline
 
@@ -277,7 +281,7 @@ class Handle:
         Raises:
             ValueError: If no unit has that name, or several do.
             IndexError: If there is no such position.
-            StateError: After `remove`.
+            StateError: After `remove`, or while another thread runs a forward.
         """
         units = self.units
         names = tuple(unit.name for unit in units)
@@ -303,9 +307,8 @@ class Handle:
 
         The results of later forwards have the same bits. Counts of single units begin anew. What
         units take packed is counted anew as well, so that those are packed again which an edit has
-        made raw. An
-        alias that you keep of a weight which moves (`detach()`, a numpy array) is a copy from then
-        on, as after `Module.to`. Blocks while weights are copied.
+        made raw. An alias that you keep of a weight which moves (`detach()`, a numpy array) is a
+        copy from then on, as after `Module.to`. Blocks while weights are copied.
 
         Args:
             gpu_budget: As in `offload`; as it is if not given.
@@ -315,8 +318,8 @@ class Handle:
                 units, if there is one.
 
         Raises:
-            ValueError: For a budget that cannot be, and the message names the least; for a profile
-                of other units.
+            ValueError: For a budget below the least, which the message names; for a profile of
+                other units.
             MemoryError: If host or device memory is missing. All is then as it was.
             StateError: During a forward, or after `remove`.
 
@@ -354,14 +357,14 @@ class Handle:
         """Says what is resident and why, what bounds a forward, and what more memory would change.
 
         Predicted by running plans in virtual time; with the measured durations of `profile` where
-        one was saved, see `torch_offload.explanation`. Takes some tenths of a second.
+        one was taken, see `torch_offload.explanation`. Takes some tenths of a second.
 
         Args:
             link: Rate of copies to the device, as ``"25GB/s"``; what PCIe 5 reaches if not given.
 
         Raises:
             ValueError: For a rate of no meaning.
-            StateError: After `remove`.
+            StateError: After `remove`, or while another thread runs a forward.
 
         Example:
             >>> print(handle.explain())  # doctest: +SKIP
@@ -379,7 +382,7 @@ class Handle:
 
         Edits of weights between two forwards are noticed by themselves: in-place operations,
         optimizers, ``load_state_dict``, LoRA merges, replaced parameters. What may be missed is an
-        edit of a part of a weight, up to a sixteenth of it, through ``.data`` or numpy, which moves
+        edit of a part of a weight, up to a fifteenth of it, through ``.data`` or numpy, which moves
         no counter and may touch none of the 16 cache lines that are compared: call `refresh` after
         such an edit. See Note [Edits in the dark] in docs/correctness.md.
 
@@ -426,13 +429,17 @@ class Handle:
         name = "a deleted model" if model is None else type(model).__name__
         if self.is_removed:
             return f"<torch_offload.Handle of {name}, removed>"
-        streamed = [unit for unit in self.units if unit.place is not None]
-        return (
-            f"<torch_offload.Handle of {name} on {self.device}: mode={self.config.mode!r}, "
-            f"{len(streamed)} units of {format_size(sum(u.size_bytes for u in streamed))} streamed "
-            f"through {format_size(self._engine.window_bytes)}, "
-            f"{format_size(self._installed.bytes_resident)} resident>"
-        )
+        start = f"<torch_offload.Handle of {name} on {self.device}: mode={self.config.mode!r}"
+        try:
+            streamed = [unit for unit in self.units if unit.place is not None]
+            return (
+                f"{start}, {len(streamed)} units of "
+                f"{format_size(sum(unit.size_bytes for unit in streamed))} streamed through "
+                f"{format_size(self._engine.window_bytes)}, "
+                f"{format_size(self._installed.bytes_resident)} resident>"
+            )
+        except StateError:  # another thread runs a forward, or has removed it just now
+            return f"{start}>"
 
 
 def handle_of(model: nn.Module) -> Handle | None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from torch_offload import _C
 from torch_offload._C import StateError
+from torch_offload.names import listed
 from torch_offload.user_warning import warn_user
-
-_LISTED = 6
 
 
 class IdleUnits:
@@ -33,10 +32,9 @@ class IdleUnits:
             plan.units[index].name for index in streamed if not engine.unit_stats(index).acquired
         ]
         if idle:
-            more = f" and {len(idle) - _LISTED} more" if len(idle) > _LISTED else ""
             warn_user(
                 f"the first forward called {len(streamed) - len(idle)} of "
-                f"{len(streamed)} units, and none of {', '.join(map(repr, idle[:_LISTED]))}{more}; "
+                f"{len(streamed)} units, and none of {listed(idle)}; "
                 "that is fine for a part that this input does not need, but if it was used without "
                 "a call (module.forward(...), or its weights alone), keep it on the device with "
                 "resident=[...]"

@@ -1,9 +1,10 @@
-"""``granularity="module"``: from sublayers to leaves, once a pass has shown which are sound.
+"""``granularity="module"``: from sublayers to leaves, once passes have shown which are sound.
 
 Some leaves are read without being called: a Mamba's ``conv1d``, a router, fused experts. So the
-first pass streams sublayers and is traced; then the units are cut anew, within the same window,
-into those leaves of torch's own classes whose every read was inside their own call. Should a later
-pass read one outside all the same, that forward raises, and the leaf joins its sublayer again.
+first passes stream sublayers and are traced, until every sublayer has run, or four times; then the
+units are cut anew, within the same window, into those leaves of torch's own classes whose every
+read was inside their own call. Should a later pass read one outside all the same, that forward
+raises, and the leaf joins its sublayer again.
 """
 
 from __future__ import annotations

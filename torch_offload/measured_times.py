@@ -42,8 +42,8 @@ class MeasuredTimes:
         """
         if missing := [unit.name for unit in units if unit.name not in self.compute_ns]:
             raise ValueError(
-                f"expected a profile of the units that there are, got none of {missing[0]!r} "
-                f"({len(missing)} are missing); profile forwards with this granularity"
+                f"expected a profile with times for every unit, got none for {missing[0]!r} "
+                f"({len(missing)} units have none); profile forwards with this granularity"
             )
         position = {unit.name: index for index, unit in enumerate(units)}
         sequence = [position[name] for name in self.sequence if name in position]

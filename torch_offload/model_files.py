@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_offload.names import first_line
+
 
 class ModelFileError(ValueError):
     """A path that holds no model; the message says what was expected there."""
@@ -70,9 +72,9 @@ def read_config(path: Path) -> Any:
     try:
         return AutoConfig.for_model(**fields)
     except Exception as error:  # whatever a config's class thinks of the fields
-        first = next(iter(str(error).splitlines()), "")
         raise ModelFileError(
-            f"expected a config that transformers knows in {file}, got {kind!r}: {first}"
+            f"expected a config that transformers knows in {file}, got {kind!r}: "
+            f"{first_line(error)}"
         ) from error
 
 
@@ -110,10 +112,9 @@ def build_on_meta(config: Any) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = build(config, dtype=dtype_of(config))
     except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
         raise ModelFileError(
             f"transformers cannot build a {type(config).__name__} from this config: "
-            f"{type(error).__name__}: {first}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
     return model.eval()
 
@@ -136,9 +137,9 @@ def load_model(path: Path) -> nn.Module:
     try:
         model: nn.Module = made.from_pretrained(path, dtype=dtype_of(config), local_files_only=True)
     except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
         raise ModelFileError(
-            f"transformers cannot load the model in {path}: {type(error).__name__}: {first}"
+            f"transformers cannot load the model in {path}: {type(error).__name__}: "
+            f"{first_line(error)}"
         ) from error
     return model.eval()
 

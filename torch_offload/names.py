@@ -1,9 +1,9 @@
-"""Short names of units, for pictures and tables."""
+"""Names as people read them: short ones in pictures and tables, some of many in messages."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 
@@ -39,3 +39,15 @@ def short_names(units: Sequence[UnitLike]) -> list[str]:
         stem = unit.kind.upper() if is_only else unit.name.rpartition(".")[2]
         names.append(stem if stem.isdecimal() else f"{stem} {unit.layer_index}")
     return names
+
+
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """Returns ``"'a', 'b' and 3 more"``, with at most so many by name."""
+    quoted = [repr(name) for name in names]
+    more = f" and {len(quoted) - most} more" if len(quoted) > most else ""
+    return ", ".join(quoted[:most]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """Returns what an error says before it goes into detail; its type if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -89,11 +89,15 @@ def offload(
         The handle: counters, report, `refresh`, `remove`. The model keeps it alive.
 
     Raises:
-        ValueError: For an option or a model that cannot be; says what can.
+        ValueError: For an invalid option, an invalid combination of options, or a model that cannot
+            be streamed; says what can.
         TypeError: If `model` is no module, or an option has the wrong type.
         MemoryError: If the host cannot hold or lock the weights. Nothing was touched, or it was
             undone.
-        StateError: If the model is offloaded already.
+        StateError: If the model, or one of its modules, is offloaded already, compiled, wrapped for
+            several devices, or moved by hooks of another tool.
+        NotImplementedError: If packed weights are asked for and nothing decodes them on `device`.
+        ImportError: If `packed_cache` is given and safetensors is missing.
 
     Example:
         >>> handle = torch_offload.offload(model)  # doctest: +SKIP
@@ -125,14 +129,25 @@ def offload_with(
     memory: Memory | None = None,
     files: FileMasters | None = None,
 ) -> Handle:
-    """As `offload`, with the options in a `Config`.
+    """As `offload`, with the options in a `Config`. Blocks while it moves the weights, in place.
 
     Args:
         model: As in `offload`.
-        device: As in `offload`.
+        device: As in `offload`, but without a default.
         config: The options.
         memory: What tells of the device's memory; None for the device itself.
         files: Parameters that show views of checkpoint files: they are streamed from there.
+
+    Returns:
+        The handle, which the model keeps alive.
+
+    Raises:
+        ValueError, TypeError, MemoryError, StateError, NotImplementedError, ImportError: As
+            `offload`, but for invalid options, which `Config` refuses.
+
+    Example:
+        >>> config = torch_offload.Config(gpu_budget="12GiB")  # doctest: +SKIP
+        >>> handle = torch_offload.offload_with(model, "cuda", config)  # doctest: +SKIP
     """
     files = FileMasters() if files is None else files
     check_model(model)

@@ -11,10 +11,9 @@ from dataclasses import replace
 
 from torch_offload import _C
 from torch_offload._C import StateError
+from torch_offload.names import listed
 from torch_offload.placed import Placed
 from torch_offload.user_warning import warn_user
-
-_LISTED = 6
 
 
 class PackingWatch:
@@ -58,10 +57,8 @@ class PackingWatch:
         return replace(self._placed, plan=self._engine.plan).no_longer_packed
 
     def _warn(self, lost: tuple[str, ...]) -> None:
-        listed = ", ".join(map(repr, lost[:_LISTED]))
-        more = f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else ""
         warn_user(
-            f"{listed}{more} travel raw from now on: edited, they take more packed than there is "
+            f"{listed(lost)} travel raw from now on: edited, they take more packed than there is "
             "room for. Results are the same; handle.replan() counts edited units anew and packs "
             "those again that packing still shrinks"
         )

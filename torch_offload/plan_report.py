@@ -274,7 +274,7 @@ class Planner:
     """Plans one model for any budget; reads its config, and no weights.
 
     Raises:
-        ValueError: For options or a model that cannot be.
+        ValueError: For an invalid combination of options, or an invalid model.
         OSError: If a file cannot be read.
         ModuleNotFoundError: If transformers is missing.
     """

@@ -184,7 +184,8 @@ def plan_in_window(
 ) -> Planned:
     """Lays the units of a cut into a window that is there; heads and tables stay."""
     resident = [False] * len(cut.specs) + [True] * len(cut.outsiders.heads)
-    plan = _C.make_plan(cut.units, config.depth_bytes, window_bytes=window_bytes, resident=resident)
+    depth = _depth_of(cut, config)
+    plan = _C.make_plan(cut.units, depth, window_bytes=window_bytes, resident=resident)
     return _in_places(cut, config, plan, packing or Packing(), None)
 
 
@@ -298,8 +299,8 @@ def _without_budget(
 ) -> Planned:
     """Every unit of the layers streams, heads and tables stay.
 
-    For ``granularity="module"`` the units are still the sublayers, because leaves are proven by the
-    first pass only; the window is already as small as leaves need it, or as the largest sublayer.
+    For ``granularity="module"`` the units are still the sublayers, because only forwards prove
+    leaves; the window is already as small as leaves need it, or as the largest sublayer.
     """
     units = cut.units
     num_heads = len(cut.outsiders.heads)
@@ -311,11 +312,16 @@ def _without_budget(
             _C.make_plan(leaves, config.depth_bytes).window_bytes,
             *(unit.size_bytes for unit in units[: len(cut.specs)]),
         )
-    depth = config.depth_bytes
-    if depth is None:  # of the layers alone: a head that stays says nothing
-        depth = _C.make_plan(units[: len(cut.specs)]).depth_bytes
+    depth = _depth_of(cut, config)
     plan = _C.make_plan(units, depth, window_bytes=window, resident=resident)
     return _in_places(cut, config, plan, packing, times)
+
+
+def _depth_of(cut: Cut, config: Config) -> int:
+    """How far copies may run ahead; by default of the layers alone: a head stays here."""
+    if config.depth_bytes is not None:
+        return config.depth_bytes
+    return _C.make_plan(cut.units[: len(cut.specs)]).depth_bytes
 
 
 def _all_packed(cut: Cut, config: Config, budget: int | None, packing: Packing) -> Planned:

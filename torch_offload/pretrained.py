@@ -25,6 +25,7 @@ from torch_offload.debugging import LOGGER
 from torch_offload.file_masters import CheckpointMasters, FileMasters, read_file_tensors
 from torch_offload.file_tensors import FileTensor
 from torch_offload.handle import Handle
+from torch_offload.names import listed
 from torch_offload.offload import offload, offload_with
 from torch_offload.user_warning import warn_user
 
@@ -32,7 +33,8 @@ _OFFLOAD_OPTIONS = frozenset(inspect.signature(offload).parameters) - {"model", 
 #: Where ``packed_cache=True`` keeps the file, within the checkpoint's folder: others read every
 #: safetensors file that lies beside a checkpoint.
 CACHE_FOLDER = ".torch_offload"
-_patching = threading.Lock()  # guards what _files_stay_on_disk puts into transformers
+# Guards what _files_stay_on_disk puts into transformers; a load may hold one of a part.
+_patching = threading.RLock()
 
 
 def from_pretrained(
@@ -71,7 +73,7 @@ def from_pretrained(
 
     Raises:
         CheckpointError: If the folder holds pickled weights, or a file of it is broken.
-        ValueError, TypeError, MemoryError: As `offload`.
+        ValueError, TypeError, MemoryError, StateError, NotImplementedError: As `offload`.
 
     Example:
         >>> model = torch_offload.from_pretrained(  # doctest: +SKIP
@@ -125,7 +127,7 @@ def offload_from_checkpoint(
 
     Raises:
         CheckpointError: If a file is broken, or its tensors are not those of the model.
-        ValueError, TypeError, MemoryError: As `offload`.
+        ValueError, TypeError, MemoryError, StateError, NotImplementedError: As `offload`.
 
     Example:
         >>> with torch.device("meta"):  # doctest: +SKIP
@@ -274,15 +276,28 @@ def _files_stay_on_disk(files: FileMasters) -> Iterator[None]:
     missing, ties weights and reports. The first two names are replaced for the time of the load,
     for this thread: slices then give `FileTensor`, and behind the conversion every parameter is an
     ordinary tensor again. All else is transformers' own. A version without these names loads as
-    always, and the weights go into the arena.
+    always, and the weights go into the arena. Loads of other threads wait; one inside this one, as
+    of a part, goes to transformers' own functions past ours, or its files would be taken for ours.
     """
-    try:
-        loading = _loading_module()
-        opens, converts = loading.safe_open, loading.convert_and_load_state_dict_in_model
-    except (ImportError, AttributeError) as error:
-        _say_arena(files, f"this version of transformers loads otherwise ({error})")
-        yield
-        return
+    with _patching:
+        try:
+            loading = _loading_module()
+            before = loading.safe_open, loading.convert_and_load_state_dict_in_model
+        except (ImportError, AttributeError) as error:
+            _say_arena(files, f"this version of transformers loads otherwise ({error})")
+            yield
+            return
+        opens, converts = (getattr(name, "plain", name) for name in before)
+        ours = _lazy(opens, converts, files)
+        try:
+            loading.safe_open, loading.convert_and_load_state_dict_in_model = ours
+            yield
+        finally:
+            loading.safe_open, loading.convert_and_load_state_dict_in_model = before
+
+
+def _lazy(opens: Any, converts: Any, files: FileMasters) -> tuple[Any, Any]:
+    """What takes the place of transformers' two functions for one load, which it keeps `plain`."""
     load = _Load()
 
     def open_lazily(file: Any, *args: Any, **kwargs: Any) -> Any:
@@ -302,12 +317,8 @@ def _files_stay_on_disk(files: FileMasters) -> Iterator[None]:
         files.views.update(read_file_tensors(model))
         return result
 
-    with _patching:
-        loading.safe_open, loading.convert_and_load_state_dict_in_model = open_lazily, convert
-        try:
-            yield
-        finally:
-            loading.safe_open, loading.convert_and_load_state_dict_in_model = opens, converts
+    open_lazily.plain, convert.plain = opens, converts  # type: ignore[attr-defined]
+    return open_lazily, convert
 
 
 def _say_arena(files: FileMasters, reason: str) -> None:
@@ -356,11 +367,12 @@ class _Slots:
         if missing:
             raise CheckpointError(
                 f"expected all weights of the model in {folder}, got none for "
-                f"{_some([*missing.values()])}; buffers that no checkpoint holds must be made "
+                f"{listed(missing.values())}; buffers that no checkpoint holds must be made "
                 "outside of torch.device('meta')"
             )
         if surplus:
-            LOGGER.warning("%s holds weights that the model has not: %s", folder, _some(surplus))
+            names = listed(surplus)
+            LOGGER.warning("%s holds weights that the model has not: %s", folder, names)
 
     def _put(self, name: str, tensor: FileTensor, path: Path) -> None:
         former = self._tensors[name]
@@ -381,7 +393,3 @@ class _Slots:
         for holders in self._holders.values():
             for slots, key, tensor in holders:
                 slots[key] = tensor
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

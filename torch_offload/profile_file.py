@@ -42,7 +42,7 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
 
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """Writes one. Raises OSError if that cannot be."""
+    """Writes one. Raises OSError if the file cannot be written."""
     path.write_text(json.dumps(profile_to_json(profile), indent=1) + "\n")
 
 

@@ -13,6 +13,7 @@ import torch
 
 from torch_offload import _C
 from torch_offload.choice import RAW, Packable
+from torch_offload.memory import memory_of
 from torch_offload.profile import Measured, Profile, profile_of
 from torch_offload.recording import Recorder
 from torch_offload.trace import Trace, trace_of
@@ -98,7 +99,7 @@ class Profiler:
             window_bytes=plan.window_bytes,
             resident_bytes=plan.resident_bytes,
             outside_bytes=max(0, self._outside_bytes - plan.resident_bytes),
-            free_bytes=free_bytes(self._device),
+            free_bytes=_free_bytes(self._device),
         )
         return profile_of(self._trace, plan, measured, self._packable)
 
@@ -143,12 +144,9 @@ class Profiler:
         return self.result
 
 
-def free_bytes(device: torch.device) -> int:
-    """Device memory that nobody uses, torch's own cache included; on the host what is available."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
+def _free_bytes(device: torch.device) -> int:
+    if (memory := memory_of(device)) is not None:
+        return memory.available_bytes()
     return _C.host_limits().available_bytes or 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch_offload import _C
@@ -19,6 +19,7 @@ class Recorder:
         self._engine = engine
         self._log: _C.OpLog | None = None
         self._kept: _C.OpLog | None = None
+        self._units: Sequence[_C.Unit] = ()
         self._is_open = False
 
     def keep(self) -> None:
@@ -29,6 +30,8 @@ class Recorder:
         """
         self._kept = _C.OpLog()
         self._engine.attach_log(self._kept)
+        if self._log is None:
+            self._units = self._engine.plan.units
 
     @contextmanager
     def record(self, *, times: bool, warn_of_cut: bool = True) -> Iterator[_C.OpLog]:
@@ -46,16 +49,16 @@ class Recorder:
             )
         log = _C.OpLog()
         self._engine.attach_log(log, times)
-        names = self.unit_names()
+        units = self._engine.plan.units
         self._is_open = True
-        self._log = log
+        self._log, self._units = log, units
         try:
             yield log
         finally:
             self._is_open = False
             if not self._engine.is_closed:
                 self._engine.attach_log(self._kept)
-                if warn_of_cut and self.unit_names() != names:
+                if warn_of_cut and self.unit_names() != [unit.name for unit in units]:
                     warn_user(
                         "the log ends where the units were cut anew, as the first "
                         "forwards of granularity='module' do; record a later forward"
@@ -64,6 +67,11 @@ class Recorder:
     def unit_names(self) -> list[str]:
         """Names of the units as they are cut now."""
         return [unit.name for unit in self._engine.plan.units]
+
+    @property
+    def units(self) -> Sequence[_C.Unit]:
+        """The units of the last log, however they are cut now, and after `remove` too."""
+        return self._units
 
     @property
     def has_log(self) -> bool:

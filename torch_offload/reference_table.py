@@ -125,7 +125,7 @@ def reference_table(
     """Makes the table: formulas for *published*, four simulations for *ours*.
 
     Raises:
-        ValueError: For numbers that cannot be.
+        ValueError: For invalid numbers.
     """
     for name, value, most in (("layers", layers, 2000), ("batch", batch, 1_000_000)):
         if not 1 <= value <= most:

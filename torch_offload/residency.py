@@ -80,7 +80,7 @@ def _used_by_others(model: nn.Module, units: Sequence[nn.Module]) -> set[int]:
 
 def overlapping(model: nn.Module) -> set[int]:
     """Tensors of the model, buffers included, whose memory another one of them uses too."""
-    tensors = _distinct([*model.parameters(), *model.buffers()])
+    tensors = distinct([*model.parameters(), *model.buffers()])
     spans = sorted(span for tensor in tensors if (span := byte_span(tensor)) is not None)
     overlapping: set[int] = set()
     reach: tuple[str, int] = ("", 0)
@@ -114,7 +114,8 @@ def byte_span(tensor: torch.Tensor) -> tuple[str, int, int, int] | None:
     return str(tensor.device), begin, begin + (last + 1) * tensor.element_size(), id(tensor)
 
 
-def _distinct(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+def distinct(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Each tensor once, in order."""
     seen: set[int] = set()
     for tensor in tensors:
         if id(tensor) not in seen:

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from torch_offload.names import listed
 from torch_offload.structure import has_forward
 
 _SHOWN = 4
@@ -135,13 +136,18 @@ def _names_of(entry: str, known: Iterable[str], argument: str) -> list[str]:
         matches = [name for name in names if name.endswith("." + entry)]
         if len(matches) > 1:
             raise ValueError(
-                f"{argument}= name {entry!r} matches {len(matches)} names ({_few(matches)}); write"
-                f" the full name of one, or the pattern '*.{entry}' for all"
+                f"{argument}= name {entry!r} matches {len(matches)} names"
+                f" ({listed(matches, _SHOWN)}); write the full name of one, or the pattern"
+                f" '*.{entry}' for all"
             )
     if matches:
         return matches
     close = difflib.get_close_matches(entry, names, n=3, cutoff=0.5)
-    hint = f"did you mean {_few(close)}?" if close else "see the names in model.named_modules()"
+    hint = (
+        f"did you mean {listed(close, _SHOWN)}?"
+        if close
+        else "see the names in model.named_modules()"
+    )
     raise ValueError(f"{argument}= entry {entry!r} matches nothing in the model; {hint}")
 
 
@@ -159,7 +165,8 @@ def _outermost_usable(
     if not picked:
         raise ValueError(
             f"units= pattern {pattern!r} matches only modules that are never called or hold no"
-            f" parameters ({_few(names)}); match their elements, as in {names[0] + '.*'!r}"
+            f" parameters ({listed(names, _SHOWN)}); match their elements, as in"
+            f" {names[0] + '.*'!r}"
         )
     return picked
 
@@ -190,11 +197,6 @@ def _refuse_overlaps(chosen: Iterable[tuple[str | nn.Module, str, nn.Module]]) -
                     f"units= overlap: {inner!r} lies inside {outer or 'the whole model'!r}; keep"
                     " either the outer module or the inner ones"
                 )
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _show(entry: str | nn.Module) -> str:

@@ -81,7 +81,7 @@ def run_plan(
         packed_bytes: Of the units that the plan packs.
 
     Raises:
-        ValueError: For a mode, a layout or costs that cannot be.
+        ValueError: For an invalid mode, layout or costs.
     """
     result = _C.simulate(plan, mode, streams, costs, passes, log, packed_bytes=packed_bytes)
     return Run(plan, mode, streams, result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from torch_offload import _C
-from torch_offload.residency import byte_span
+from torch_offload.residency import byte_span, distinct
 from torch_offload.structure import size_bytes
 
 # Kernels choose their path, and so the order of a sum, by the address modulo a cache line.
@@ -29,14 +29,17 @@ def _aligned_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def align(model: nn.Module) -> nn.Module:
-    """Copies parameters and buffers to storage aligned to 256 bytes, in place; returns the model.
+    """Aligns parameters and buffers on the CPU to 256 bytes, in place; returns the model.
+
+    Only what does not lie so already is copied. Blocks meanwhile, and takes host memory for both
+    copies: of one tensor at a time, or of all that share a storage.
 
     The plain model to compare a streamed one with: ``from_pretrained`` maps its file, and a
     one-token forward from weights at 8 or 24 modulo 64 differs from its aligned copy in the last
-    bit, whoever computes it. Tied parameters stay tied. Blocks while copying.
+    bit, whoever computes it. Tied parameters stay tied.
     """
     with torch.inference_mode(False), torch.no_grad():
-        for tensor in _distinct((*model.parameters(), *model.buffers())):
+        for tensor in distinct((*model.parameters(), *model.buffers())):
             is_here = tensor.device.type == "cpu" and tensor.layout is torch.strided
             if is_here and tensor.data_ptr() % _ALIGNMENT_BYTES:
                 tensor.data = _aligned_copy(tensor.data)
@@ -51,14 +54,6 @@ def is_aligned(tensor: torch.Tensor) -> bool:
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
         return tensor.device.type == "cpu"
     return tensor.data_ptr() % _CACHE_LINE_BYTES == 0
-
-
-def _distinct(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    seen: set[int] = set()
-    for tensor in tensors:
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield tensor
 
 
 @dataclass(frozen=True)
@@ -87,10 +82,10 @@ class _Run:
 
 def pieces(tensors: Iterable[torch.Tensor]) -> list[Piece]:
     """Cuts tensors into what must move as one, each by the place of its first tensor."""
-    distinct = list(_distinct(tensors))
+    members = list(distinct(tensors))
     groups: list[tuple[list[int], int]] = []  # positions, bytes
     spans: list[tuple[int, int, int, int]] = []
-    for position, tensor in enumerate(distinct):
+    for position, tensor in enumerate(members):
         span = byte_span(tensor)
         if span is None:
             groups.append(([position], size_bytes(tensor)))
@@ -107,10 +102,10 @@ def pieces(tensors: Iterable[torch.Tensor]) -> list[Piece]:
             runs[storage].append(_Run(begin, end, [position]))
     for run in chain.from_iterable(runs.values()):
         is_alone = len(run.positions) == 1
-        num_bytes = distinct[run.positions[0]].nbytes if is_alone else run.end - run.begin
+        num_bytes = members[run.positions[0]].nbytes if is_alone else run.end - run.begin
         groups.append((run.positions, num_bytes))
     return [
-        Piece(tuple(distinct[position] for position in positions), num_bytes)
+        Piece(tuple(members[position] for position in positions), num_bytes)
         for positions, num_bytes in sorted(groups, key=lambda group: min(group[0]))
     ]
 

@@ -6,13 +6,14 @@ finer once a trace has shown which leaves are read inside their own call only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 from torch.nn.utils import parametrize
 
+from torch_offload.names import listed
 from torch_offload.residency import must_stay
 from torch_offload.selection import select_resident, select_units
 from torch_offload.structure import (
@@ -212,7 +213,7 @@ def _nothing_found(
     resident: Sequence[str],
 ) -> str:
     if candidates:
-        what = _listed(half.name for half, _ in candidates)
+        what = listed((half.name for half, _ in candidates), _LISTED)
         given = "units=" if units is not None else "the units found"
         named = select_resident(sizes.model, resident)
         held = {id(p) for half, _ in candidates for p in half.module.parameters()}
@@ -245,12 +246,6 @@ def _nothing_found(
         f" Sequential or numbered attributes; the largest modules are {listing}; choose what to"
         f" stream yourself, as in units={[name for name, _, _ in seen[:4]]!r}"
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-    listed = [repr(name) for name in names]
-    more = [f"and {len(listed) - _LISTED} more"] if len(listed) > _LISTED else []
-    return ", ".join(listed[:_LISTED] + more)
 
 
 def _largest_modules(sizes: ModelMap) -> list[tuple[str, str, int]]:

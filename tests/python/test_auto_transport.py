@@ -242,6 +242,6 @@ def test_profile_of_another_model_is_refused_and_changes_nothing(
     model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(64, 64)) for _ in range(4)))
     with offload(model, HOST, gpu_budget=None) as handle:
         plan = handle.units
-        with pytest.raises(ValueError, match="profile of the units that there are"):
+        with pytest.raises(ValueError, match="profile with times for every unit"):
             handle.replan(profile=profile, gpu_budget=2**20)
         assert [unit.place for unit in handle.units] == [unit.place for unit in plan]

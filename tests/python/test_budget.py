@@ -19,6 +19,7 @@ from tests.python import expect
 from tests.python.dropin import Stack, planned_bytes, tiny_llama
 from tests.python.fake_memory import FakeMemory
 from torch_offload import _C
+from torch_offload.adapting import tokens_in
 from torch_offload.choice import choose
 from torch_offload.config import Config
 from torch_offload.offload import offload_with
@@ -267,6 +268,14 @@ class _FailingEngine:
         return getattr(self._engine, name)
 
 
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [((2, 3), 6), ((2, 3, 64), 6), ((2, 4, 8, 16), 256), ((2, 4, 5, 8, 16), 1280), ((7,), 1)],
+)
+def test_tokens_of_a_call(shape: tuple[int, ...], tokens: int) -> None:
+    assert tokens_in([None, torch.ones(1)], {"x": torch.empty(shape)}) == tokens
+
+
 class TestAuto:
     """``gpu_budget="auto"`` with a device whose memory the test makes up."""
 
@@ -318,6 +327,15 @@ class TestAuto:
             hook.remove()
             assert seen[0] < small, "expected more of the larger forward before it ran"
             assert on_device(handle) <= whole // 2 + 1
+
+    @torch.no_grad()
+    def test_larger_latents_are_a_class_of_their_own(self) -> None:
+        model = blocks_of()
+        memory = FakeMemory(2 * planned_bytes(model))
+        with auto(model, memory):
+            for height, measured in ((1, 1), (16, 2), (16, 2)):
+                model(torch.ones(1, 4, height, 64))
+                assert memory.resets == measured
 
     @torch.no_grad()
     def test_pressure_from_others_gives_units_back(self) -> None:

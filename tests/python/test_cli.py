@@ -273,6 +273,17 @@ def test_simulate_a_profile_with_packed_transport(call: Call, tmp_path: Path) ->
     [
         (("--transport", "packed"), "--model or --profile beside --transport"),
         (("--decode-rate", "1TB/s"), "--model or --profile beside --decode-rate"),
+        (("--tokens", "1"), "--model or --profile beside --tokens"),
+        (("--mode", "sync"), "--model or --profile beside --mode"),
+        (("--granularity", "layer"), "--model or --profile beside --granularity"),
+        (("--transport", "raw"), "--model or --profile beside --transport"),
+        (("--model", "CONFIG", "--gpu", "h100", "--granularity", "auto"), "got 'auto'"),
+        (("--profile", "P", "--efficiency", "0.5"), "--efficiency without --profile"),
+        (("--profile", "P", "--context", "9"), "--context without --profile"),
+        (("--profile", "P", "--model", "CONFIG", "--gpu", "h100"), "--gpu without --profile"),
+        (("--profile", "P", "--batch", "2"), "--batch beside --model"),
+        (("--profile", "P", "--tokens", "2"), "--tokens beside --model"),
+        (("--profile", "P", "--granularity", "layer"), "--granularity beside --model"),
         (("--model", "CONFIG", "--gpu", "h100", "--transport", "zip"), "got 'zip'"),
         (
             ("--model", "CONFIG", "--gpu", "h100", "--transport", "auto", "--decode-rate", "0GB/s"),
@@ -436,9 +447,11 @@ def test_compare_of_packed_weights_finds_them_equal(
     assert found[transport]["device_bytes"] > found["raw"]["device_bytes"]  # ring or packed units
 
 
-def test_help_lists_every_transport(call: Call) -> None:
-    for command in ("plan", "simulate", "compare"):
-        assert "packed_resident" in call(command, "--help").out, command
+def test_help_lists_the_transports_that_a_command_takes(call: Call) -> None:
+    for command, takes in (("plan", True), ("simulate", False), ("compare", True)):
+        text = call(command, "--help").out
+        assert "raw, packed" in text, command
+        assert ("packed_resident" in text) == takes, command
 
 
 def test_compare_of_different_bits_fails(

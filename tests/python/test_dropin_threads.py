@@ -85,6 +85,25 @@ def test_second_thread_is_refused_and_the_first_unharmed(device: torch.device) -
         assert handle.stats.forwards == 4
 
 
+def test_handle_is_printed_without_counts_while_another_thread_runs_a_forward(
+    device: torch.device,
+) -> None:
+    model = tiny_stack()
+    texts: list[str] = []
+    with streamed(model, device) as handle, torch.no_grad():
+
+        def in_the_middle(*args: Any) -> None:
+            thread = threading.Thread(target=lambda: texts.append(repr(handle)))
+            thread.start()
+            thread.join()
+
+        hook = model.blocks[1].register_forward_pre_hook(in_the_middle)
+        model(rows(device))
+        hook.remove()
+        assert texts == [f"<torch_offload.Handle of Stack on {device}: mode='pipeline'>"]
+        assert "8 units" in repr(handle)
+
+
 def test_two_models_in_turn_and_interleaved_equal_plain(device: torch.device) -> None:
     first, second = tiny_stack(3), tiny_llama()
     plain_first, plain_second = plain_on(first, device), plain_on(second, device)

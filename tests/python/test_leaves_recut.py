@@ -12,7 +12,7 @@ from torch import nn
 
 import torch_offload
 from tests.python import expect
-from tests.python.dropin import plain_on, rows
+from tests.python.dropin import plain_on, rows, tiny_llama, tokens
 from tests.python.leaf_oracle import (
     assert_cut_streams,
     checked,
@@ -23,7 +23,7 @@ from tests.python.leaf_oracle import (
     settle,
     stack_pair,
 )
-from torch_offload import leaves
+from torch_offload import _C, leaves
 
 
 class TestFailures:
@@ -160,6 +160,17 @@ class TestBudget:
             expect.assert_streams_exactly(calls, exact_passes=2)
         model.to(device)
         forward()
+
+
+def test_depth_of_leaves_counts_no_head_that_stays(device: torch.device) -> None:
+    model = tiny_llama(vocab_size=4096)
+    options = {"granularity": "module", "gpu_budget": None}
+    with torch_offload.offload(model, device, **options) as handle, torch.no_grad():
+        model(input_ids=tokens(device))
+        plan = handle._engine.plan
+        streamed = [unit for unit, place in zip(plan.units, plan.places, strict=True) if place]
+        assert "lm_head" in {unit.name for unit in plan.units} - {unit.name for unit in streamed}
+        assert plan.depth_bytes == _C.make_plan(streamed).depth_bytes
 
 
 def streamed_parameters(handle: torch_offload.Handle) -> list[nn.Parameter]:

@@ -162,7 +162,7 @@ def test_module_of_two_names_that_is_missing_is_named_once(tmp_path: Path) -> No
     with torch.device("meta"):
         model = _Again()
     before = list(model.parameters())
-    with pytest.raises(CheckpointError, match=r"none for stack\.blocks\.0\.") as caught:
+    with pytest.raises(CheckpointError, match=r"none for 'stack\.blocks\.0\.") as caught:
         torch_offload.offload_from_checkpoint(model.to("meta"), tmp_path, "cpu")
     assert "again" not in str(caught.value)
     assert all(one is other for one, other in zip(model.parameters(), before, strict=True))
@@ -189,13 +189,13 @@ def test_surplus_weights_are_logged(
     _save(_Runs().eval(), tmp_path, surplus=torch.ones(2))
     with caplog.at_level(logging.WARNING, logger="torch_offload"):
         torch_offload.offload_from_checkpoint(_on_meta(), tmp_path, device)
-    assert "holds weights that the model has not: surplus" in caplog.text
+    assert "holds weights that the model has not: 'surplus'" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("changes", "drops", "message"),
     [
-        ({}, "head.weight", r"got none for head.weight; buffers that no checkpoint holds"),
+        ({}, "head.weight", r"got none for 'head.weight'; buffers that no checkpoint holds"),
         ({"head.weight": torch.ones(3, 3)}, None, r"'head.weight' of shape \(64, 64\)"),
     ],
 )

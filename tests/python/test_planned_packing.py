@@ -328,7 +328,7 @@ def test_transports_of_places_that_are_there_go_by_the_measured_times() -> None:
 
 def test_profiled_times_of_other_units_are_refused() -> None:
     cut = _CUT()
-    with pytest.raises(ValueError, match="profile of the units that there are"):
+    with pytest.raises(ValueError, match="profile with times for every unit"):
         plan_cut(cut, Config(), 2**30, None, MeasuredTimes({"elsewhere": 1}, {"elsewhere": 1}, ()))
 
 

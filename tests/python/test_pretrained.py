@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ FAMILIES = [
     for case in models.CASES.values()
     if case.kind not in ("diffusion", "plain") and not case.name.endswith("lora")
 ]
+
+#: What a load replaces in transformers meanwhile.
+REPLACED = ("safe_open", "convert_and_load_state_dict_in_model")
 
 
 def _inputs(device: torch.device) -> dict[str, Any]:
@@ -285,8 +289,6 @@ def test_operator_that_no_tensor_on_disk_knows_is_done_in_memory(
 
 
 def test_other_threads_load_as_always(tmp_path: Path, device: torch.device) -> None:
-    import threading
-
     import transformers.modeling_utils as loading
 
     save_llama(tmp_path)
@@ -310,6 +312,70 @@ def test_other_threads_load_as_always(tmp_path: Path, device: torch.device) -> N
         load(Loads, tmp_path, device)
     assert type(found[0]) is torch.Tensor
     assert loading.safe_open is opens
+
+
+def test_load_that_waits_for_another_threads_leaves_transformers_as_it_was(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers.modeling_utils as loading
+
+    from torch_offload import pretrained
+
+    source = save_llama(tmp_path)
+    before = [getattr(loading, name) for name in REPLACED]
+    is_waiting = threading.Event()
+    lock = threading.RLock()
+
+    class Patching:
+        def __enter__(self) -> None:
+            if threading.current_thread() is second:
+                is_waiting.set()
+            lock.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            lock.release()
+
+    class Loads:
+        @staticmethod
+        def from_pretrained(folder: Path, **kwargs: Any) -> Any:
+            second.start()
+            assert is_waiting.wait(60)
+            return type(source).from_pretrained(folder, **kwargs)
+
+    loaded: list[Any] = []
+    second = threading.Thread(target=lambda: loaded.append(load(type(source), tmp_path, device)))
+    monkeypatch.setattr(pretrained, "_patching", Patching())
+    loaded.append(load(Loads, tmp_path, device))
+    second.join()
+    assert [getattr(loading, name) for name in REPLACED] == before
+    for model in loaded:
+        assert bytes_in_files(handle_of(model)) == streamed_bytes(handle_of(model)) > 0
+
+
+def test_load_inside_another_reads_its_own_files_in_place(
+    tmp_path: Path, device: torch.device
+) -> None:
+    import transformers.modeling_utils as loading
+
+    source = save_llama(tmp_path / "whole")
+    draft = save_llama(tmp_path / "draft")
+    before = [getattr(loading, name) for name in REPLACED]
+
+    class Loads:
+        @staticmethod
+        def from_pretrained(folder: Path, **kwargs: Any) -> Any:
+            ours = [getattr(loading, name) for name in REPLACED]
+            part = load(type(draft), tmp_path / "draft", device)
+            assert [getattr(loading, name) for name in REPLACED] == ours != before
+            return type(source).from_pretrained(folder, **kwargs), part
+
+    for model, folder in zip(
+        load(Loads, tmp_path / "whole", device), ("whole", "draft"), strict=True
+    ):
+        assert bytes_in_files(handle_of(model)) == streamed_bytes(handle_of(model)) > 0
+        plain = load_plain(type(source), tmp_path / folder, device)
+        assert_streams_the_same(model, plain, _inputs(device))
+    assert [getattr(loading, name) for name in REPLACED] == before
 
 
 # --- what is refused ---------------------------------------------------------------------------

@@ -152,6 +152,21 @@ def test_timeline_without_a_path_prints_to_the_width_of_the_console(
     assert any(line.lstrip().startswith("weight_h2d") for line in lines)
 
 
+def test_last_record_is_drawn_and_checked_after_remove(
+    model: nn.Module, inputs: torch.Tensor, tmp_path: Path
+) -> None:
+    handle = torch_offload.offload(model, inputs.device)
+    with torch.no_grad(), handle.record(times=True):
+        model(inputs)
+    before = handle.trace()
+    handle.remove()
+    assert handle.trace() == before
+    assert "MHA 0" in before.unit_labels
+    handle.timeline(tmp_path / "after.txt")
+    assert "weight_h2d" in (tmp_path / "after.txt").read_text()
+    assert handle.check() == []
+
+
 @pytest.mark.parametrize(
     ("use", "line"),
     [

@@ -39,7 +39,7 @@ def layer_times(
     """The given ones, the reference's in place of those that were not given.
 
     Raises:
-        ValueError: For durations that cannot be.
+        ValueError: For invalid durations.
     """
     given = {
         "mha_h2d_ms": mha_h2d,

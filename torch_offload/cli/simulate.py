@@ -17,7 +17,7 @@ from torch_offload.cli.output import (
     split_list,
     tracked,
 )
-from torch_offload.cli.packed import DecodeRateOption, TransportOption
+from torch_offload.cli.packed import DecodeRateOption
 
 if TYPE_CHECKING:
     from torch_offload.estimate import Estimate, ModelRequest
@@ -51,7 +51,9 @@ def simulate(
         Path | None,
         typer.Option(metavar="FILE", help="Times from a profile, as Profile.save writes it."),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of each sequence in a forward.")] = 1,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each sequence in a forward (1).")
+    ] = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens that each attends to; --tokens if not given.")
     ] = None,
@@ -68,10 +70,16 @@ def simulate(
         str | None, typer.Option(help="Device memory for weights, as 24GiB.")
     ] = None,
     depth: Annotated[str | None, typer.Option(help="Bytes that copies run ahead.")] = None,
-    granularity: Annotated[str, typer.Option(help="sublayer, layer or module.")] = "sublayer",
-    mode: Annotated[str, typer.Option(help="sync, streams, events or pipeline.")] = "pipeline",
+    granularity: Annotated[
+        str | None, typer.Option(help="sublayer, layer or module (sublayer).")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="sync, streams, events or pipeline (pipeline).")
+    ] = None,
     streams: Annotated[str, typer.Option(help="Stream layout: shared or split.")] = "shared",
-    transport: TransportOption = "raw",
+    transport: Annotated[
+        str | None, typer.Option(help="raw, packed, or auto: packed units where faster (raw).")
+    ] = None,
     decode_rate: DecodeRateOption = None,
     sweep: Annotated[
         str | None, typer.Option(metavar="AXES", help="Some of depth,layout,budget.")
@@ -93,7 +101,8 @@ def simulate(
             "--sweep": sweep, "--out": out, "--gpu": gpu, "--gpu-budget": gpu_budget,
             "--link": link, "--depth": depth, "--peak": peak, "--context": context,
             "--memory-rate": memory_rate, "--efficiency": efficiency,
-            "--decode-rate": decode_rate, "--transport": None if transport == "raw" else transport,
+            "--decode-rate": decode_rate, "--transport": transport, "--tokens": tokens,
+            "--granularity": granularity, "--mode": mode,
         }  # fmt: skip
         if wrong := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"expected --model or --profile beside {wrong[0]}, got neither")

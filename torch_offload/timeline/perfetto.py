@@ -39,7 +39,7 @@ def trace_events(traces: Sequence[Trace]) -> dict[str, Any]:
 
 
 def write_trace_events(traces: Sequence[Trace], path: Path) -> None:
-    """Writes it. Raises OSError if that cannot be."""
+    """Writes it. Raises OSError if the file cannot be written."""
     path.write_text(json.dumps(trace_events(traces)) + "\n")
 
 
