@@ -60,7 +60,7 @@ FileMapping::State FileMapping::read_state() const {
     throw_changed(std::strerror(errno));
   }
   constexpr std::int64_t kSecond = 1000000000;
-  return {status.st_dev, status.st_ino, static_cast<std::size_t>(status.st_size),
+  return {static_cast<std::size_t>(status.st_size),
           status.st_mtim.tv_sec * kSecond + status.st_mtim.tv_nsec};
 }
 
@@ -75,9 +75,6 @@ void FileMapping::throw_changed(const std::string& got) const {
 
 void FileMapping::check_unchanged() const {
   const State now = read_state();
-  if (now.device != state_.device || now.inode != state_.inode) {
-    throw_changed("another file");
-  }
   if (now.size_bytes != state_.size_bytes) {
     throw_changed(format_bytes(now.size_bytes) + " where there were " +
                   format_bytes(state_.size_bytes));

@@ -29,7 +29,7 @@ class FileMapping {
   std::size_t size_bytes() const { return state_.size_bytes; }
   int descriptor() const { return descriptor_; }
 
-  /// Makes sure that the file is what was opened: its inode, size and time of change.
+  /// Makes sure that the file is what was opened: of the same size, and not modified since.
   ///
   /// A file that was renamed over or deleted is still there for us, with the bytes that were
   /// opened, and is no error.
@@ -48,8 +48,6 @@ class FileMapping {
 
  private:
   struct State {
-    std::uint64_t device = 0;
-    std::uint64_t inode = 0;
     std::size_t size_bytes = 0;
     std::int64_t modified_ns = 0;
   };

@@ -259,7 +259,7 @@ void* HostDevice::do_allocate(std::size_t size_bytes) {
   void* memory = std::aligned_alloc(kAlignmentBytes, aligned_size(size_bytes));
   if (memory == nullptr) {
     throw MemoryError("expected " + std::to_string(size_bytes) +
-                      " bytes of memory for the window, got none; use a smaller depth or budget");
+                      " bytes of device memory, got none; use a smaller depth or budget");
   }
   return memory;
 }

@@ -171,8 +171,9 @@ class Engine : private Loader {
   void close();
   bool is_closed() const { return pipeline_ == nullptr; }
   /// Calls `function` and keeps forwards, and other threads' changes, out meanwhile: they get a
-  /// StateError. For what takes several steps between two forwards; each call here that lets go of
-  /// the GIL keeps them out by itself.
+  /// StateError. For what takes several steps between two forwards, and for each of what an
+  /// installation does step by step (move_in, lock_files, copy_resident, unlock_residents); every
+  /// other call here that lets go of the GIL keeps them out by itself.
   /// Throws: what it raised; StateError, of `call`, during a forward or another thread's change.
   pybind11::object at_rest(const std::string& call, const pybind11::function& function);
 

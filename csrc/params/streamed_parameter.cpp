@@ -220,6 +220,27 @@ StreamedParameter::Edit StreamedParameter::edit_since_copy() const {
   return version() == copied_version_ ? Edit::kNone : Edit::kInPlace;
 }
 
+bool StreamedParameter::was_changed_in_forward() {
+  const bool was_sampled = std::exchange(is_place_sampled_, false);
+  return version() != acquired_version_ || data_address(parameter_) != shown_ ||
+         (was_sampled && !place_sample_->is_equal(place_));
+}
+
+void StreamedParameter::take_place_sample() {
+  if (place_sample_ == nullptr) {
+    place_sample_ = std::make_unique<ByteSample>();
+  }
+  place_sample_->take(place_);
+  is_place_sampled_ = true;
+}
+
+void StreamedParameter::take_sample() {
+  if (sample_ == nullptr) {
+    sample_ = std::make_unique<ByteSample>();
+  }
+  sample_->take(master_);
+}
+
 /// From now on the bytes are laid out as those of this tensor, which fits.
 void StreamedParameter::take_layout_of(const at::Tensor& data) {
   if (!layout_.is_of(data)) {
@@ -336,27 +357,6 @@ bool StreamedParameter::take_found() {
     packed_.reset();
   }
   return packed_ != nullptr;
-}
-
-bool StreamedParameter::was_changed_in_forward() {
-  const bool was_sampled = std::exchange(is_place_sampled_, false);
-  return version() != acquired_version_ || data_address(parameter_) != shown_ ||
-         (was_sampled && !place_sample_->is_equal(place_));
-}
-
-void StreamedParameter::take_place_sample() {
-  if (place_sample_ == nullptr) {
-    place_sample_ = std::make_unique<ByteSample>();
-  }
-  place_sample_->take(place_);
-  is_place_sampled_ = true;
-}
-
-void StreamedParameter::take_sample() {
-  if (sample_ == nullptr) {
-    sample_ = std::make_unique<ByteSample>();
-  }
-  sample_->take(master_);
 }
 
 }  // namespace torch_offload

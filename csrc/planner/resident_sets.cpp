@@ -26,7 +26,7 @@ class Builder {
  public:
   explicit Builder(const std::vector<Unit>& units) : units_(units) {}
 
-  /// Adds the set of all units in these groups that `stays` says yes to.
+  /// The set of all units in these groups that `stays` says yes to.
   template <typename Stays>
   ResidentSet set_of(const std::vector<Group>& groups, Stays stays) const {
     ResidentSet set;

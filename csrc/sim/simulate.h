@@ -29,7 +29,7 @@ struct SimRequest {
 struct SimResult {
   OpLog log;  ///< With times; empty unless asked for.
   Stats stats;
-  DeviceCounters counters;                  ///< Without what was done before the first pass.
+  DeviceCounters counters;  ///< Copies, bytes and waits: without what came before the first pass.
   std::vector<std::int64_t> pass_begin_ns;  ///< When the host began each pass.
   std::vector<std::int64_t> host_end_ns;    ///< When it came back from the pass.
   std::vector<std::int64_t> pass_end_ns;    ///< When the last of the pass's own work was done.
