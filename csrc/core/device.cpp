@@ -331,7 +331,7 @@ void Device::register_read_only(const std::vector<AddressRange>& ranges,
           do_unregister_host(memory_of(ranges[i]));
         }
       } catch (const std::exception&) {
-        // What failed first is what is told of; the others are unlocked all the same.
+        failures.push_back(std::current_exception());  // behind what is thrown below
       }
     }
     std::rethrow_exception(*std::find_if(failures.begin(), failures.end(),
