@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.python.dropin import rows, streamed, tiny_stack
 from tests.python.streamed_master_guard import unguarded_control
-from torch_offload import _C
+from torch_offload import _C, StateError
 from torch_offload.cli import BAD_ANSWER, BAD_INPUT, main
 from torch_offload.devices import devices_made_by
 from torch_offload.selfcheck import (
@@ -238,7 +238,10 @@ def test_equality_that_compares_nothing_is_found_blind(monkeypatch: pytest.Monke
     forwards = StreamedModel.forwards
 
     def right(*args: Any, **kwargs: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [(must, must) for _, must in forwards(*args, **kwargs)]
+        try:
+            return [(must, must) for _, must in forwards(*args, **kwargs)]
+        except StateError:  # a late copy was taken for an edit, which is not what this is about
+            return []
 
     monkeypatch.setattr(StreamedModel, "forwards", right)
     result = _run(Equality(HOST))
@@ -320,13 +323,20 @@ def test_fault_goes_wrong_only_while_it_is_armed() -> None:
     fault = _C.DeviceFault("compute_waits")
     model = tiny_stack()
     must = model(rows(HOST))
+
+    def goes_wrong() -> bool:
+        try:
+            return not torch.equal(model(rows(HOST)), must)
+        except StateError:  # a copy came so late that it was taken for an edit by the forward
+            return True
+
     with (
         devices_made_by(lambda device: _C.faulty_device(device, fault, longest_delay_us=20_000)),
         streamed(model, HOST) as handle,
     ):
         assert torch.equal(model(rows(HOST)), must)
         fault.is_armed = True
-        assert not torch.equal(model(rows(HOST)), must)
+        assert goes_wrong()
         fault.is_armed = False
         handle.refresh()
         assert torch.equal(model(rows(HOST)), must)

@@ -256,7 +256,10 @@ class Equality(Lane):
                 named = name if case.transport == "raw" else f"{name}, {case.transport}"
                 tally = controls[named] = Tally()
                 streamed = StreamedModel(case, self._device, 0, "compute_waits")
-                self._try(tally, streamed, 3, _CONTROL_DELAY_US, plant)
+                try:
+                    self._try(tally, streamed, 3, _CONTROL_DELAY_US, plant)
+                except StateError as error:  # as in _is_visible
+                    tally.add_fault(f"{case}: {error}")
         return all_caught(controls)
 
     @torch.no_grad()
