@@ -360,15 +360,15 @@ def test_host_memory_that_the_system_refuses_fails_with_asked_and_limits() -> No
         pytest.skip("CUDA takes addresses of its own, which the limit would refuse as well")
     model = tiny_stack(num_blocks=8, width=512)  # 42 MB to stream
     plain = plain_on(model, HOST)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
     former = resource.getrlimit(resource.RLIMIT_AS)
-    try:
+    with refused(model, MemoryError, r"expected 4\d\.\d+ MiB of host .*raise the limit"):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + 32 * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (limit, former[1]))
-        with refused(model, MemoryError, r"expected 4\d\.\d+ MiB of host .*raise the limit"):
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, former[1]))
             torch_offload.offload(model, HOST)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, former)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, former)
     with streamed(model, HOST) as handle:
         assert_streams_like_plain(model, plain, handle, lambda m: m(rows(HOST, width=512)))
 
